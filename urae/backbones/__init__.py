@@ -1,0 +1,1 @@
+"""FLUX: loading a stock pipeline and one forward signature for its transformer."""

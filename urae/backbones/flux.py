@@ -1,0 +1,201 @@
+"""FLUX.1 as stock diffusers has it: names, loading, prompt encoding and one forward."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from urae.geometry import build_image_ids, build_text_ids, pack, unpack
+
+logger = logging.getLogger(__name__)
+
+HUB_IDS = {
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "flux-krea": "black-forest-labs/FLUX.1-Krea-dev",
+}
+
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+_SAMPLES_PER_FILE = 64
+_SAMPLE_BYTES = 1 << 16
+
+
+def pick_device() -> torch.device:
+    """Return the best device of this machine: CUDA, Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that weights are loaded in: bfloat16 on a GPU, float32 on the CPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def fetch_model(model: str, *, without: Sequence[str] = ()) -> Path:
+    """Find a FLUX model's folder or file, downloading from the hub what is not there yet.
+
+    Args:
+        model: `flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder in diffusers
+            layout, or a single .safetensors file.
+        without: Components not to download.
+
+    Returns:
+        A local folder, or the single file.
+
+    Raises:
+        ValueError: If a local path is no FLUX model.
+        FileNotFoundError: If the hub has no such model, or it cannot be reached.
+        PermissionError: If the model is gated and this user has no access.
+    """
+    if (path := Path(model).expanduser()).exists():
+        _check_local(path)
+        return path
+    hub_id = HUB_IDS.get(model, model)
+    try:
+        folder = DiffusionPipeline.download(hub_id, **{name: None for name in without})
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"model {hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then "
+            "log in with `hf auth login`, or point --model at a local folder"
+        ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
+            f"{', '.join(HUB_IDS)}"
+        ) from error
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"model {hub_id} could not be fetched from the hub "
+            f"({str(error).strip().splitlines()[0]}); check the name and the connection, log in "
+            "with `hf auth login`, or point --model at a local folder"
+        ) from error
+    return Path(folder)
+
+
+def _check_local(path: Path) -> None:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"model file {path} is not a .safetensors file; no other is loaded")
+        return
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"model folder {path} has no model_index.json: not in diffusers layout")
+    name = json.loads(index.read_text()).get("_class_name", "")
+    if not name.startswith("Flux"):
+        raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
+
+
+def load_pipeline(
+    model: str, *, dtype: torch.dtype, without: Sequence[str] = ()
+) -> FluxPipeline:
+    """Load a stock FLUX pipeline on the CPU.
+
+    Args:
+        model: As in `fetch_model`.
+        dtype: Of all weights.
+        without: Components to leave out (None in the pipeline): `transformer`, `vae`,
+            `text_encoder` (CLIP), `text_encoder_2` (T5), `tokenizer`, `tokenizer_2`.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: As `fetch_model`.
+    """
+    path = fetch_model(model, without=without)
+    absent: dict[str, Any] = {name: None for name in without}
+    logger.info("loading %s from %s", model, path)
+    if path.is_file():
+        return FluxPipeline.from_single_file(str(path), dtype=dtype, **absent)
+    return FluxPipeline.from_pretrained(path, dtype=dtype, **absent)
+
+
+def fingerprint_component(folder: Path, component: str) -> str:
+    """Identify a component's files without loading them.
+
+    Args:
+        folder: A model folder in diffusers layout, or a single file (its `component` is the
+            whole file).
+        component: `vae`, `text_encoder`, `transformer` and so on.
+
+    Returns:
+        SHA-256 over the names, sizes and evenly spaced samples of the files, 64 hex digits.
+    """
+    digest = hashlib.sha256()
+    root = folder / component if folder.is_dir() else folder
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if file == root else file.relative_to(root)}:{size}\n".encode())
+        stride = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE)
+        with file.open("rb") as stream:
+            for start in range(0, size, stride):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipe: FluxPipeline, prompts: list[str], *, max_sequence_length: int
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b p"]]:
+    """Encode prompts with T5 and CLIP, padded to `max_sequence_length` tokens.
+
+    Returns:
+        `prompt_embeds` (T5) and `pooled_prompt_embeds` (CLIP).
+    """
+    prompt_embeds, pooled_prompt_embeds, _ = pipe.encode_prompt(
+        prompt=prompts, prompt_2=None, max_sequence_length=max_sequence_length
+    )
+    return prompt_embeds, pooled_prompt_embeds
+
+
+def predict_velocity(
+    transformer: nn.Module,
+    latents: Float[Tensor, "b c h w"],
+    sigmas: Float[Tensor, " b"],
+    prompt_embeds: Float[Tensor, "b l d"],
+    pooled_prompt_embeds: Float[Tensor, "b p"],
+    guidance_scale: float,
+) -> Float[Tensor, "b c h w"]:
+    """Run a FLUX transformer on unpacked latents.
+
+    Args:
+        transformer: A stock `FluxTransformer2DModel`, adapted or not, wrapped or not.
+        latents: Noisy latents, H and W even.
+        sigmas: One in [0, 1] a sample.
+        prompt_embeds: T5 features.
+        pooled_prompt_embeds: CLIP features.
+        guidance_scale: Distilled guidance; a model without guidance embedding ignores it.
+
+    Returns:
+        The velocity, noise - latents.
+    """
+    batch, _, height, width = latents.shape
+    device = latents.device
+    config = getattr(transformer, "module", transformer).config
+    guidance = torch.full((batch,), guidance_scale, device=device)
+    tokens = transformer(
+        hidden_states=pack(latents),
+        timestep=sigmas,
+        guidance=guidance if config.guidance_embeds else None,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=build_text_ids(prompt_embeds.shape[1], device),
+        img_ids=build_image_ids(height // 2, width // 2, device),
+        return_dict=False,
+    )[0]
+    return unpack(tokens, height, width)

@@ -1,0 +1,1 @@
+"""Cached latents and prompt embeddings: images, buckets, store, dataset."""

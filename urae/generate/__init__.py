@@ -1,0 +1,1 @@
+"""From prompts to PNG files at 2K and 4K."""

@@ -1,0 +1,82 @@
+"""Sizes in pixels, latents and tokens, and the packing that FLUX puts between them.
+
+A FLUX token covers 16 x 16 pixels: the VAE shrinks by 8, the transformer packs 2 x 2 latents.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+VAE_FACTOR = 8
+PATCH = 2
+TOKEN_PIXELS = VAE_FACTOR * PATCH
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture size that FLUX has no whole number of tokens for.
+
+    Raises:
+        ValueError: If a side is not a positive multiple of 16 pixels.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value >= TOKEN_PIXELS and value % TOKEN_PIXELS == 0:
+            continue
+        below = value // TOKEN_PIXELS * TOKEN_PIXELS
+        nearest = [str(size) for size in (below, below + TOKEN_PIXELS) if size > 0]
+        raise ValueError(
+            f"{name} {value} is not a positive multiple of {TOKEN_PIXELS} "
+            f"(VAE {VAE_FACTOR} x patch {PATCH}); try {' or '.join(nearest)}"
+        )
+
+
+def num_image_tokens(height: int, width: int) -> int:
+    """Return the image tokens of a picture of `height` x `width` pixels."""
+    return (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
+
+
+def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens patch"]:
+    """Fold each 2 x 2 patch of latents into one token, rows first (FLUX's own layout).
+
+    Args:
+        latents: B x C x H x W with even H and W.
+
+    Returns:
+        B x (H/2 * W/2) x 4C.
+    """
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
+
+
+def unpack(
+    tokens: Float[Tensor, "b tokens patch"], height: int, width: int
+) -> Float[Tensor, "b c h w"]:
+    """Undo `pack`.
+
+    Args:
+        tokens: B x (H/2 * W/2) x 4C.
+        height: H of the latents, even.
+        width: W of the latents, even.
+
+    Returns:
+        B x C x H x W.
+    """
+    batch, _, patch = tokens.shape
+    rows, columns = height // PATCH, width // PATCH
+    patches = tokens.reshape(batch, rows, columns, patch // PATCH**2, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, patch // PATCH**2, height, width)
+
+
+def build_image_ids(
+    rows: int, columns: int, device: torch.device | str | None = None
+) -> Float[Tensor, "tokens 3"]:
+    """Number the tokens of a `rows` x `columns` grid: (0, row, column), rows first, float32."""
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 1] = torch.arange(rows, device=device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=device)[None, :]
+    return ids.reshape(-1, 3)
+
+
+def build_text_ids(length: int, device: torch.device | str | None = None) -> Float[Tensor, "l 3"]:
+    """Place all text tokens at position zero, float32, as FLUX does."""
+    return torch.zeros(length, 3, device=device)

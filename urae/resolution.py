@@ -1,0 +1,241 @@
+"""The resolution policy: how positions, attention and the schedule follow the picture's size.
+
+One object serves training, previews, generation and the metadata of adapter files. It acts
+through the position module that stock FLUX already has, so no attention processor, transformer
+or pipeline is replaced: cos and sin scaled by a number scale the logits by its square.
+"""
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+BASE_POLICY_FILE = "resolution_policy.json"
+
+
+@dataclass(frozen=True)
+class ResolutionPolicy:
+    """How a FLUX model is asked for more pixels than it was trained on.
+
+    From "Ultra-Resolution Adaptation with Ease" (arXiv:2503.16322, section 3 and appendix).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    ntk_factor: float = 10.0
+    """RoPE base multiplier on all three axes, > 0; 1 leaves positions as they are."""
+    proportional_attention: bool = True
+    """Scale attention logits by sqrt(log L / log L0) for L text and image tokens."""
+    native_sequence_length: int = 4608
+    """L0: text and image tokens at the base's native size (FLUX.1: 512 + 64 x 64)."""
+    time_shift: float | Literal["dynamic"] | None = None
+    """Sampling schedule: None is the scheduler's own static shift, a number > 0 replaces it,
+    "dynamic" is the resolution-dependent shift of stock diffusers. Training is never shifted."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ntk_factor) and self.ntk_factor > 0):
+            raise ValueError(f"ntk_factor {self.ntk_factor} must be a positive number; 10 is usual")
+        if self.native_sequence_length < 2:
+            raise ValueError(
+                f"native_sequence_length {self.native_sequence_length} must be at least 2 tokens; "
+                "FLUX.1 has 4608"
+            )
+        shift = self.time_shift
+        if isinstance(shift, str) and shift != "dynamic":
+            raise ValueError(f"time_shift {shift!r} must be a positive number, 'dynamic' or None")
+        if isinstance(shift, int | float) and not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"time_shift {shift} must be a positive number, 'dynamic' or None")
+
+    def attention_scale(self, sequence_length: int) -> float:
+        """Return the factor on the attention logits, 1 at L0.
+
+        Proportional attention has softmax scale sqrt(log_L0(L) / d) in place of 1 / sqrt(d)
+        (arXiv:2306.08645, section 3.2, as URAE uses it).
+
+        Args:
+            sequence_length: L, all text and image tokens, over all ranks.
+        """
+        if not self.proportional_attention:
+            return 1.0
+        return math.sqrt(math.log(sequence_length) / math.log(self.native_sequence_length))
+
+    def to_json(self) -> str:
+        """Write the policy as JSON, for file metadata."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: A JSON object of the policy's fields.
+            origin: Where the text was found, for the error.
+
+        Raises:
+            ValueError: If the text is not a policy.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "policy"
+            raise ValueError(f"{origin}: resolution policy: {where}: {first['msg']}") from error
+
+
+def read_base_policy(model_path: str | Path | None) -> ResolutionPolicy:
+    """Return the policy that a base model's folder carries, else FLUX.1's.
+
+    Args:
+        model_path: Folder of the pipeline, or anything that is no folder (a hub id).
+
+    Raises:
+        ValueError: If the folder's `resolution_policy.json` is not a policy.
+    """
+    if model_path is None or not (path := Path(model_path) / BASE_POLICY_FILE).is_file():
+        return ResolutionPolicy()
+    return ResolutionPolicy.from_json(path.read_text(), str(path))
+
+
+class ResolutionPositions(nn.Module):
+    """A FLUX position module that follows a resolution policy.
+
+    Takes the place of a stock `FluxPosEmbed` and gives the same kind of cos and sin.
+    """
+
+    def __init__(self, stock: nn.Module, policy: ResolutionPolicy) -> None:
+        super().__init__()
+        self.stock = stock
+        self.policy = policy
+        self.rope = type(stock)(theta=stock.theta * policy.ntk_factor, axes_dim=stock.axes_dim)
+        self.adapter_names: tuple[str, ...] = ()
+        self.hook: RemovableHandle | None = None
+        self._sequence_length = 0
+        self._warned_about: tuple[str, ...] = ()
+
+    def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
+        """Return cos and sin (tokens x head dim, float32) of these positions."""
+        cos, sin = self.rope(ids)
+        # a ControlNet may add a token after the hook has counted, context parallelism hands over
+        # this rank's tokens only: the longer of the two counts is the sequence of the attention
+        length = max(self._sequence_length, ids.shape[0])
+        scale = math.sqrt(self.policy.attention_scale(length))
+        return cos * scale, sin * scale
+
+    def prepare_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Widen position ids to float32 and count the tokens (a forward pre-hook).
+
+        It runs before context parallelism splits the inputs, so the count is global.
+        """
+        inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        image_ids, text_ids = inputs.arguments.get("img_ids"), inputs.arguments.get("txt_ids")
+        if image_ids is not None and text_ids is not None:
+            self._sequence_length = image_ids.shape[-2] + text_ids.shape[-2]
+            inputs.arguments["img_ids"] = widen_ids(image_ids)
+            inputs.arguments["txt_ids"] = text_ids.float()
+        if not torch.compiler.is_compiling():
+            self._warn_of_inactive(module)
+        return inputs.args[1:], inputs.kwargs
+
+    def _warn_of_inactive(self, module: nn.Module) -> None:
+        if not self.adapter_names:
+            return
+        active = module.active_adapters() if getattr(module, "peft_config", None) else []
+        inactive = tuple(name for name in self.adapter_names if name not in active)
+        if inactive and inactive != self._warned_about:
+            warnings.warn(
+                f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "
+                "(loading another LoRA deactivates earlier ones); call "
+                f"pipe.set_adapters({[*dict.fromkeys([*active, *self.adapter_names])]}), "
+                "or urae.restore(pipe) to leave ultra-resolution",
+                stacklevel=2,
+            )
+        self._warned_about = inactive
+
+
+def widen_ids(ids: Float[Tensor, "*b tokens 3"]) -> Float[Tensor, "*b tokens 3"]:
+    """Give position ids in float32, undoing the rounding of half precision.
+
+    Pipelines cast ids to the prompt's dtype, and bfloat16 has no integers between 256 and 258:
+    above 4096 pixels a side neighbours would share a position. The grid is rebuilt from the
+    number of tokens in its first row; ids that are no such grid keep their rounded values.
+    No value is read back to the host, so it compiles and never waits for the device.
+    """
+    if ids.dtype in (torch.float32, torch.float64):
+        return ids
+    token = torch.arange(ids.shape[-2], device=ids.device)
+    columns = (ids[..., 1:2] == 0).sum(-2, keepdim=True).clamp(min=1)
+    row = torch.div(token[:, None], columns, rounding_mode="floor")
+    column = token[:, None] - row * columns
+    grid = torch.cat([ids[..., :1].float(), row.float(), column.float()], dim=-1)
+    is_grid = (grid.to(ids.dtype) == ids).all()
+    return torch.where(is_grid, grid, ids.float())
+
+
+def apply_policy(
+    module: nn.Module, policy: ResolutionPolicy, adapter_names: tuple[str, ...] = ()
+) -> ResolutionPositions:
+    """Make a stock FLUX transformer or ControlNet follow a policy, in place of any earlier one.
+
+    Args:
+        module: Has a stock position module as `pos_embed`.
+        policy: What to follow.
+        adapter_names: Adapters that the policy belongs with; a forward without them warns.
+    """
+    remove_policy(module)
+    positions = ResolutionPositions(module.pos_embed, policy)
+    positions.adapter_names = adapter_names
+    positions.hook = module.register_forward_pre_hook(positions.prepare_forward, with_kwargs=True)
+    module.pos_embed = positions
+    return positions
+
+
+def remove_policy(module: nn.Module) -> None:
+    """Give a module its stock position module back; nothing happens if it has it."""
+    if isinstance(positions := module.pos_embed, ResolutionPositions):
+        if positions.hook is not None:
+            positions.hook.remove()
+        module.pos_embed = positions.stock
+
+
+def find_policy(module: nn.Module) -> ResolutionPositions | None:
+    """Return the position module of an adapted transformer or ControlNet, None for a stock one."""
+    positions = module.pos_embed
+    return positions if isinstance(positions, ResolutionPositions) else None
+
+
+def build_scheduler(scheduler: Any, policy: ResolutionPolicy) -> Any:
+    """Make a scheduler of the same class and settings with the policy's time shift.
+
+    Args:
+        scheduler: A flow-matching scheduler of diffusers, left as it is.
+        policy: Its `time_shift` decides.
+
+    Raises:
+        ValueError: If the scheduler has no time shift to set.
+    """
+    config: Mapping[str, Any] = scheduler.config
+    missing = {"shift", "use_dynamic_shifting"} - set(config)
+    if missing:
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} has no {', '.join(sorted(missing))}; the "
+            "resolution policy needs a flow-matching one, such as FlowMatchEulerDiscreteScheduler"
+        )
+    if policy.time_shift == "dynamic":
+        changes: dict[str, Any] = {"use_dynamic_shifting": True}
+    elif policy.time_shift is None:
+        changes = {"use_dynamic_shifting": False}
+    else:
+        changes = {"use_dynamic_shifting": False, "shift": float(policy.time_shift)}
+    return type(scheduler).from_config(config, **changes)

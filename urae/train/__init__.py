@@ -1,0 +1,1 @@
+"""One training loop; 2K and 4K, LoRA and minor components are recipes of it."""
