@@ -1,0 +1,143 @@
+"""Low-rank factors in and out of a stock transformer, as named peft adapters."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from urae.adapters.files import LowRank
+
+
+def active_adapters(transformer: nn.Module) -> list[str]:
+    """Name the adapters that take part in a forward, none for a bare transformer."""
+    if not getattr(transformer, "peft_config", None):
+        return []
+    active: list[str] = transformer.active_adapters()
+    return active
+
+
+def attach(
+    transformer: nn.Module, name: str, layers: Mapping[str, LowRank], *, pipe: Any = None
+) -> None:
+    """Attach factors as a peft adapter; those active before stay active, with their weights.
+
+    Args:
+        transformer: A stock FLUX transformer; its weights are not touched.
+        name: Of the adapter; not in use yet.
+        layers: Factors of scale 1, cast to the dtype that the base computes in.
+        pipe: The pipeline around it, if any, whose offloading hooks must be moved aside.
+    """
+    active = active_adapters(transformer)
+    state = {}
+    for layer, pair in layers.items():
+        state[f"{layer}.lora_A.weight"] = pair.down
+        state[f"{layer}.lora_B.weight"] = pair.up
+    config = _lora_config(layers).to_dict()
+    transformer.load_lora_adapter(
+        state, prefix=None, adapter_name=name, metadata=config, _pipeline=pipe
+    )
+    _cast_to_compute(transformer, name)
+    transformer.set_adapter([*active, name])
+    for parameter in adapter_parameters(transformer, name):
+        parameter.requires_grad_(False)
+
+
+def attach_frozen(transformer: nn.Module, name: str, layers: Mapping[str, LowRank]) -> None:
+    """Attach factors that no optimizer and no activation of adapters can ever train.
+
+    peft makes the parameters of every activated adapter trainable, so these are buffers.
+    """
+    attach(transformer, name, layers)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            for linear in (layer.lora_A[name], layer.lora_B[name]):
+                weight = linear.weight.detach().clone()
+                del linear.weight
+                linear.register_buffer("weight", weight)
+
+
+def attach_trainable(
+    transformer: nn.Module, name: str, layers: Mapping[str, LowRank]
+) -> list[nn.Parameter]:
+    """Attach factors to train, in float32 whatever the base's dtype, and freeze all else.
+
+    Returns:
+        The parameters to train.
+    """
+    active = active_adapters(transformer)
+    transformer.requires_grad_(False)
+    inject_adapter_in_model(_lora_config(layers), transformer, name)
+    transformer._hf_peft_config_loaded = True
+    parameters = list(adapter_parameters(transformer, name))
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    state = {}
+    for layer, pair in layers.items():
+        state[f"{layer}.lora_A.weight"] = pair.down.float()
+        state[f"{layer}.lora_B.weight"] = pair.up.float()
+    set_peft_model_state_dict(transformer, state, name)
+    transformer.set_adapter([*active, name])
+    for other in active:
+        for parameter in adapter_parameters(transformer, other):
+            parameter.requires_grad_(False)
+    return parameters
+
+
+def detach(transformer: nn.Module, names: Sequence[str]) -> None:
+    """Remove adapters; the others stay active as they are, and without any the layers unwrap."""
+    present = getattr(transformer, "peft_config", None) or {}
+    names = [name for name in names if name in present]
+    if not names:
+        return
+    active = [name for name in active_adapters(transformer) if name not in names]
+    transformer.delete_adapters(names)
+    if not getattr(transformer, "peft_config", None):
+        transformer.unload_lora()
+        return
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer._active_adapter = active
+
+
+def read_factors(transformer: nn.Module, name: str) -> dict[str, LowRank]:
+    """Return an attached adapter's factors by layer (references, not copies)."""
+    return {
+        path: LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight)
+        for path, layer in transformer.named_modules()
+        if isinstance(layer, LoraLayer) and name in layer.lora_A
+    }
+
+
+def adapter_parameters(transformer: nn.Module, name: str) -> list[nn.Parameter]:
+    """Return an adapter's parameters: A and B of each layer in turn."""
+    return [
+        weight
+        for pair in read_factors(transformer, name).values()
+        for weight in pair
+        if isinstance(weight, nn.Parameter)
+    ]
+
+
+def _lora_config(layers: Mapping[str, LowRank]) -> LoraConfig:
+    ranks = {layer: pair.down.shape[0] for layer, pair in layers.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    unusual = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    return LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=unusual,
+        alpha_pattern=unusual,
+        target_modules=list(layers),
+    )
+
+
+def _cast_to_compute(transformer: nn.Module, name: str) -> None:
+    dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.bfloat16
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            layer.lora_A[name].to(dtype)
+            layer.lora_B[name].to(dtype)

@@ -1,0 +1,285 @@
+"""Adapter files: finding, reading, checking and writing them.
+
+Every format comes down to one shape, `LowRank` factors a layer. This project's files are plain
+LoRA files of diffusers (a minor adapter too: down [A; A0], up [B, -B0]) whose metadata says more.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import FluxPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from urae.backbones.weights import linear_shape
+from urae.resolution import ResolutionPolicy
+from urae.tensorfiles import read_tensors, write_tensors
+
+LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
+"""The name that stock `load_lora_weights(folder)` looks for."""
+
+_FOLDER_NAMES = (LORA_FILE_NAME, "adapter_weights.safetensors")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_RAW_MINOR = re.compile(
+    r"^(?:module\.)?(?:transformer\.)?((?:single_)?transformer_blocks\.\d+\.attn)"
+    r"\.processor\.(to_q|to_k|to_v|to_out)_(a|b)\.weight$"
+)
+_LORA_KEY = re.compile(r"^(?:transformer\.)?(.+)\.lora_(A|B)(?:\.default(?:_\d+)?)?\.weight$")
+
+
+class LowRank(NamedTuple):
+    """Factors of an update `up @ down` to one weight matrix, scale included."""
+
+    down: Float[Tensor, "rank in"]
+    up: Float[Tensor, "out rank"]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file says."""
+
+    path: Path
+    kind: Literal["lora", "minor"]
+    """`minor`: the layers train in place of minor components, which must be subtracted."""
+    layers: Mapping[str, LowRank]
+    """By layer, as `transformer_blocks.0.attn.to_q`. Of a minor adapter: B and A alone."""
+    initial: Mapping[str, LowRank] | None = None
+    """A minor adapter's B0 and A0, where the file holds them."""
+    origin_hash: str | None = None
+    """`fingerprint_origin` of what `initial` was computed from."""
+    policy: ResolutionPolicy | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve_adapter(source: str | os.PathLike[str]) -> Path:
+    """Find an adapter file, on this machine or on the hub.
+
+    Args:
+        source: A file or folder (an existing path wins), or `[hf://]owner/repo[@revision]/file`.
+
+    Raises:
+        ValueError: If the file is a pickle, or a folder holds no single adapter.
+        FileNotFoundError: If nothing is found.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _find_in_folder(path)
+    if path.suffix.lower() in _PICKLES:
+        raise ValueError(
+            f"adapter {path} is a pickle ({path.suffix}), which can run code when loaded; only "
+            ".safetensors files are read"
+        )
+    if path.is_file():
+        return path
+    name = os.fspath(source).removeprefix("hf://")
+    parts = name.split("/")
+    if len(parts) < 3 or any(part in ("", ".", "..", "~") for part in parts):
+        raise FileNotFoundError(
+            f"adapter {os.fspath(source)!r} is neither an existing file or folder nor a file on "
+            "the hub, [hf://]owner/repo[@revision]/file"
+        )
+    repo, _, revision = parts[1].partition("@")
+    try:
+        return Path(
+            hf_hub_download(f"{parts[0]}/{repo}", "/".join(parts[2:]), revision=revision or None)
+        )
+    except (
+        EntryNotFoundError,
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        OSError,
+    ) as error:
+        raise FileNotFoundError(
+            f"adapter {name} was not found here and could not be fetched from the hub "
+            f"({str(error).strip().splitlines()[0]}); check the name and the connection, or give "
+            "a local file"
+        ) from error
+
+
+def _find_in_folder(folder: Path) -> Path:
+    for name in _FOLDER_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    found = ", ".join(file.name for file in files) or "none"
+    raise ValueError(
+        f"adapter folder {folder} must hold {' or '.join(_FOLDER_NAMES)} or a single "
+        f".safetensors file; found: {found}"
+    )
+
+
+def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter in any format that this project knows.
+
+    LoRA files of diffusers and peft, kohya/ComfyUI keys, the reference's raw minor files and
+    checkpoints (with or without a `module.` prefix), and this project's own.
+
+    Args:
+        source: As in `resolve_adapter`.
+
+    Raises:
+        ValueError: If the file is damaged or holds anything but low-rank factors.
+        FileNotFoundError: If it is not found.
+    """
+    path = resolve_adapter(source)
+    tensors, metadata = read_tensors(path)
+    policy = None
+    if text := metadata.get("urae.policy"):
+        policy = ResolutionPolicy.from_json(text, str(path))
+    if any(_RAW_MINOR.match(key) for key in tensors):
+        layers = _pair_factors(path, (_raw_minor_key(path, key, t) for key, t in tensors.items()))
+        return AdapterFile(path, "minor", layers, policy=policy, metadata=metadata)
+    layers = _read_lora(path, tensors, metadata)
+    if metadata.get("urae.kind") != "minor":
+        return AdapterFile(path, "lora", layers, policy=policy, metadata=metadata)
+    trained, initial = _split_halves(path, layers, metadata)
+    return AdapterFile(
+        path, "minor", trained, initial, metadata.get("urae.origin_hash"), policy, metadata
+    )
+
+
+def _raw_minor_key(path: Path, key: str, tensor: Tensor) -> tuple[str, str, Tensor]:
+    match = _RAW_MINOR.match(key)
+    if match is None:
+        raise ValueError(f"{path}: key {key!r} does not belong in a minor-component adapter")
+    attention, layer, side = match.groups()
+    layer = "to_out.0" if layer == "to_out" else layer
+    return f"{attention}.{layer}", side.upper(), tensor
+
+
+def _read_lora(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, LowRank]:
+    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    state, alphas = FluxPipeline.lora_state_dict(tensors, return_alphas=True)
+    factors = []
+    for key, tensor in state.items():
+        match = _LORA_KEY.match(key)
+        if match is None or key.startswith("text_encoder"):
+            raise ValueError(
+                f"{path}: key {key!r} is not a low-rank factor of the transformer; load such a "
+                "file with pipe.load_lora_weights beside the adapters of urae"
+            )
+        factors.append((match[1], match[2], tensor))
+    layers = _pair_factors(path, factors)
+    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    return {
+        name: LowRank(pair.down, pair.up * _lora_scale(name, pair, alphas or {}, config))
+        for name, pair in layers.items()
+    }
+
+
+def _lora_scale(
+    name: str, pair: LowRank, alphas: Mapping[str, Any], config: Mapping[str, Any]
+) -> float:
+    rank = pair.down.shape[0]
+    for key in (f"transformer.{name}.alpha", f"{name}.alpha"):
+        if key in alphas:
+            return float(alphas[key]) / rank
+    pattern = config.get("transformer.alpha_pattern") or {}
+    alpha = pattern.get(name, config.get("transformer.lora_alpha"))
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (rank**0.5 if config.get("transformer.use_rslora") else rank)
+
+
+def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dict[str, LowRank]:
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, side, tensor in factors:
+        sides.setdefault(name, {})[side] = tensor
+    if not sides:
+        raise ValueError(f"{path} holds no adapter weights")
+    layers = {}
+    for name, pair in sides.items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"{path}: layer {name} has one factor of two; the file is not whole")
+        down, up = pair["A"], pair["B"]
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+            raise ValueError(
+                f"{path}: layer {name} has factors of shapes {list(down.shape)} and "
+                f"{list(up.shape)}, which do not share a rank"
+            )
+        layers[name] = LowRank(down, up)
+    return layers
+
+
+def _split_halves(
+    path: Path, layers: Mapping[str, LowRank], metadata: Mapping[str, str]
+) -> tuple[dict[str, LowRank], dict[str, LowRank]]:
+    rank = int(metadata.get("urae.rank", "0"))
+    trained, initial = {}, {}
+    for name, pair in layers.items():
+        if pair.down.shape[0] != 2 * rank:
+            raise ValueError(
+                f"{path}: layer {name} has {pair.down.shape[0]} components, but a minor adapter "
+                f"of rank {rank} has {2 * rank}; the metadata does not fit the file"
+            )
+        trained[name] = LowRank(pair.down[:rank], pair.up[:, :rank])
+        initial[name] = LowRank(pair.down[rank:], -pair.up[:, rank:])
+    return trained, initial
+
+
+def check_fits(adapter: AdapterFile, transformer: nn.Module) -> None:
+    """Refuse an adapter that was made for another base.
+
+    Args:
+        adapter: What was read.
+        transformer: The base; one on the meta device will do.
+
+    Raises:
+        ValueError: Names the first layer that does not fit, and both shapes.
+    """
+    for name, pair in adapter.layers.items():
+        expected = linear_shape(transformer, name)
+        found = (pair.up.shape[0], pair.down.shape[1])
+        if expected is None:
+            raise ValueError(
+                f"adapter {adapter.path} is for another base: this one has no linear layer {name}"
+            )
+        if found != expected:
+            raise ValueError(
+                f"adapter {adapter.path} is for another base: {name} is {found[0]} x {found[1]} "
+                f"in the adapter and {expected[0]} x {expected[1]} in the model"
+            )
+
+
+def merge_minor(trained: LowRank, initial: LowRank) -> LowRank:
+    """Write B A - B0 A0 as one update of twice the rank: down [A; A0], up [B, -B0]."""
+    down = torch.cat([trained.down, initial.down.to(trained.down.dtype)])
+    up = torch.cat([trained.up, -initial.up.to(trained.up.dtype)], dim=1)
+    return LowRank(down, up)
+
+
+def write_lora(
+    path: Path, layers: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write factors as a LoRA file of diffusers, whole or not at all.
+
+    Args:
+        path: Replaced if it exists.
+        layers: Factors of scale 1.
+        metadata: String metadata of the safetensors header.
+    """
+    tensors = {}
+    for name, pair in layers.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = pair.down.detach().cpu().contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = pair.up.detach().cpu().contiguous()
+    write_tensors(path, tensors, metadata)

@@ -1,0 +1,124 @@
+"""B0 and A0 of a minor adapter: the minor components of the very base it is applied to."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from urae.adapters.files import AdapterFile, LowRank
+from urae.adapters.minor import minor_components
+
+logger = logging.getLogger(__name__)
+
+Weights = Mapping[str, Callable[[], Tensor]]
+Progress = Callable[[int, int], None]
+
+_ROW_STRIDE = 16
+
+
+def fingerprint_origin(weights: Weights, over: Sequence[Mapping[str, LowRank]]) -> str:
+    """Identify a base and the adapters under a minor adapter by their numbers.
+
+    The same for a base held in bfloat16 and in float32, whatever file it came from.
+
+    Args:
+        weights: The base's matrices by layer.
+        over: Factors of the adapters that come before the minor one.
+
+    Returns:
+        SHA-256 of every 16th row of each matrix and of the factors, 64 hex digits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name}\n".encode())
+        digest.update(_float_bytes(weights[name]()[::_ROW_STRIDE]))
+        for layers in over:
+            if name in layers:
+                digest.update(_float_bytes(layers[name].down))
+                digest.update(_float_bytes(layers[name].up))
+    return digest.hexdigest()
+
+
+def _float_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().float().contiguous().cpu().numpy().tobytes()
+
+
+def compute_initial(
+    weights: Weights,
+    over: Sequence[Mapping[str, LowRank]],
+    rank: int,
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, LowRank]:
+    """Compute B0 and A0 from base + earlier adapters, summed in float32.
+
+    Args:
+        weights: The base's original matrices by layer.
+        over: Factors of the adapters that come before, such as the 2K LoRA.
+        rank: Components a matrix.
+        device: Where to solve.
+        progress: Called with matrices done and in all.
+    """
+
+    def summed(name: str) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            weight = weights[name]()
+            for layers in over:
+                if name in layers:
+                    pair = layers[name]
+                    up, down = pair.up.to(weight.device), pair.down.to(weight.device)
+                    weight = weight + up.float() @ down.float()
+            return weight
+
+        return load
+
+    splits = minor_components(
+        {name: summed(name) for name in weights}, rank, device=device, progress=progress
+    )
+    return {name: LowRank(split.down, split.up) for name, split in splits.items()}
+
+
+def find_initial(
+    adapter: AdapterFile,
+    over: Sequence[Mapping[str, LowRank]],
+    open_weights: Callable[[Sequence[str]], Weights],
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Mapping[str, LowRank]:
+    """Take a minor adapter's B0 and A0 from its file, or compute them if it has another base.
+
+    Args:
+        adapter: A minor adapter.
+        over: Factors of the adapters that come before it.
+        open_weights: Gives the original matrices of some layers.
+        device: Where to solve.
+        progress: Called with matrices done and in all.
+
+    Raises:
+        ValueError: If the adapter was trained over others and none comes before it.
+        FileNotFoundError: If the original weights are needed and missing.
+    """
+    trained_over = adapter.metadata.get("urae.over")
+    if trained_over and not over:
+        raise ValueError(
+            f"minor adapter {adapter.path} was trained over {trained_over}; give both in order: "
+            f"[{Path(trained_over).name!r}, {adapter.path.name!r}]"
+        )
+    if not over and adapter.initial is None:
+        logger.warning(
+            "minor adapter %s has no adapter before it; the reference's 4K file goes over the 2K "
+            "LoRA: [lora_2k, minor_4k]",
+            adapter.path,
+        )
+    weights = open_weights(list(adapter.layers))
+    if adapter.initial is not None:
+        if adapter.origin_hash == fingerprint_origin(weights, over):
+            return adapter.initial
+        logger.info("%s was trained on another base; computing its B0 and A0", adapter.path)
+    rank = next(iter(adapter.layers.values())).down.shape[0]
+    return compute_initial(weights, over, rank, device=device, progress=progress)

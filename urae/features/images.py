@@ -1,0 +1,146 @@
+"""Image files to 8-bit sRGB pictures: what a viewer would show, or an error with a reason."""
+
+import io
+import struct
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
+
+MAX_PIXELS = 512_000_000
+"""Above this an image counts as a decompression bomb. Pillow itself refuses 179 megapixels, which
+ordinary panoramas and medium-format photographs for 4K training exceed."""
+
+Reason = Literal["unreadable image", "truncated image", "decompression bomb"]
+
+# what Pillow's decoders raise on damaged files
+_DAMAGE = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, struct.error)
+_SIXTEEN_BITS = 65535
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used, with the kind of reason."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+def load_image(path: Path) -> Image.Image:
+    """Load an image file as it is meant to be seen, as 8-bit RGB.
+
+    The EXIF orientation is applied. Transparency (alpha, palette or colour key) is composited on
+    white. 16-bit grey is scaled, not clipped. Embedded colour profiles of RGB and CMYK images are
+    converted to sRGB; one that cannot be read is ignored, as browsers do. Of an animation the
+    first frame counts.
+
+    Args:
+        path: A JPEG, PNG, WebP or AVIF file, told by its content and not by its suffix.
+
+    Raises:
+        ImageError: If it is no such file, is damaged or truncated, or has over `MAX_PIXELS`.
+    """
+    return decode_image(read_image(path), path.name)
+
+
+def read_image(path: Path) -> bytes:
+    """Read an image file's bytes.
+
+    Raises:
+        ImageError: If the system cannot read it.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError("unreadable image", f"{path.name}: {error.strerror}") from error
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode an image file's bytes as `load_image` does; `name` is for the messages."""
+    image = _open(data, name)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Read an image's height and width from its header, before any EXIF rotation.
+
+    Raises:
+        ImageError: As `load_image`, but of the pixels nothing is known yet.
+    """
+    image = _open(read_image(path), path.name)
+    return image.height, image.width
+
+
+def _open(data: bytes, name: str) -> ImageFile.ImageFile:
+    # The decoder's own class rather than Image.open: its limit of pixels is a global of the process
+    decoder = _pick_decoder(data)
+    if decoder is None:
+        raise ImageError("unreadable image", f"{name} is not a JPEG, PNG, WebP or AVIF file")
+    try:
+        image = decoder(io.BytesIO(data))
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            "decompression bomb",
+            f"{name} is {image.width} x {image.height}, over the limit of "
+            f"{MAX_PIXELS / 1e6:.0f} megapixels; make it smaller",
+        )
+    return image
+
+
+def _pick_decoder(data: bytes) -> type[ImageFile.ImageFile] | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImageFile
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return WebPImageFile
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):
+        return AvifImageFile
+    return None
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    return ImageError("truncated image", f"{name} is truncated or corrupt: {error}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _scale_to_8_bits(image)
+    profile = image.info.get("icc_profile")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    if profile and image.mode in ("RGB", "CMYK"):
+        try:
+            return _to_srgb(image, profile)
+        except ImageCms.PyCMSError:  # damaged, or made for another colour space
+            pass
+    return image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image).astype(np.float32)
+    if (colour_key := image.info.get("transparency")) is not None:
+        grey[grey == colour_key] = _SIXTEEN_BITS
+    return Image.fromarray((grey.clip(0, _SIXTEEN_BITS) * (255 / _SIXTEEN_BITS) + 0.5).astype("u1"))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    srgb = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    assert converted is not None  # only a conversion in place returns nothing
+    return converted
