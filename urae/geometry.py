@@ -80,3 +80,24 @@ def build_image_ids(
 def build_text_ids(length: int, device: torch.device | str | None = None) -> Float[Tensor, "l 3"]:
     """Place all text tokens at position zero, float32, as FLUX does."""
     return torch.zeros(length, 3, device=device)
+
+
+_NAMED_SIZES = {"1k": 1024, "2k": 2048, "4k": 4096}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read a picture size: `1k`, `2k`, `4k` (squares), a side, or WIDTHxHEIGHT.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        ValueError: If the text is no size, or FLUX has no whole number of tokens for it.
+    """
+    named = _NAMED_SIZES.get(text.lower())
+    parts = [str(named)] if named else text.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"size {text!r} is not 1k, 2k, 4k, a side, or WIDTHxHEIGHT as 3840x2160")
+    width, height = int(parts[0]), int(parts[-1])
+    check_size(height, width)
+    return height, width

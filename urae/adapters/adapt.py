@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from urae.adapters.attach import attach, detach
-from urae.adapters.files import AdapterFile, LowRank, check_fits, merge_minor, read_adapter
-from urae.adapters.initial import Progress, find_initial
+from urae.adapters.files import AdapterFile, check_fits, read_adapter
+from urae.adapters.initial import compute_updates
 from urae.backbones.weights import open_original_weights
 from urae.resolution import (
     ResolutionPolicy,
@@ -83,7 +83,11 @@ def adapt(
         policies = [file.policy for file in files if file.policy is not None]
         policy = policies[-1] if policies else read_base_policy(_path_of(pipe))
     build_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
-    updates = compute_updates(files, transformer)
+    updates = compute_updates(
+        files,
+        lambda layers: open_original_weights(transformer, layers),
+        device=_solve_device(transformer),
+    )
     restore(pipe)
     try:
         for name, layers in zip(names, updates, strict=True):
@@ -124,37 +128,7 @@ def as_sources(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
 
 
-def compute_updates(
-    files: Sequence[AdapterFile], transformer: nn.Module, progress: Progress | None = None
-) -> list[Mapping[str, LowRank]]:
-    """Return each adapter's update as plain factors, in order.
-
-    A minor adapter becomes one update of twice its rank, B A - B0 A0, with B0 and A0 of the base
-    plus the adapters before it.
-    """
-    device = next(transformer.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device  # sequentially offloaded
-    updates: list[Mapping[str, LowRank]] = []
-    for file in files:
-        if file.kind == "lora":
-            updates.append(file.layers)
-            continue
-        initial = find_initial(
-            file,
-            updates,
-            lambda names: open_original_weights(transformer, names),
-            device=device,
-            progress=progress,
-        )
-        updates.append(
-            {name: merge_minor(pair, initial[name]) for name, pair in file.layers.items()}
-        )
-    return updates
-
-
-def _name_adapters(
-    files: Sequence[AdapterFile], given: str | Sequence[str] | None
-) -> list[str]:
+def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | None) -> list[str]:
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
         if len(names) != len(files):
@@ -192,6 +166,11 @@ def _transformer_of(pipe: Any) -> nn.Module:
         )
     module: nn.Module = transformer
     return module
+
+
+def _solve_device(transformer: nn.Module) -> torch.device:
+    device = next(transformer.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device  # sequentially offloaded
 
 
 def _controlnets_of(pipe: Any) -> Iterable[nn.Module]:

@@ -1,7 +1,9 @@
 """Low-rank factors in and out of a stock transformer, as named peft adapters."""
 
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,27 +39,42 @@ def attach(
         state[f"{layer}.lora_A.weight"] = pair.down
         state[f"{layer}.lora_B.weight"] = pair.up
     config = _lora_config(layers).to_dict()
-    transformer.load_lora_adapter(
-        state, prefix=None, adapter_name=name, metadata=config, _pipeline=pipe
-    )
+    with _several_adapters():
+        transformer.load_lora_adapter(
+            state, prefix=None, adapter_name=name, metadata=config, _pipeline=pipe
+        )
     _cast_to_compute(transformer, name)
     transformer.set_adapter([*active, name])
     for parameter in adapter_parameters(transformer, name):
         parameter.requires_grad_(False)
 
 
-def attach_frozen(transformer: nn.Module, name: str, layers: Mapping[str, LowRank]) -> None:
+def attach_frozen(
+    transformer: nn.Module,
+    name: str,
+    layers: Mapping[str, LowRank],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Attach factors that no optimizer and no activation of adapters can ever train.
 
     peft makes the parameters of every activated adapter trainable, so these are buffers.
+
+    Args:
+        transformer: As in `attach`.
+        name: Of the adapter; not in use yet.
+        layers: Factors of scale 1.
+        dtype: To hold and compute them in; the base's unless given.
     """
     attach(transformer, name, layers)
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            for linear in (layer.lora_A[name], layer.lora_B[name]):
-                weight = linear.weight.detach().clone()
-                del linear.weight
-                linear.register_buffer("weight", weight)
+    for path, layer in _lora_layers(transformer, name):
+        for linear, factor in zip(
+            (layer.lora_A[name], layer.lora_B[name]), layers[path], strict=True
+        ):
+            weight = linear.weight.detach()
+            del linear.weight
+            frozen = factor.to(weight.device, dtype or weight.dtype, copy=True)
+            linear.register_buffer("weight", frozen)
 
 
 def attach_trainable(
@@ -70,7 +87,8 @@ def attach_trainable(
     """
     active = active_adapters(transformer)
     transformer.requires_grad_(False)
-    inject_adapter_in_model(_lora_config(layers), transformer, name)
+    with _several_adapters():
+        inject_adapter_in_model(_lora_config(layers), transformer, name)
     transformer._hf_peft_config_loaded = True
     parameters = list(adapter_parameters(transformer, name))
     for parameter in parameters:
@@ -107,8 +125,7 @@ def read_factors(transformer: nn.Module, name: str) -> dict[str, LowRank]:
     """Return an attached adapter's factors by layer (references, not copies)."""
     return {
         path: LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight)
-        for path, layer in transformer.named_modules()
-        if isinstance(layer, LoraLayer) and name in layer.lora_A
+        for path, layer in _lora_layers(transformer, name)
     }
 
 
@@ -120,6 +137,14 @@ def adapter_parameters(transformer: nn.Module, name: str) -> list[nn.Parameter]:
         for weight in pair
         if isinstance(weight, nn.Parameter)
     ]
+
+
+@contextmanager
+def _several_adapters() -> Iterator[None]:
+    # peft takes a second adapter on one model for a mistake; here it is the method
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        yield
 
 
 def _lora_config(layers: Mapping[str, LowRank]) -> LoraConfig:
@@ -137,7 +162,12 @@ def _lora_config(layers: Mapping[str, LowRank]) -> LoraConfig:
 
 def _cast_to_compute(transformer: nn.Module, name: str) -> None:
     dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.bfloat16
-    for layer in transformer.modules():
+    for _, layer in _lora_layers(transformer, name):
+        layer.lora_A[name].to(dtype)
+        layer.lora_B[name].to(dtype)
+
+
+def _lora_layers(transformer: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+    for path, layer in transformer.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            layer.lora_A[name].to(dtype)
-            layer.lora_B[name].to(dtype)
+            yield path, layer

@@ -3,17 +3,17 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from urae.adapters.files import AdapterFile, LowRank
+from urae.adapters.files import AdapterFile, LowRank, merge_minor
 from urae.adapters.minor import minor_components
 
 logger = logging.getLogger(__name__)
 
 Weights = Mapping[str, Callable[[], Tensor]]
+OpenWeights = Callable[[Sequence[str]], Weights]
 Progress = Callable[[int, int], None]
 
 _ROW_STRIDE = 16
@@ -82,32 +82,65 @@ def compute_initial(
     return {name: LowRank(split.down, split.up) for name, split in splits.items()}
 
 
+def compute_updates(
+    files: Sequence[AdapterFile],
+    open_weights: OpenWeights | None,
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> list[Mapping[str, LowRank]]:
+    """Return each adapter's update as plain factors, in order.
+
+    A minor adapter becomes one update of twice its rank, B A - B0 A0, with B0 and A0 of the base
+    plus the adapters before it.
+
+    Args:
+        files: In the order in which they are applied.
+        open_weights: Gives the original matrices of some layers; None takes B0 and A0 from the
+            files, whatever base they come from.
+        device: Where to solve.
+        progress: Called with matrices done and in all.
+
+    Raises:
+        ValueError: If a minor adapter lacks the adapter it was trained over, or its B0 and A0.
+        FileNotFoundError: If the original weights are needed and missing.
+    """
+    updates: list[Mapping[str, LowRank]] = []
+    for file in files:
+        if file.kind == "lora":
+            updates.append(file.layers)
+            continue
+        initial = find_initial(file, updates, open_weights, device=device, progress=progress)
+        updates.append(
+            {name: merge_minor(pair, initial[name]) for name, pair in file.layers.items()}
+        )
+    return updates
+
+
 def find_initial(
     adapter: AdapterFile,
     over: Sequence[Mapping[str, LowRank]],
-    open_weights: Callable[[Sequence[str]], Weights],
+    open_weights: OpenWeights | None,
     *,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Mapping[str, LowRank]:
     """Take a minor adapter's B0 and A0 from its file, or compute them if it has another base.
 
-    Args:
-        adapter: A minor adapter.
-        over: Factors of the adapters that come before it.
-        open_weights: Gives the original matrices of some layers.
-        device: Where to solve.
-        progress: Called with matrices done and in all.
-
-    Raises:
-        ValueError: If the adapter was trained over others and none comes before it.
-        FileNotFoundError: If the original weights are needed and missing.
+    Arguments and errors are those of `compute_updates`; `over` are the updates before this one.
     """
+    if open_weights is None:
+        if adapter.initial is None:
+            raise ValueError(
+                f"{adapter.path} does not hold its B0 and A0: name the base that it was trained "
+                "on (--model), and its 2K LoRA before it"
+            )
+        return adapter.initial
     trained_over = adapter.metadata.get("urae.over")
     if trained_over and not over:
         raise ValueError(
-            f"minor adapter {adapter.path} was trained over {trained_over}; give both in order: "
-            f"[{Path(trained_over).name!r}, {adapter.path.name!r}]"
+            f"minor adapter {adapter.path} was trained over {trained_over}; give both in order, "
+            "that one first"
         )
     if not over and adapter.initial is None:
         logger.warning(

@@ -4,8 +4,8 @@ For W = U S V^T the 4K stage trains the `rank` smallest components (arXiv:2503.1
 They lie about four orders of magnitude below the largest, out of reach of a float32 Gram matrix,
 so everything here runs in float64. Applying W^-1 makes the small components the dominant ones:
 one LU factorisation, then a block Krylov space of (W^T W)^-1, whose best `rank` directions are read
-off by Rayleigh-Ritz. The result is accepted only if it satisfies W v = s u and W^T u = s v;
-otherwise, and for weights this cannot serve, a full float64 SVD answers.
+off by Rayleigh-Ritz. The result is accepted only if W v = s u and W^T u = s v hold with orthonormal
+vectors; otherwise, and for weights this cannot serve, a full float64 SVD answers.
 """
 
 import logging
@@ -194,7 +194,8 @@ def _orthonormalise(
     """Return orthonormal columns that extend an orthonormal basis by `vectors`."""
     for _ in range(2):  # twice is enough for orthogonality to rounding
         vectors = vectors - basis @ (basis.mT @ vectors)
-    return torch.linalg.qr(vectors).Q
+    orthonormal: Tensor = torch.linalg.qr(vectors).Q
+    return orthonormal
 
 
 def _split_by_full_svd(matrix: Float[Tensor, "out in"], rank: int, norm: float) -> _Triplets:
@@ -217,11 +218,15 @@ def _split_by_full_svd(matrix: Float[Tensor, "out in"], rank: int, norm: float) 
 
 
 def _residual(matrix: Float[Tensor, "out in"], triplets: _Triplets) -> float:
-    """Measure the largest column of W V - U S and W^T U - V S, against W itself.
+    """Measure how far W V = U S, W^T U = V S and orthonormal U, V fail, against W itself.
 
-    U is orthonormal by construction; if both residuals vanish, V is too.
+    Returns:
+        The largest column norm of the first two, or the drift from orthonormality times the
+        largest value of S, whichever is larger: on the scale of a singular value.
     """
     left, values, right = triplets
+    identity = torch.eye(len(values), dtype=matrix.dtype, device=matrix.device)
+    drift = torch.maximum((left.mT @ left - identity).abs(), (right.mT @ right - identity).abs())
     forward = torch.linalg.vector_norm(matrix @ right - left * values, dim=0)
     backward = torch.linalg.vector_norm(matrix.mT @ left - right * values, dim=0)
-    return float(torch.maximum(forward, backward).max())
+    return float(torch.maximum(torch.maximum(forward, backward), drift * values.max()).max())

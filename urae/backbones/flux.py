@@ -4,11 +4,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -101,9 +102,7 @@ def _check_local(path: Path) -> None:
         raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
 
 
-def load_pipeline(
-    model: str, *, dtype: torch.dtype, without: Sequence[str] = ()
-) -> FluxPipeline:
+def load_pipeline(model: str, *, dtype: torch.dtype, without: Sequence[str] = ()) -> FluxPipeline:
     """Load a stock FLUX pipeline on the CPU.
 
     Args:
@@ -199,3 +198,43 @@ def predict_velocity(
         return_dict=False,
     )[0]
     return unpack(tokens, height, width)
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How a VAE's latents are shifted and scaled for the transformer."""
+
+    shift_factor: float = 0.1159
+    scaling_factor: float = 0.3611
+
+    def normalize(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Turn what the VAE encodes into what the transformer denoises."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+
+def read_latent_scale(path: Path) -> LatentScale:
+    """Read the latent scale of a fetched model; a single file has FLUX.1's."""
+    if path.is_file():
+        return LatentScale()
+    config = AutoencoderKL.load_config(path / "vae")
+    return LatentScale(config["shift_factor"], config["scaling_factor"])
+
+
+def build_meta_transformer(path: Path) -> FluxTransformer2DModel:
+    """Build a fetched model's transformer without weights, to check shapes against.
+
+    Args:
+        path: What `fetch_model` returned; a single file is taken to have FLUX.1's shape.
+    """
+    with torch.device("meta"):
+        if path.is_file():
+            return FluxTransformer2DModel(guidance_embeds=True)
+        config = FluxTransformer2DModel.load_config(path / "transformer")
+        return FluxTransformer2DModel.from_config(config)
+
+
+def load_transformer(path: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """Load the transformer alone of a fetched model, on the CPU."""
+    if path.is_file():
+        return FluxTransformer2DModel.from_single_file(str(path), dtype=dtype)
+    return FluxTransformer2DModel.from_pretrained(path / "transformer", dtype=dtype)

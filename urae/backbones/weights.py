@@ -73,9 +73,7 @@ def open_original_weights(
         ) from error
 
 
-def open_weight_files(
-    folder: Path, names: Iterable[str]
-) -> Mapping[str, Callable[[], Tensor]]:
+def open_weight_files(folder: Path, names: Iterable[str]) -> Mapping[str, Callable[[], Tensor]]:
     """Give access to linear weights in a transformer's safetensors files.
 
     Args:

@@ -13,7 +13,7 @@ from urae.geometry import TOKEN_PIXELS
 
 RATIOS = (1 / 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2 / 1, 21 / 9, 3 / 1, 4 / 1)
 """Long side to short side. Those of cameras and screens: pictures of these lose next to nothing,
-others at most an eighth of a side (beyond 4:1, more), and so few sizes fill batches well."""
+others at most a seventh of a side (beyond 4:1, more), and so few sizes fill batches well."""
 
 
 def check_resolution(resolution: int) -> None:

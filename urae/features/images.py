@@ -18,7 +18,7 @@ MAX_PIXELS = 512_000_000
 """Above this an image counts as a decompression bomb. Pillow itself refuses 179 megapixels, which
 ordinary panoramas and medium-format photographs for 4K training exceed."""
 
-Reason = Literal["unreadable image", "truncated image", "decompression bomb"]
+Reason = Literal["unreadable image", "truncated image", "decompression bomb", "too small"]
 
 # what Pillow's decoders raise on damaged files
 _DAMAGE = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, struct.error)
@@ -126,7 +126,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if profile and image.mode in ("RGB", "CMYK"):
         try:
             return _to_srgb(image, profile)
-        except ImageCms.PyCMSError:  # damaged, or made for another colour space
+        except (OSError, ImageCms.PyCMSError):  # damaged, or made for another colour space
             pass
     return image.convert("RGB")
 

@@ -1,1 +1,13 @@
 """One training loop; 2K and 4K, LoRA and minor components are recipes of it."""
+
+from urae.train.config import AdapterConfig, OptimizerConfig, TrainConfig
+from urae.train.loop import StepReport, TrainResult, train
+
+__all__ = [
+    "AdapterConfig",
+    "OptimizerConfig",
+    "StepReport",
+    "TrainConfig",
+    "TrainResult",
+    "train",
+]

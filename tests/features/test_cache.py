@@ -1,0 +1,334 @@
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from urae.features import encoders
+from urae.features.cache import cache
+from urae.features.encoders import Encoders
+from urae.features.images import load_image
+from urae.features.store import read_header
+
+NUM_IMAGES, NUM_CAPTIONS = 4, 8
+
+# Shares the first folder with this process, then is killed in the middle of a write in the second
+CHILD = """
+import json, os, signal, sys, time
+from dataclasses import asdict
+from pathlib import Path
+import torch
+from urae.features.cache import CacheConfig, cache
+
+torch.set_num_threads(1)
+shared, killed, model = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+fsync = os.fsync
+
+def wait_once(descriptor):
+    os.fsync = fsync
+    (shared / "claimed").touch()
+    while not (shared / "go").exists():
+        time.sleep(0.01)
+    fsync(descriptor)
+
+os.fsync = wait_once
+report = cache(CacheConfig(shared, model, 192, 48))
+(shared / "child_report").write_text(json.dumps(asdict(report)))
+
+def kill_at_tenth(descriptor, calls=[]):
+    calls.append(descriptor)
+    if len(calls) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+
+os.fsync = kill_at_tenth
+cache(CacheConfig(killed, model, 192, 48))
+"""
+
+
+def features_of(folder: Path) -> dict[str, object]:
+    """Read all that a folder's features hold: safetensors has no fixed order for metadata."""
+    return {
+        path.name: (
+            read_header(path),
+            {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()},
+        )
+        for path in folder.glob("*.safetensors")
+    }
+
+
+def refuse_to_load(monkeypatch):
+    def fail(*args, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(encoders, "load_pipeline", fail)
+
+
+def edit_caption(folder, stem, **columns):
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | columns))
+
+
+def test_the_cache_has_the_references_format_and_numbers(cached, train_data):
+    ours, theirs = sorted(cached.glob("*.safetensors")), sorted(train_data.glob("*.safetensors"))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for path in ours:
+        mine, reference = load_file(path), load_file(train_data / path.name)
+        assert mine.keys() == reference.keys()
+        for key, tensor in mine.items():
+            assert tensor.dtype == reference[key].dtype
+            if path.name.endswith("_embed.safetensors"):
+                torch.testing.assert_close(tensor, reference[key], atol=1e-5, rtol=0)
+            else:
+                assert (tensor.ndim, tensor.shape[0]) == (3, 16)
+
+
+def test_latents_of_the_same_pixels_equal_the_references(train_data, base_dev):
+    # The reference squeezes into fixed sizes (bicubic, the long side's pass first): its pixels,
+    # encoded by us. Float32 sums in another order differ by up to 3.3e-6 of values up to 3.4.
+    model = Encoders(Path(base_dev))
+    for stem in ("image_0", "image_1", "image_2", "image_3"):
+        reference = load_file(train_data / f"{stem}_latent_code.safetensors")
+        height, width = (8 * side for side in reference["mean"].shape[1:])
+        image = load_image(train_data / f"{stem}.jpg")
+        if height > width:
+            image = image.resize((image.width, height), Image.Resampling.BICUBIC)
+        mean, std = model.encode_image(image.resize((width, height), Image.Resampling.BICUBIC))
+        torch.testing.assert_close(mean, reference["mean"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(std, reference["std"], atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_of_its_buckets_size_equals_the_references(folder, train_data, settings):
+    report = cache(settings(folder, resolution=256))
+    assert {skip.reason for skip in report.skipped} == {"too small"}
+    mine = load_file(folder / "image_1_latent_code.safetensors")
+    reference = load_file(train_data / "image_1_latent_code.safetensors")
+    torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_metadata_says_what_a_file_was_made_from(cached, base_dev):
+    latents = read_header(cached / "image_0_latent_code.safetensors")
+    metadata = latents.metadata
+    assert metadata.keys() == {
+        "urae_features",
+        "dtype",
+        "vae",
+        "resolution",
+        "image_sha256",
+        "model",
+        "height",
+        "width",
+        "vae_tiling",
+    }
+    assert (metadata["resolution"], metadata["dtype"]) == ("192", "float32")
+    assert (metadata["model"], metadata["vae_tiling"]) == (base_dev, "false")
+    size = tuple(8 * side for side in latents.shapes["mean"][1:])
+    assert (int(metadata["height"]), int(metadata["width"])) == size
+    embeds = read_header(cached / "image_0_prompt_embed.safetensors").metadata
+    assert embeds.keys() == {
+        "urae_features",
+        "dtype",
+        "text_encoders",
+        "max_sequence_length",
+        "caption_sha256",
+        "model",
+    }
+
+
+def test_a_second_run_does_nothing_and_loads_nothing(cached, settings, monkeypatch):
+    refuse_to_load(monkeypatch)
+    before = features_of(cached)
+    report = cache(settings(cached))
+    assert (report.latents.unchanged, report.latents.encoded) == (NUM_IMAGES, 0)
+    assert (report.embeds.unchanged, report.embeds.encoded) == (NUM_CAPTIONS, 0)
+    assert report.skipped == report.removed == []
+    assert features_of(cached) == before
+
+
+def test_the_references_files_are_kept_unless_overwritten(
+    train_data, tmp_path, settings, monkeypatch
+):
+    folder = Path(shutil.copytree(train_data, tmp_path / "data"))
+    before = features_of(folder)
+    with monkeypatch.context() as patch:
+        refuse_to_load(patch)
+        report = cache(settings(folder))
+    assert (report.latents.kept, report.embeds.kept) == (NUM_IMAGES, NUM_CAPTIONS)
+    assert features_of(folder) == before
+    report = cache(settings(folder, overwrite=True))
+    assert (report.latents.encoded, report.embeds.encoded) == (NUM_IMAGES, NUM_CAPTIONS)
+
+
+def test_what_changed_is_encoded_again_and_nothing_else(cached_copy, settings):
+    before = features_of(cached_copy)
+    edit_caption(cached_copy, "image_1", prompt="a changed caption")
+    image = Image.open(cached_copy / "image_2.jpg").rotate(180)
+    image.save(cached_copy / "image_2.jpg")
+    report = cache(settings(cached_copy))
+    assert (report.latents.encoded, report.latents.unchanged) == (1, 3)
+    assert (report.embeds.encoded, report.embeds.unchanged) == (1, 7)
+    after = features_of(cached_copy)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"image_1_prompt_embed.safetensors", "image_2_latent_code.safetensors"}
+
+    report = cache(settings(cached_copy, resolution=176))
+    assert (report.latents.encoded, report.embeds.encoded) == (NUM_IMAGES, 0)
+    report = cache(settings(cached_copy, resolution=176, max_sequence_length=32))
+    assert (report.latents.encoded, report.embeds.encoded) == (0, NUM_CAPTIONS)
+    (cached_copy / "image_3_latent_code.safetensors").write_bytes(b"cut")
+    report = cache(settings(cached_copy, resolution=176, max_sequence_length=32))
+    assert (report.latents.encoded, report.embeds.encoded) == (1, 0)
+
+
+def test_another_model_is_encoded_again(cached_copy, settings, tmp_path, base_dev):
+    other = Path(shutil.copytree(base_dev, tmp_path / "model"))
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps(config | {"note": "other"}))
+    report = cache(settings(cached_copy, model=str(Path(base_dev).with_name("base_dev"))))
+    assert report.latents.unchanged == NUM_IMAGES
+    report = cache(settings(cached_copy, model=str(other)))
+    assert (report.latents.encoded, report.embeds.unchanged) == (NUM_IMAGES, NUM_CAPTIONS)
+
+
+def test_every_skip_has_its_reason(cached_copy, settings):
+    def spoil(name, data):
+        (cached_copy / name).write_bytes(data)
+
+    data = (cached_copy / "image_0.jpg").read_bytes()
+    spoil("image_0.jpg", data[: len(data) // 2])
+    Image.new("RGB", (64, 64)).save(cached_copy / "image_1.jpg")
+    edit_caption(cached_copy, "image_2", generated_prompt=" ")
+    (cached_copy / "image_3.json").write_text("{")
+    spoil("text.png", b"no image")
+    spoil("text.txt", b"a caption")
+    report = cache(settings(cached_copy))
+    assert {(skip.file, skip.reason) for skip in report.skipped} == {
+        ("image_0.jpg", "truncated image"),
+        ("image_1.jpg", "too small"),
+        ("image_2.json", "empty caption"),
+        ("image_3.jpg", "unreadable caption"),
+        ("text.png", "unreadable image"),
+    }
+    details = {skip.file: skip.detail for skip in report.skipped}
+    assert details["image_1.jpg"].startswith(
+        "image_1.jpg is 64 x 64; resolution 192 needs 192 x 192"
+    )
+    # what would no longer be true is gone, and an image without readable caption is left alone
+    assert sorted(report.removed) == [
+        "image_0_latent_code.safetensors",
+        "image_1_latent_code.safetensors",
+        "image_2_generated_prompt_embed.safetensors",
+    ]
+    assert (cached_copy / "image_3_latent_code.safetensors").exists()
+    written = json.loads((cached_copy / ".urae" / "cache_report.json").read_text())
+    assert written["skipped"] == [
+        {"file": skip.file, "reason": skip.reason, "detail": skip.detail} for skip in report.skipped
+    ]
+
+
+def test_bombs_are_skipped(folder, settings, monkeypatch):
+    monkeypatch.setattr("urae.features.images.MAX_PIXELS", 300 * 220 - 1)
+    report = cache(settings(folder))
+    assert report.latents.encoded == 2
+    reasons = [(skip.file, skip.reason) for skip in report.skipped]
+    assert reasons == [("image_0.jpg", "decompression bomb"), ("image_3.jpg", "decompression bomb")]
+
+
+def test_progress_is_told(folder, settings):
+    calls = []
+    cache(settings(folder), progress=lambda *call: calls.append(call))
+    expected = [("inspect", done, 4) for done in range(5)]
+    expected += [("captions", done, 8) for done in range(9)]
+    expected += [("images", done, 4) for done in range(5)]
+    assert calls == expected
+
+
+def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
+    folder, settings, monkeypatch, cached
+):
+    fsync, calls = os.fsync, []
+
+    def fill(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill)
+        with pytest.raises(OSError, match=r"no space left for .* free some space and run again"):
+            cache(settings(folder))
+    assert len(features_of(folder)) == 9
+    assert not list(folder.glob(".*.tmp"))
+    report = cache(settings(folder))
+    assert report.latents.encoded + report.embeds.encoded == NUM_IMAGES + NUM_CAPTIONS - 9
+    assert features_of(folder) == features_of(cached)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 200}, "resolution 200 is not a positive multiple of 16; try 192 or 208"),
+        ({"max_sequence_length": 513}, "max_sequence_length 513 is outside 1 to 512"),
+        ({"data_dir": Path("gone")}, "data folder gone does not exist"),
+        ({"model": "no such model"}, "neither a local path nor a hub id"),
+    ],
+)
+def test_bad_settings_fail_before_weights_load(folder, settings, monkeypatch, changes, message):
+    refuse_to_load(monkeypatch)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        cache(settings(folder, **changes))
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory, copy_sources, base_dev):
+    """A second process, at work on two folders: `CHILD`."""
+    folders = [copy_sources(tmp_path_factory.mktemp(name)) for name in ("shared", "killed")]
+    command = [sys.executable, "-c", CHILD, *map(str, folders), base_dev]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        yield process, *folders
+        process.kill()
+
+
+def test_processes_share_the_work(child, settings, cached):
+    process, folder, _ = child
+    deadline = time.monotonic() + 120
+    while not (folder / "claimed").exists():  # the child is busy with the first caption
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+    def release(stage, done, total):
+        if (stage, done) == ("captions", total - 1):  # all the others are done here meanwhile
+            (folder / "go").touch()
+
+    mine = cache(settings(folder), progress=release)
+    assert features_of(folder) == features_of(cached)
+    assert (mine.embeds.encoded, mine.embeds.shared) == (NUM_CAPTIONS - 1, 1)
+    while not (folder / "child_report").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    theirs = json.loads((folder / "child_report").read_text())
+    assert theirs["embeds"]["encoded"] == 1
+    assert theirs["embeds"]["shared"] == NUM_CAPTIONS - 1
+    assert mine.latents.encoded + theirs["latents"]["encoded"] == NUM_IMAGES
+
+
+def test_a_killed_run_is_resumed_to_the_same_bits(child, settings, cached):
+    process, _, folder = child
+    assert process.wait(120) == -signal.SIGKILL
+    assert len(features_of(folder)) == 9
+    assert len(list(folder.glob(".*.tmp"))) == 1  # killed in the middle of a write
+    report = cache(settings(folder))
+    assert (report.embeds.unchanged, report.latents.unchanged) == (NUM_CAPTIONS, 1)
+    assert report.latents.encoded == NUM_IMAGES - 1
+    assert features_of(folder) == features_of(cached)
+    assert not list(folder.glob(".*.tmp"))

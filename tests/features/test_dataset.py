@@ -1,0 +1,147 @@
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from urae.features.dataset import (
+    Sample,
+    batch_for_step,
+    build_batches,
+    check_cache,
+    choose_caption,
+    list_samples,
+    load_embeds,
+    load_latents,
+)
+from urae.features.store import Fingerprints, fingerprint_encoders
+
+DIMS = {"latent_channels": 16, "t5_dim": 32, "clip_dim": 24}
+SIZES = [(64, 64)] * 7 + [(32, 128)] * 4 + [(128, 32)] * 2
+SAMPLES = [
+    Sample(f"{i:02}", Path(f"{i}"), {"prompt": Path()}, *size) for i, size in enumerate(SIZES)
+]
+
+
+def test_the_references_cache_is_read(train_data):
+    samples = list_samples(train_data)
+    assert [(s.stem, s.height, s.width) for s in samples] == [
+        ("image_0", 192, 256),
+        ("image_1", 256, 256),
+        ("image_2", 256, 128),
+        ("image_3", 128, 256),
+    ]
+    assert all(sorted(s.embed_paths) == ["generated_prompt", "prompt"] for s in samples)
+    check_cache(samples, **DIMS, resolution=256, fingerprints=Fingerprints("any", "any"))
+    mean, std = load_latents(samples[0])
+    assert mean.shape == std.shape == (16, 24, 32)
+    prompt_embeds, pooled = load_embeds(samples[0], "prompt")
+    assert prompt_embeds.shape == (48, 32)
+    assert pooled.shape == (24,)
+    stored = load_file(train_data / "image_0_prompt_embed.safetensors")
+    assert torch.equal(prompt_embeds, stored["caption_feature_t5"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_channels": 4}, r"image_0_latent_code.*channels of mean is 16, this run wants 4"),
+        ({"t5_dim": 4096}, r"image_0_\w+_embed.*T5's embeddings is 32, this run wants 4096"),
+        ({"clip_dim": 768}, r"image_0_\w+_embed.*CLIP's embedding is 24, this run wants 768"),
+    ],
+)
+def test_shapes_must_fit_the_model(train_data, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_cache(list_samples(train_data), **(DIMS | change))
+
+
+def test_our_cache_must_fit_model_and_resolution(cached, base_dev):
+    samples, prints = list_samples(cached), fingerprint_encoders(Path(base_dev))
+    check_cache(samples, **DIMS, resolution=192, fingerprints=prints)
+    check_cache(samples, **DIMS)
+    with pytest.raises(ValueError, match=r"image_0_latent.*resolution is 192, this run wants 256"):
+        check_cache(samples, **DIMS, resolution=256)
+    other = Fingerprints("other", prints.text_encoders)
+    with pytest.raises(ValueError, match=f"VAE is {prints.vae}, this run wants other"):
+        check_cache(samples, **DIMS, fingerprints=other)
+    other = Fingerprints(prints.vae, "other")
+    with pytest.raises(ValueError, match=r"image_0_\w+_embed.*text encoders is .* wants other"):
+        check_cache(samples, **DIMS, fingerprints=other)
+
+
+def test_folders_that_cannot_be_trained_on(tmp_path, cached_copy):
+    with pytest.raises(ValueError, match=r"has no cached latents .* run `urae cache"):
+        list_samples(tmp_path)
+    for path in cached_copy.glob("image_2_*_embed.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"image_2_latent_code\S+ has no prompt embeddings"):
+        list_samples(cached_copy)
+    save_file({"wrong": torch.zeros(2)}, cached_copy / "image_0_latent_code.safetensors")
+    with pytest.raises(ValueError, match=r"image_0_latent_code\S+ has no 'mean' of 3 axes"):
+        list_samples(cached_copy)
+
+
+def test_embeddings_of_one_length(cached_copy):
+    path = cached_copy / "image_3_prompt_embed.safetensors"
+    save_file(load_file(path) | {"caption_feature_t5": torch.zeros(16, 32)}, path)
+    with pytest.raises(ValueError, match="max_sequence_length is 16, this run wants 48"):
+        check_cache(list_samples(cached_copy), **DIMS)
+
+
+def test_captions_are_mixed():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*columns, share=0.2):
+        sample = Sample("a", Path(), dict.fromkeys(columns, Path()), 64, 64)
+        return Counter(choose_caption(sample, share, generator) for _ in range(2000))
+
+    counts = draw("prompt", "generated_prompt")
+    assert set(counts) == {"prompt", "generated_prompt"}
+    assert abs(counts["prompt"] - 400) < 90  # five standard deviations of the binomial
+    counts = draw("prompt", "a", "b")
+    assert abs(counts["a"] - 800) < 110 and abs(counts["b"] - 800) < 110
+    assert draw("prompt") == {"prompt": 2000}
+    assert draw("a") == {"a": 2000}
+    assert draw("prompt", "a", share=1.0) == {"prompt": 2000}
+    assert draw("prompt", "a", share=0.0) == {"a": 2000}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_an_epoch_has_every_sample_once(batch_size):
+    for epoch in range(3):
+        batches = build_batches(SAMPLES, batch_size, seed=5, epoch=epoch)
+        assert sorted(chain(*batches)) == list(range(len(SAMPLES)))
+        for batch in batches:
+            assert 1 <= len(batch) <= batch_size
+            assert len({SIZES[index] for index in batch}) == 1
+        assert len(batches) == sum(-(-count // batch_size) for count in (7, 4, 2))
+
+
+def test_batches_follow_seed_and_epoch():
+    first = build_batches(SAMPLES, 2, seed=5, epoch=0)
+    assert first == build_batches(list(SAMPLES), 2, seed=5, epoch=0)
+    assert first != build_batches(SAMPLES, 2, seed=5, epoch=1)
+    assert first != build_batches(SAMPLES, 2, seed=6, epoch=0)
+    # holds the order across versions: a run resumes under a newer one
+    assert build_batches(SAMPLES[7:11], 1, seed=0, epoch=0) == ((1,), (0,), (3,), (2,))
+
+
+def test_ranks_divide_the_epochs_between_them():
+    num_batches = len(build_batches(SAMPLES, 2, seed=1, epoch=0))
+    steps = [
+        [batch_for_step(SAMPLES, 2, seed=1, step=s, rank=r, num_ranks=3) for r in range(3)]
+        for s in range(num_batches)
+    ]
+    for ranks in steps[: num_batches // 3]:
+        assert len(set(chain(*(rank.indices for rank in ranks)))) == sum(
+            len(rank.indices) for rank in ranks
+        )
+    # so many steps of three ranks are three whole epochs
+    seen = Counter(chain(*(rank.indices for ranks in steps for rank in ranks)))
+    assert seen == dict.fromkeys(range(len(SAMPLES)), 3)
+    counters = list(chain(*(rank.counters for ranks in steps for rank in ranks)))
+    assert len(set(counters)) == len(counters) == 3 * len(SAMPLES)
+    again = batch_for_step(SAMPLES, 2, seed=1, step=4, rank=2, num_ranks=3)
+    assert again == steps[4][2]

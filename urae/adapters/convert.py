@@ -1,0 +1,156 @@
+"""Turn adapters into one plain LoRA, for stock diffusers or for kohya and ComfyUI."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, write_lora
+from urae.adapters.initial import OpenWeights, Progress, compute_updates
+from urae.backbones.flux import build_meta_transformer, fetch_model
+from urae.backbones.weights import open_weight_files
+from urae.tensorfiles import write_tensors
+
+# kohya's names follow Black Forest Labs' model, where several of diffusers' layers are one matrix
+_DOUBLE = {
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "img_mlp_0": ("ff.net.0.proj",),
+    "img_mlp_2": ("ff.net.2",),
+    "img_mod_lin": ("norm1.linear",),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "txt_mlp_0": ("ff_context.net.0.proj",),
+    "txt_mlp_2": ("ff_context.net.2",),
+    "txt_mod_lin": ("norm1_context.linear",),
+}
+_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm.linear",),
+}
+_BLOCKS = {
+    "transformer_blocks": ("double_blocks", _DOUBLE),
+    "single_transformer_blocks": ("single_blocks", _SINGLE),
+}
+_MLP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert."""
+
+    adapters: tuple[str, ...]
+    """In order, as `urae.adapt` takes them: a raw minor adapter after its 2K LoRA."""
+    output: Path
+    """The file to write."""
+    model: str | None = None
+    """Base; only a minor adapter that does not hold its B0 and A0 needs it."""
+    format: Literal["diffusers", "kohya"] = "diffusers"
+    """Keys: `transformer.` ... of diffusers, or `lora_unet_` ... of kohya and ComfyUI."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+
+
+def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
+    """Write one plain LoRA that does what a list of adapters does together.
+
+    A minor adapter becomes down [A; A0], up [B, -B0] (arXiv:2503.16322, section 3.2); several
+    adapters are stacked, so the rank is the sum.
+
+    Args:
+        config: What to convert.
+        progress: Called with matrices solved and in all, where B0 and A0 must be computed.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: If an adapter is damaged or for another base, or the base is needed.
+        FileExistsError: If the output exists and `overwrite` is off.
+    """
+    if config.output.suffix != ".safetensors":
+        raise ValueError(f"output {config.output} must end in .safetensors")
+    if config.output.exists() and not config.overwrite:
+        raise FileExistsError(f"{config.output} exists and is kept; replace with --overwrite")
+    files = [read_adapter(source) for source in config.adapters]
+    if not files:
+        raise ValueError("no adapter to convert; name one or more files")
+    open_weights = None if config.model is None else _open_base(config.model, files)
+    layers = stack(compute_updates(files, open_weights, progress=progress))
+    metadata = {"urae.format": "1", "urae.kind": "lora"}
+    for file in files:
+        kept = ("urae.policy", "urae.base_model", "urae.base_revision")
+        metadata |= {key: file.metadata[key] for key in kept if key in file.metadata}
+    if config.format == "kohya":
+        write_tensors(config.output, to_kohya(layers), metadata)
+    else:
+        write_lora(config.output, layers, metadata)
+    return config.output
+
+
+def _open_base(model: str, files: Sequence[AdapterFile]) -> OpenWeights:
+    path = fetch_model(model)
+    meta = build_meta_transformer(path)
+    for file in files:
+        check_fits(file, meta)
+    return lambda layers: open_weight_files(path, layers)
+
+
+def stack(updates: Sequence[Mapping[str, LowRank]]) -> dict[str, LowRank]:
+    """Sum updates into one of the summed rank, in float32."""
+    layers: dict[str, LowRank] = {}
+    for update in updates:
+        for name, pair in update.items():
+            down, up = pair.down.float(), pair.up.float()
+            if name in layers:
+                down = torch.cat([layers[name].down, down])
+                up = torch.cat([layers[name].up, up], dim=1)
+            layers[name] = LowRank(down, up)
+    return layers
+
+
+def to_kohya(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Name factors as kohya's trainer and ComfyUI do, layers that are one matrix there joined.
+
+    Raises:
+        ValueError: If a layer has no kohya name.
+    """
+    remaining = dict(layers)
+    blocks = sorted({tuple(name.split(".", 2)[:2]) for name in layers if name.count(".") >= 2})
+    tensors: dict[str, Tensor] = {}
+    for kind, index in blocks:
+        if kind not in _BLOCKS:
+            continue
+        kohya_kind, table = _BLOCKS[kind]
+        for kohya_name, parts in table.items():
+            prefix = f"{kind}.{index}."
+            pairs = [remaining.pop(prefix + part, None) for part in parts]
+            if any(pair is not None for pair in pairs):
+                joined = _join(pairs)
+                key = f"lora_unet_{kohya_kind}_{index}_{kohya_name}"
+                tensors[f"{key}.lora_down.weight"] = joined.down.contiguous()
+                tensors[f"{key}.lora_up.weight"] = joined.up.contiguous()
+                tensors[f"{key}.alpha"] = torch.tensor(float(joined.down.shape[0]))
+    if remaining:
+        raise ValueError(f"layer {next(iter(remaining))} has no name in kohya's format")
+    return tensors
+
+
+def _join(pairs: Sequence[LowRank | None]) -> LowRank:
+    """Stack factors of layers that share an input into one block-diagonal pair."""
+    present = [pair for pair in pairs if pair is not None]
+    if len(pairs) == 1:
+        return present[0]
+    # a missing q, k or v is as wide as the others, a missing MLP (the fourth) four times that
+    attention = [pair.up.shape[0] for pair in pairs[:3] if pair is not None]
+    hidden = attention[0] if attention else present[0].up.shape[0] // _MLP_RATIO
+    heights = [hidden, hidden, hidden, hidden * _MLP_RATIO][: len(pairs)]
+    empty = [
+        pair.up if pair is not None else present[0].up.new_zeros(height, 0)
+        for pair, height in zip(pairs, heights, strict=True)
+    ]
+    return LowRank(torch.cat([pair.down for pair in present]), torch.block_diag(*empty))

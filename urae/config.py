@@ -1,0 +1,119 @@
+"""Typed configs from TOML, the command line and Python: one source of truth, strictly read."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+Config = TypeVar("Config")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not TOML.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path} does not exist")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path} is not TOML: {error}") from error
+
+
+def override(settings: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Set fields from `--section.field value` arguments, in place.
+
+    Values are read as TOML (numbers, true, ["a", "b"]), and as plain text where they are not.
+
+    Raises:
+        ValueError: If an argument is no option or lacks its value.
+    """
+    remaining = list(arguments)
+    while remaining:
+        option = remaining.pop(0)
+        if not option.startswith("--") or len(option) < 3:
+            raise ValueError(f"unexpected argument {option!r}; fields are set as --name value")
+        key, equals, text = option[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise ValueError(f"option --{key} needs a value")
+            text = remaining.pop(0)
+        *sections, name = key.replace("-", "_").split(".")
+        target = settings
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"option --{key}: {section} is a value, not a section")
+        target[name] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text == "none" else text
+
+
+def build_config(kind: type[Config], settings: Mapping[str, Any], origin: str) -> Config:
+    """Build a config object from plain settings.
+
+    Args:
+        kind: A dataclass whose `__pydantic_config__` forbids extra keys.
+        settings: Field values, nested as the dataclass is.
+        origin: Where they come from, for the error.
+
+    Raises:
+        ValueError: One line that names the field, what is wrong and, for an unknown key, the
+            nearest one.
+    """
+    adapter = TypeAdapter(kind)
+    try:
+        return adapter.validate_python(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            message = "unknown key" + _suggest(adapter, first["loc"])
+        elif first["type"] in ("missing", "missing_argument"):
+            message = "is required"
+        elif "ctx" not in first or "error" not in first["ctx"]:
+            message += f", not {first['input']!r}"
+        raise ValueError(f"{origin}: {f'{where}: ' if where else ''}{message}") from error
+
+
+def describe_fields(kind: type[Any]) -> list[tuple[str, str, str]]:
+    """List a config's fields for a help page: dotted name, default, description."""
+    schema = TypeAdapter(kind).json_schema()
+    return list(_walk_fields(schema, schema, ""))
+
+
+def _walk_fields(schema: Any, root: Any, prefix: str) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, entry in schema.get("properties", {}).items():
+        reference = entry.get("$ref")
+        if reference is not None:
+            nested = root["$defs"][reference.rsplit("/", 1)[1]]
+            rows += _walk_fields(nested, root, f"{prefix}{name}.")
+            continue
+        default = entry.get("default", "required")
+        text = "none" if default is None else str(default)
+        rows.append((prefix + name, text, " ".join(entry.get("description", "").split())))
+    return rows
+
+
+def _suggest(adapter: TypeAdapter[Any], location: tuple[int | str, ...]) -> str:
+    schema = adapter.json_schema()
+    level = schema
+    for part in location[:-1]:
+        entry = level.get("properties", {}).get(part, {})
+        level = schema.get("$defs", {}).get(entry.get("$ref", "").rsplit("/", 1)[-1], {})
+    known = list(level.get("properties", {}))
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"

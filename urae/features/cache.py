@@ -1,0 +1,259 @@
+"""The cache job: a folder of captioned images to latents and prompt embeddings beside them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from urae.backbones.flux import fetch_model
+from urae.features.buckets import check_resolution, covers, fit, pick_bucket
+from urae.features.claims import Claims
+from urae.features.encoders import Encoders
+from urae.features.images import ImageError, decode_image, read_image, read_size
+from urae.features.sources import Skip, Source, find_sources
+from urae.features.store import (
+    EMBED_SUFFIX,
+    FORMAT_KEY,
+    FORMAT_VERSION,
+    Fingerprints,
+    Status,
+    digest,
+    find_status,
+    fingerprint_encoders,
+    name_dtype,
+    split_embed_name,
+    write_atomic,
+    write_features,
+)
+
+MAX_SEQUENCE_LENGTH = 512
+WORK_DIR = ".urae"
+REPORT_NAME = "cache_report.json"
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage (`inspect`, `captions`, `images`), what is done of it, and its total."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What to cache, with which model and for which resolution."""
+
+    data_dir: Path
+    """Folder of images with their captions; the features are written beside them."""
+    model: str
+    """`flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder or a single file."""
+    resolution: int
+    """Side in pixels of the square whose tokens are every picture's budget; a multiple of 16."""
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    """Tokens that T5's embeddings are padded or cut to, 1 to 512 (FLUX.1-schnell: 256)."""
+    overwrite: bool = False
+    """Make features again that carry no metadata: the reference implementation's."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_resolution(self.resolution)
+        if not 1 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
+            raise ValueError(
+                f"max_sequence_length {self.max_sequence_length} is outside 1 to "
+                f"{MAX_SEQUENCE_LENGTH}, what FLUX was trained with; try {MAX_SEQUENCE_LENGTH}"
+            )
+
+
+@dataclass
+class Counts:
+    """Feature files of one kind, by what this run did about them."""
+
+    encoded: int = 0
+    """Made by this run."""
+    unchanged: int = 0
+    """Up to date already."""
+    kept: int = 0
+    """Without metadata, so written by the reference; kept as they are."""
+    shared: int = 0
+    """Made by another process during this run."""
+
+
+@dataclass
+class CacheReport:
+    """What a run of `cache` did, and what it left out."""
+
+    latents: Counts = field(default_factory=Counts)
+    embeds: Counts = field(default_factory=Counts)
+    skipped: list[Skip] = field(default_factory=list)
+    """Images and captions that were left out, each with its reason."""
+    removed: list[str] = field(default_factory=list)
+    """Out-of-date features of ours whose image or caption is no longer usable."""
+
+
+def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheReport:
+    """Encode a folder's images and captions, as far as they are not encoded already.
+
+    A file is made again only if what it was made from has changed. A run that was killed goes on
+    where it stopped, and several processes share a folder. When this returns the folder is done,
+    by whichever process. Text encoders and VAE are never in memory together, and are loaded only
+    if there is work for them.
+
+    Args:
+        config: What to do.
+        progress: Told of every step.
+
+    Returns:
+        What was done; also written to `.urae/cache_report.json` in the folder.
+
+    Raises:
+        ValueError: If the folder, its captions or the model cannot be used.
+        FileNotFoundError, PermissionError: As `fetch_model`.
+        OSError: If a file cannot be written; nothing is left half written.
+    """
+    sources, skips = find_sources(config.data_dir)
+    model_path = fetch_model(config.model, without=["transformer"])
+    encoders = Encoders(model_path)
+    job = _Job(config, encoders, fingerprint_encoders(model_path))
+    job.report.skipped += skips
+    progress = progress or _no_progress
+
+    captions, images = job.plan(sources, progress)
+    job.remove_dropped(sources)
+    work_dir = config.data_dir / WORK_DIR
+    with Claims(work_dir / "lock") as claims:
+        names = [source.embed_path(column).name for source, column in captions]
+        for number in claims.share(names, lambda done: progress("captions", done, len(captions))):
+            job.encode_caption(*captions[number])
+        encoders.free_text_encoders()
+        names = [source.latent_path.name for source in images]
+        for number in claims.share(names, lambda done: progress("images", done, len(images))):
+            job.encode_image(images[number])
+        with claims.claim(REPORT_NAME, wait=True):
+            report = json.dumps(asdict(job.report), indent=2, ensure_ascii=False) + "\n"
+            write_atomic(work_dir / REPORT_NAME, report.encode())
+    return job.report
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass
+
+
+class _Job:
+    """One run: what makes a file up to date, what is due, and the report."""
+
+    def __init__(self, config: CacheConfig, encoders: Encoders, prints: Fingerprints) -> None:
+        self.config = config
+        self.encoders = encoders
+        self.report = CacheReport()
+        # The content's hash is added file by file
+        common = {FORMAT_KEY: FORMAT_VERSION, "dtype": name_dtype(encoders.dtype)}
+        self.latent_identity = common | {
+            "vae": prints.vae,
+            "resolution": str(config.resolution),
+        }
+        self.embed_identity = common | {
+            "text_encoders": prints.text_encoders,
+            "max_sequence_length": str(config.max_sequence_length),
+        }
+
+    def plan(
+        self, sources: list[Source], progress: Progress
+    ) -> tuple[list[tuple[Source, str]], list[Source]]:
+        """Find the captions and images that are due."""
+        captions, images = [], []
+        for done, source in enumerate(sources):
+            progress("inspect", done, len(sources))
+            try:
+                status = self._find_latent_status(source)
+                if status is Status.DUE:
+                    self._pick_bucket(source, *read_size(source.image))
+                    images.append(source)
+            except ImageError as error:
+                self._skip(source, error)
+                continue
+            _count(self.report.latents, status)
+            for column in source.captions:
+                status = self._find_embed_status(source, column)
+                _count(self.report.embeds, status)
+                if status is Status.DUE:
+                    captions.append((source, column))
+        progress("inspect", len(sources), len(sources))
+        return captions, images
+
+    def remove_dropped(self, sources: list[Source]) -> None:
+        """Remove our embeddings of captions that these images no longer have."""
+        columns = {source.stem: source.captions for source in sources}
+        for path in sorted(self.config.data_dir.glob(f"*{EMBED_SUFFIX}")):
+            owner = split_embed_name(path.name, columns)
+            if owner and owner[1] not in columns[owner[0]]:
+                self._remove_ours(path)
+
+    def encode_caption(self, source: Source, column: str) -> None:
+        """Write one caption's embeddings, unless another process just has."""
+        path, caption = source.embed_path(column), source.captions[column]
+        identity = self.embed_identity | {"caption_sha256": digest(caption)}
+        if find_status(path, identity) is Status.CURRENT:
+            self.report.embeds.shared += 1
+            return
+        t5, clip = self.encoders.encode_caption(caption, self.config.max_sequence_length)
+        tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
+        write_features(path, tensors, identity | {"model": self.config.model})
+        self.report.embeds.encoded += 1
+
+    def encode_image(self, source: Source) -> None:
+        """Write one image's latents, unless another process just has or the file is damaged."""
+        try:
+            data = read_image(source.image)
+            identity = self.latent_identity | {"image_sha256": digest(data)}
+            if find_status(source.latent_path, identity) is Status.CURRENT:
+                self.report.latents.shared += 1
+                return
+            image = decode_image(data, source.image.name)
+            bucket = self._pick_bucket(source, image.height, image.width)
+        except ImageError as error:
+            self._skip(source, error)
+            return
+        tiled = self.encoders.needs_tiling(*bucket)
+        mean, std = self.encoders.encode_image(fit(image, bucket), tiled=tiled)
+        facts = {
+            "model": self.config.model,
+            "height": str(bucket[0]),
+            "width": str(bucket[1]),
+            "vae_tiling": str(tiled).lower(),
+        }
+        write_features(source.latent_path, {"mean": mean, "std": std}, identity | facts)
+        self.report.latents.encoded += 1
+
+    def _pick_bucket(self, source: Source, height: int, width: int) -> tuple[int, int]:
+        bucket = pick_bucket(height, width, self.config.resolution)
+        if not covers(height, width, bucket):
+            raise ImageError(
+                "too small",
+                f"{source.image.name} is {width} x {height}; resolution {self.config.resolution} "
+                f"needs {bucket[1]} x {bucket[0]} for its shape, and nothing is enlarged",
+            )
+        return bucket
+
+    def _find_latent_status(self, source: Source) -> Status:
+        # The image is read and hashed only where all the rest agrees
+        status = find_status(source.latent_path, self.latent_identity)
+        if status is Status.CURRENT:
+            image_sha256 = digest(read_image(source.image))
+            status = find_status(source.latent_path, {"image_sha256": image_sha256})
+        return self._heed_overwrite(status)
+
+    def _find_embed_status(self, source: Source, column: str) -> Status:
+        identity = self.embed_identity | {"caption_sha256": digest(source.captions[column])}
+        return self._heed_overwrite(find_status(source.embed_path(column), identity))
+
+    def _heed_overwrite(self, status: Status) -> Status:
+        return Status.DUE if self.config.overwrite and status is Status.FOREIGN else status
+
+    def _skip(self, source: Source, error: ImageError) -> None:
+        self.report.skipped.append(Skip(source.image.name, error.reason, str(error)))
+        self._remove_ours(source.latent_path)
+
+    def _remove_ours(self, path: Path) -> None:
+        if path.exists() and find_status(path, {}) is not Status.FOREIGN:
+            path.unlink(missing_ok=True)
+            self.report.removed.append(path.name)
+
+
+def _count(counts: Counts, status: Status) -> None:
+    counts.unchanged += status is Status.CURRENT
+    counts.kept += status is Status.FOREIGN

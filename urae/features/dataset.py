@@ -1,0 +1,258 @@
+"""Cached features for training: which there are, whether they fit a model, and in what order.
+
+Everything here is a pure function of the folder and of numbers, so a trainer resumes by its step
+number alone.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from urae.features.store import (
+    EMBED_KEYS,
+    EMBED_SUFFIX,
+    LATENT_KEYS,
+    LATENT_SUFFIX,
+    Fingerprints,
+    Header,
+    read_features,
+    read_header,
+    split_embed_name,
+)
+from urae.geometry import VAE_FACTOR
+
+ORIGINAL_COLUMN = "prompt"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image's feature files and its size."""
+
+    stem: str
+    latent_path: Path
+    embed_paths: dict[str, Path]
+    """By caption column, at least one."""
+    height: int
+    """In pixels."""
+    width: int
+    """In pixels."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank trains on in one step."""
+
+    indices: tuple[int, ...]
+    """Of samples, all of one size."""
+    counters: tuple[int, ...]
+    """One number for each, the same in no other place of the run: to seed its noise with."""
+
+
+def list_samples(data_dir: Path) -> list[Sample]:
+    """List the cached images of a folder, by name; sizes come from the files' headers.
+
+    Raises:
+        ValueError: If there are none, one has no prompt embeddings, or a file is corrupt.
+    """
+    names = sorted(path.name for path in data_dir.glob("*.safetensors"))
+    stems = [n.removesuffix(LATENT_SUFFIX) for n in names if n.endswith(LATENT_SUFFIX)]
+    if not stems:
+        raise ValueError(
+            f"data folder {data_dir} has no cached latents (*{LATENT_SUFFIX}); "
+            f"run `urae cache {data_dir}` first"
+        )
+    known = frozenset(stems)
+    embeds: defaultdict[str, dict[str, Path]] = defaultdict(dict)
+    for name in names:
+        if name.endswith(EMBED_SUFFIX) and (owner := split_embed_name(name, known)):
+            embeds[owner[0]][owner[1]] = data_dir / name
+    return [_read_sample(data_dir, stem, embeds[stem]) for stem in stems]
+
+
+def _read_sample(data_dir: Path, stem: str, embed_paths: dict[str, Path]) -> Sample:
+    path = data_dir / f"{stem}{LATENT_SUFFIX}"
+    if not embed_paths:
+        raise ValueError(
+            f"{path.name} has no prompt embeddings beside it ({stem}_<column>{EMBED_SUFFIX}); "
+            f"caption the image and run `urae cache {data_dir}`, or remove the file"
+        )
+    _, height, width = _shape(path, read_header(path), "mean", 3)
+    return Sample(stem, path, embed_paths, height * VAE_FACTOR, width * VAE_FACTOR)
+
+
+def check_cache(
+    samples: Sequence[Sample],
+    *,
+    latent_channels: int,
+    t5_dim: int,
+    clip_dim: int,
+    resolution: int | None = None,
+    fingerprints: Fingerprints | None = None,
+) -> None:
+    """Check, by headers alone, that a cache is what a model is to be trained on.
+
+    Files of the reference say nothing about where they come from: only their shapes are checked.
+
+    Args:
+        samples: The cache.
+        latent_channels: Of the model's VAE (FLUX.1: 16).
+        t5_dim: Width of the model's prompt embeddings (FLUX.1: 4096).
+        clip_dim: Width of its pooled prompt embeddings (FLUX.1: 768).
+        resolution: The one that images should be cached for; None to take any.
+        fingerprints: Of the model's encoders; None to take any.
+
+    Raises:
+        ValueError: If a file does not fit, naming it and both values.
+    """
+    length: int | None = None
+    for sample in samples:
+        header = read_header(sample.latent_path)
+        for key in LATENT_KEYS:
+            channels = _shape(sample.latent_path, header, key, 3)[0]
+            _expect(sample.latent_path, f"channels of {key}", channels, latent_channels)
+        if header.metadata and resolution is not None:
+            found = header.metadata["resolution"]
+            _expect(sample.latent_path, "resolution", found, str(resolution))
+        if header.metadata and fingerprints:
+            _expect(sample.latent_path, "VAE", header.metadata["vae"], fingerprints.vae)
+        for path in sample.embed_paths.values():
+            header = read_header(path)
+            tokens, width = _shape(path, header, EMBED_KEYS[0], 2)
+            _expect(path, "width of T5's embeddings", width, t5_dim)
+            (width,) = _shape(path, header, EMBED_KEYS[1], 1)
+            _expect(path, "width of CLIP's embedding", width, clip_dim)
+            length = tokens if length is None else length
+            _expect(path, "max_sequence_length", tokens, length)
+            if header.metadata and fingerprints:
+                found = header.metadata["text_encoders"]
+                _expect(path, "text encoders", found, fingerprints.text_encoders)
+
+
+def _shape(path: Path, header: Header, key: str, num_axes: int) -> tuple[int, ...]:
+    shape = header.shapes.get(key)
+    if shape is None or len(shape) != num_axes:
+        raise ValueError(
+            f"feature file {path} has no {key!r} of {num_axes} axes (found {header.shapes}); "
+            "delete it and run `urae cache` again"
+        )
+    return shape
+
+
+def _expect(path: Path, what: str, found: int | str, wanted: int | str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"feature file {path} was cached for another setting: {what} is {found}, this run "
+            f"wants {wanted}; run `urae cache` with this run's model and resolution"
+        )
+
+
+def load_latents(sample: Sample) -> tuple[Float[Tensor, "c h w"], Float[Tensor, "c h w"]]:
+    """Read an image's latents: mean and standard deviation, as stored, on the CPU.
+
+    Raises:
+        ValueError: If the file is corrupt or not finite.
+    """
+    tensors = read_features(sample.latent_path, LATENT_KEYS)
+    return tensors["mean"], tensors["std"]
+
+
+def load_embeds(sample: Sample, column: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " p"]]:
+    """Read a caption's `prompt_embeds` and `pooled_prompt_embeds`, as stored, on the CPU.
+
+    Raises:
+        ValueError: If the file is corrupt or not finite.
+    """
+    tensors = read_features(sample.embed_paths[column], EMBED_KEYS)
+    return tensors[EMBED_KEYS[0]], tensors[EMBED_KEYS[1]]
+
+
+def choose_caption(sample: Sample, original_share: float, generator: torch.Generator) -> str:
+    """Draw the caption column to train on.
+
+    Args:
+        sample: Its columns are drawn from.
+        original_share: Probability of `prompt`, where there are others: URAE has 0.2. The rest
+            is shared evenly.
+        generator: On the CPU.
+    """
+    others = sorted(column for column in sample.embed_paths if column != ORIGINAL_COLUMN)
+    draw = float(torch.rand((), generator=generator))
+    if not others or (ORIGINAL_COLUMN in sample.embed_paths and draw < original_share):
+        return ORIGINAL_COLUMN
+    return others[int(torch.randint(len(others), (), generator=generator))]
+
+
+def build_batches(
+    samples: Sequence[Sample], batch_size: int, *, seed: int, epoch: int
+) -> tuple[tuple[int, ...], ...]:
+    """Shuffle an epoch's samples into batches of one size each.
+
+    Every sample comes once. The last batch of a size may be smaller: nothing is repeated to fill
+    it, nor dropped.
+
+    Args:
+        samples: What there is.
+        batch_size: Samples in a batch, at most.
+        seed: Of the run.
+        epoch: From 0.
+
+    Returns:
+        Batches of indices into `samples`; the same number in every epoch.
+    """
+    sizes = tuple((sample.height, sample.width) for sample in samples)
+    return _shuffle(sizes, batch_size, seed, epoch)
+
+
+@lru_cache(maxsize=4)
+def _shuffle(
+    sizes: tuple[tuple[int, int], ...], batch_size: int, seed: int, epoch: int
+) -> tuple[tuple[int, ...], ...]:
+    # A text seed goes through SHA-512: the same on every machine, and no two epochs alike
+    shuffler = random.Random(f"urae {seed} {epoch}")
+    by_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, size in enumerate(sizes):
+        by_size[size].append(index)
+    batches = []
+    for indices in by_size.values():
+        shuffler.shuffle(indices)
+        starts = range(0, len(indices), batch_size)
+        batches += [tuple(indices[start : start + batch_size]) for start in starts]
+    shuffler.shuffle(batches)
+    return tuple(batches)
+
+
+def batch_for_step(
+    samples: Sequence[Sample],
+    batch_size: int,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> StepBatch:
+    """Say what a rank trains on in a step.
+
+    Epochs follow each other without a break, and each step takes the next `num_ranks` batches,
+    one a rank. To accumulate gradients over K batches, count K times as many ranks.
+
+    Args:
+        samples: As in `build_batches`, like `batch_size` and `seed`.
+        batch_size: Samples a rank, at most.
+        seed: Of the run.
+        step: From 0.
+        rank: From 0.
+        num_ranks: Ranks in all.
+    """
+    number = step * num_ranks + rank
+    num_batches = len(build_batches(samples, batch_size, seed=seed, epoch=0))
+    epoch, place = divmod(number, num_batches)
+    indices = build_batches(samples, batch_size, seed=seed, epoch=epoch)[place]
+    first = number * batch_size
+    return StepBatch(indices, tuple(range(first, first + len(indices))))

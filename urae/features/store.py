@@ -1,0 +1,207 @@
+"""Feature files: their names, metadata, reading and writing.
+
+The names and tensors are the reference implementation's, so that either tool reads the other's
+folder. The metadata is ours: it says what a file was made from.
+
+    <stem>_latent_code.safetensors       mean, std: 16 x h/8 x w/8
+    <stem>_<column>_embed.safetensors    caption_feature_t5: L x d, caption_feature_clip: p
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from urae.backbones.flux import TEXT_COMPONENTS, fingerprint_component
+
+LATENT_SUFFIX = "_latent_code.safetensors"
+EMBED_SUFFIX = "_embed.safetensors"
+LATENT_KEYS = ("mean", "std")
+EMBED_KEYS = ("caption_feature_t5", "caption_feature_clip")
+
+FORMAT_KEY = "urae_features"
+FORMAT_VERSION = "1"
+"""Raised when the way features are made changes: older files are then made again."""
+
+
+class Status(Enum):
+    """What a feature file is to a run of the cache."""
+
+    DUE = "due"
+    CURRENT = "current"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """The weights that features come from, as `fingerprint_component` identifies them."""
+
+    vae: str
+    text_encoders: str
+    """Of both text encoders and both tokenizers."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a feature file says about itself before its tensors are read."""
+
+    metadata: dict[str, str] | None
+    """Ours, or None: such a file was written by the reference."""
+    shapes: dict[str, tuple[int, ...]]
+
+
+def latent_path(data_dir: Path, stem: str) -> Path:
+    """Name the latents of an image."""
+    return data_dir / f"{stem}{LATENT_SUFFIX}"
+
+
+def embed_path(data_dir: Path, stem: str, column: str) -> Path:
+    """Name the prompt embeddings of an image's caption in `column`."""
+    return data_dir / f"{stem}_{column}{EMBED_SUFFIX}"
+
+
+def split_embed_name(name: str, stems: Collection[str]) -> tuple[str, str] | None:
+    """Undo `embed_path`: the longest of `stems` that fits, and the column; None if none fits."""
+    head = name.removesuffix(EMBED_SUFFIX)
+    cuts = (at for at in range(len(head) - 2, 0, -1) if head[at] == "_")
+    return next(((head[:at], head[at + 1 :]) for at in cuts if head[:at] in stems), None)
+
+
+def fingerprint_encoders(model_path: Path) -> Fingerprints:
+    """Identify a model's VAE and text encoders without loading them.
+
+    Args:
+        model_path: The folder or file that `fetch_model` found.
+    """
+    text = [fingerprint_component(model_path, component) for component in TEXT_COMPONENTS]
+    return Fingerprints(
+        vae=fingerprint_component(model_path, "vae"),
+        text_encoders=hashlib.sha256("".join(text).encode()).hexdigest(),
+    )
+
+
+def find_status(path: Path, identity: Mapping[str, str]) -> Status:
+    """Compare a feature file with what it should be made from.
+
+    Args:
+        path: The file, there or not.
+        identity: The metadata that decides; more is allowed.
+
+    Returns:
+        `CURRENT` if all of `identity` is in its metadata, `FOREIGN` if it is sound but carries no
+        metadata of ours, else `DUE`.
+    """
+    if not path.exists():
+        return Status.DUE
+    try:
+        metadata = read_header(path).metadata
+    except ValueError:
+        return Status.DUE
+    if metadata is None:
+        return Status.FOREIGN
+    return Status.CURRENT if identity.items() <= metadata.items() else Status.DUE
+
+
+def read_header(path: Path) -> Header:
+    """Read a feature file's metadata and shapes.
+
+    Raises:
+        ValueError: If the file is truncated or corrupt.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, str(error)) from error
+    return Header(metadata if FORMAT_KEY in metadata else None, shapes)
+
+
+def read_features(path: Path, keys: Collection[str]) -> dict[str, Tensor]:
+    """Read a feature file's tensors, as stored, onto the CPU.
+
+    Args:
+        path: The file.
+        keys: Those that must be there.
+
+    Raises:
+        ValueError: If the file is truncated or corrupt, lacks a key or is not finite.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, str(error)) from error
+    for key in keys:
+        if key not in tensors:
+            raise _corrupt(path, f"it has no {key!r}, only {', '.join(tensors) or 'nothing'}")
+        if not tensors[key].isfinite().all():
+            raise _corrupt(path, f"{key!r} holds values that are not finite")
+    return tensors
+
+
+def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a feature file that is there whole or not at all.
+
+    Raises:
+        ValueError: If a tensor is not finite: then the encoder is broken, not the file.
+        OSError: If it cannot be written, no space being left for one.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{key!r} for {path.name} holds values that are not finite; the model's encoder "
+                "overflows in this dtype or its weights are damaged"
+            )
+    cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_atomic(path, save(cpu, {FORMAT_KEY: FORMAT_VERSION, **metadata}))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file beside its place, flush it to the disk, then move it there.
+
+    The temporary name is fixed, so the next writer overwrites what a killed one left; only one
+    process at a time may write a path.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"no space left for {len(data) / 2**20:.1f} MiB; what was written before is whole: "
+            "free some space and run again to go on",
+            str(path),
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(data: bytes | str) -> str:
+    """Return the SHA-256 of bytes, or of text in UTF-8, as 64 hex digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Spell a dtype for the metadata: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _corrupt(path: Path, reason: Any) -> ValueError:
+    return ValueError(
+        f"feature file {path} cannot be used: {reason}; delete it and run `urae cache` again"
+    )

@@ -1,0 +1,66 @@
+"""What to generate: one typed object, from the command line or Python."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from urae.geometry import check_size
+from urae.resolution import ResolutionPolicy
+
+MAX_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """A set of pictures."""
+
+    prompts: tuple[str, ...]
+    """One or more; each gives `num_images` pictures."""
+    model: str = "flux-dev"
+    """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
+    height: int = 1024
+    """Pixels, a multiple of 16."""
+    width: int = 1024
+    """Pixels, a multiple of 16."""
+    adapters: tuple[str, ...] = ()
+    """Ultra-resolution adapters in order: files, folders or owner/repo/file on the hub."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Other LoRAs on top, each with its weight."""
+    policy: ResolutionPolicy | None = None
+    """By default what the adapters' metadata says, else the base's own."""
+    steps: int | None = None
+    """Denoising steps; by default the model's: 28 for dev, 4 for schnell."""
+    guidance_scale: float | None = None
+    """Distilled guidance; by default the model's: 3.5 for dev, 0 for schnell, which has none."""
+    max_sequence_length: int | None = None
+    """Text tokens; by default the model's: 512 for dev, 256 for schnell."""
+    seed: int | None = None
+    """Of the first picture of each prompt, the next have seed + 1 ...; drawn if not given."""
+    num_images: int = 1
+    """Pictures a prompt."""
+    output_dir: Path = Path("outputs")
+    """Where the PNG files go."""
+    overwrite: bool = False
+    """Replace pictures of the same name."""
+    memory: Literal["auto", "resident", "offload"] = "auto"
+    """Keep all weights on the device, or bring each model there when its turn comes."""
+
+    def __post_init__(self) -> None:
+        check_size(self.height, self.width)
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt is empty; each must have some text")
+        for name in ("steps", "num_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        guidance = self.guidance_scale
+        if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+            raise ValueError(f"guidance_scale {guidance} must be 0 or more")
+        length = self.max_sequence_length
+        if length is not None and not 1 <= length <= MAX_TEXT_TOKENS:
+            raise ValueError(
+                f"max_sequence_length {length} must be between 1 and {MAX_TEXT_TOKENS} (T5 tokens)"
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be between 0 and 2^63 - 1")

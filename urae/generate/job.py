@@ -1,0 +1,225 @@
+"""The generation job: prompts in, PNG files out."""
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+from urae import __version__
+from urae.adapters.adapt import adapt
+from urae.adapters.files import check_fits, read_adapter, resolve_adapter
+from urae.backbones.flux import (
+    build_meta_transformer,
+    fetch_model,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+)
+from urae.generate.config import GenerateConfig
+from urae.generate.memory import choose_placement, needs_tiling, place
+from urae.generate.picture import picture_path, save_picture
+from urae.resolution import find_policy
+from urae.tensorfiles import read_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    picture: int
+    """From 1."""
+    num_pictures: int
+    step: int
+    """Denoising steps done on this picture."""
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    steps: int
+    guidance_scale: float
+    max_sequence_length: int
+
+
+def generate(
+    config: GenerateConfig, *, on_progress: Callable[[Progress], None] | None = None
+) -> list[Path]:
+    """Generate pictures and write them as PNG files with their whole recipe inside.
+
+    Args:
+        config: What to generate.
+        on_progress: Called after each denoising step.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        ValueError: If an adapter is damaged or for another base; before weights load.
+        FileNotFoundError: If the model, an adapter or a LoRA is missing.
+        FileExistsError: If a picture of that name exists and `overwrite` is off.
+        MemoryError: If the device's memory does not suffice; says which `memory` to try.
+    """
+    seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
+    jobs = [
+        (picture_path(config.output_dir, index, prompt, seed + k), prompt, seed + k)
+        for index, prompt in enumerate(config.prompts)
+        for k in range(config.num_images)
+    ]
+    _check_outputs([path for path, _, _ in jobs], config.overwrite)
+    sampling = _check_model(config)
+    device = pick_device()
+    pipe = load_pipeline(config.model, dtype=pick_dtype(device))
+    pipe.set_progress_bar_config(disable=True)
+    adapt(pipe, config.adapters, policy=config.policy)
+    _load_loras(pipe, config.loras)
+    placement = choose_placement(pipe, config.height, config.width, device, memory=config.memory)
+    place(pipe, placement, device)
+    written = []
+    for number, (path, prompt, image_seed) in enumerate(jobs, start=1):
+
+        def report(
+            _: Any, step: int, __: Any, values: dict[str, Any], number: int = number
+        ) -> dict[str, Any]:
+            if on_progress is not None:
+                on_progress(Progress(number, len(jobs), step + 1, sampling.steps))
+            return values
+
+        try:
+            image, tiled = _sample(pipe, prompt, image_seed, config, sampling, device, report)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(_out_of_memory(config, placement)) from error
+        record = _describe(pipe, config, sampling, prompt, image_seed)
+        save_picture(path, image, {**record, "memory": placement, "vae_tiling": tiled})
+        written.append(path)
+    return written
+
+
+def _check_outputs(paths: list[Path], overwrite: bool) -> None:
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(
+            f"{existing[0]} exists and is kept ({len(existing)} of {len(paths)} pictures do); "
+            "replace with --overwrite, or choose another --seed or --output"
+        )
+
+
+def _check_model(config: GenerateConfig) -> _Sampling:
+    """Check adapters against the model's shape, and fill in the model's own defaults."""
+    meta = build_meta_transformer(fetch_model(config.model))
+    for source in config.adapters:
+        check_fits(read_adapter(source), meta)
+    for source, _ in config.loras:
+        read_tensors(resolve_adapter(source))
+    distilled = meta.config.guidance_embeds
+    steps, guidance, length = (28, 3.5, 512) if distilled else (4, 0.0, 256)
+    return _Sampling(
+        steps if config.steps is None else config.steps,
+        guidance if config.guidance_scale is None else config.guidance_scale,
+        length if config.max_sequence_length is None else config.max_sequence_length,
+    )
+
+
+def _load_loras(pipe: FluxPipeline, loras: tuple[tuple[str, float], ...]) -> None:
+    if not loras:
+        return
+    weights = dict.fromkeys(pipe.get_active_adapters(), 1.0)
+    for index, (source, weight) in enumerate(loras):
+        path = resolve_adapter(source)
+        name = f"lora_{index}"
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        weights[name] = weight
+    pipe.set_adapters(list(weights), list(weights.values()))
+
+
+@torch.no_grad()
+def _sample(
+    pipe: FluxPipeline,
+    prompt: str,
+    seed: int,
+    config: GenerateConfig,
+    sampling: _Sampling,
+    device: torch.device,
+    on_step_end: Callable[..., dict[str, Any]],
+) -> tuple[Image.Image, bool]:
+    latents = pipe(
+        prompt,
+        height=config.height,
+        width=config.width,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        max_sequence_length=sampling.max_sequence_length,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=on_step_end,
+        output_type="latent",
+    ).images
+    return decode(pipe, latents, config.height, config.width, device)
+
+
+def decode(
+    pipe: FluxPipeline, tokens: torch.Tensor, height: int, width: int, device: torch.device
+) -> tuple[Image.Image, bool]:
+    """Decode packed latents into a picture, in tiles if memory is short.
+
+    Stock tiling is not exact: each tile has its own normalisation and attention.
+
+    Args:
+        pipe: Its VAE decodes.
+        tokens: 1 x image tokens x 64.
+        height: In pixels.
+        width: In pixels.
+        device: Where the VAE runs.
+
+    Returns:
+        The picture, and whether it was decoded in tiles.
+    """
+    latents = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    tiled = needs_tiling(pipe, height, width, device)
+    if tiled:
+        logger.warning("not enough memory to decode %d x %d whole: in tiles", width, height)
+        pipe.vae.enable_tiling()
+    pixels = pipe.vae.decode(latents.to(device, pipe.vae.dtype), return_dict=False)[0]
+    pipe.vae.disable_tiling()
+    pipe.maybe_free_model_hooks()
+    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image, tiled
+
+
+def _describe(
+    pipe: FluxPipeline, config: GenerateConfig, sampling: _Sampling, prompt: str, seed: int
+) -> dict[str, Any]:
+    positions = find_policy(pipe.transformer)
+    assert positions is not None
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "width": config.width,
+        "height": config.height,
+        "model": config.model,
+        "adapters": list(config.adapters),
+        "loras": [list(lora) for lora in config.loras],
+        "policy": asdict(positions.policy),
+        **asdict(sampling),
+        "versions": {
+            "urae": __version__,
+            **{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")},
+        },
+    }
+
+
+def _out_of_memory(config: GenerateConfig, placement: str) -> str:
+    what = f"{config.width} x {config.height} pixels with --memory {placement}"
+    if placement == "resident":
+        return f"the GPU's memory does not suffice for {what}; try --memory offload"
+    return f"the GPU's memory does not suffice for {what}; try a smaller --size"

@@ -1,0 +1,113 @@
+"""What a training run is: one typed object, built from a recipe, the command line or Python."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from urae.geometry import check_size
+from urae.resolution import ResolutionPolicy
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What trains."""
+
+    __pydantic_config__ = _STRICT
+
+    kind: Literal["lora", "minor"] = "lora"
+    """`lora` starts from zero; `minor` from the smallest singular components (4K stage)."""
+    rank: int = 16
+    """Components a matrix; a LoRA's alpha is its rank."""
+    over: tuple[str, ...] = ()
+    """Adapters under this one, frozen: files, folders or owner/repo/file on the hub."""
+    init: str | None = None
+    """Start from this adapter's weights: a file, or a checkpoint folder of the reference."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank} must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How it learns; the defaults are the paper's."""
+
+    __pydantic_config__ = _STRICT
+
+    name: Literal["prodigy", "adamw"] = "prodigy"
+    """Prodigy finds its own step size; AdamW wants a learning rate of about 1e-4."""
+    lr: float = 1.0
+    """Learning rate; 1 for Prodigy."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr {self.lr} must be a positive number")
+        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm {self.max_grad_norm} must be a positive number")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run (arXiv:2503.16322, section 4.1)."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str
+    """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
+    data_dir: Path
+    """Folder with the features that `urae cache` wrote."""
+    output_dir: Path
+    """Where checkpoints, the loss and the finished adapter go."""
+    resolution: int = 2048
+    """Side of the square whose tokens are the budget of a picture, as given to `urae cache`."""
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 1
+    """Samples of one size a step and device."""
+    gradient_accumulation: int = 1
+    """Batches a step."""
+    guidance_scale: float = 1.0
+    """Guidance fed to a guidance-distilled base; 1 is crucial (section 3.3)."""
+    original_caption_share: float = 0.2
+    """Share of samples that train with `prompt` rather than `generated_prompt`."""
+    seed: int = 0
+    """Decides initial weights, order, captions, noise and timesteps."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: slower, in far less memory."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Experiment tracker, through accelerate."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `output_dir`."""
+    overwrite: bool = False
+    """Start anew in an `output_dir` that holds a run."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    policy: ResolutionPolicy | None = None
+    """Resolution policy; by default the base's own."""
+
+    def __post_init__(self) -> None:
+        check_size(self.resolution, self.resolution)
+        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.original_caption_share <= 1:
+            raise ValueError(
+                f"original_caption_share {self.original_caption_share} must be between 0 and 1"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
