@@ -332,3 +332,14 @@ def test_a_killed_run_is_resumed_to_the_same_bits(child, settings, cached):
     assert report.latents.encoded == NUM_IMAGES - 1
     assert features_of(folder) == features_of(cached)
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_names_outside_ascii_and_utf8(folder, settings):
+    for suffix in (".jpg", ".json"):
+        (folder / f"image_0{suffix}").rename(folder / f"Grüße{suffix}")
+        shutil.copy(folder / f"image_1{suffix}", folder / os.fsdecode(b"raw\xff" + suffix.encode()))
+    report = cache(settings(folder))
+    assert report.latents.encoded == NUM_IMAGES
+    assert [(s.file, s.reason) for s in report.skipped] == [("raw\\xff.jpg", "unfit file name")]
+    assert (folder / "Grüße_prompt_embed.safetensors").exists()
+    assert cache(settings(folder)).latents.unchanged == NUM_IMAGES

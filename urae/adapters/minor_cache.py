@@ -103,4 +103,4 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _float32_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.to("cpu", torch.float32).contiguous().numpy()).cast("B")
+    return tensor.to("cpu", torch.float32).contiguous().numpy().data.cast("B")

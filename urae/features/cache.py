@@ -124,7 +124,7 @@ def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheRepo
         for number in claims.share(names, lambda done: progress("images", done, len(images))):
             job.encode_image(images[number])
         with claims.claim(REPORT_NAME, wait=True):
-            report = json.dumps(asdict(job.report), indent=2, ensure_ascii=False) + "\n"
+            report = json.dumps(asdict(job.report), indent=2) + "\n"
             write_atomic(work_dir / REPORT_NAME, report.encode())
     return job.report
 
@@ -178,7 +178,7 @@ class _Job:
     def remove_dropped(self, sources: list[Source]) -> None:
         """Remove our embeddings of captions that these images no longer have."""
         columns = {source.stem: source.captions for source in sources}
-        for path in sorted(self.config.data_dir.glob(f"*{EMBED_SUFFIX}")):
+        for path in sorted(self.config.data_dir.glob(f"[!.]*{EMBED_SUFFIX}")):
             owner = split_embed_name(path.name, columns)
             if owner and owner[1] not in columns[owner[0]]:
                 self._remove_ours(path)

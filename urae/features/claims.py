@@ -38,7 +38,7 @@ class Claims:
         Yields:
             Whether the claim was granted.
         """
-        byte = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+        byte = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7])
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
         except (BlockingIOError, PermissionError):  # POSIX lets a system choose either

@@ -61,7 +61,7 @@ def list_samples(data_dir: Path) -> list[Sample]:
     Raises:
         ValueError: If there are none, one has no prompt embeddings, or a file is corrupt.
     """
-    names = sorted(path.name for path in data_dir.glob("*.safetensors"))
+    names = sorted(path.name for path in data_dir.glob("[!.]*.safetensors"))
     stems = [n.removesuffix(LATENT_SUFFIX) for n in names if n.endswith(LATENT_SUFFIX)]
     if not stems:
         raise ValueError(

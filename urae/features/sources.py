@@ -1,6 +1,7 @@
 """A training folder's images and captions, before anything is encoded."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ _EXPECTED = (
 )
 
 _COLUMN = re.compile(r"[^./\\\0][^/\\\0]{0,99}")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as broken JSON escapes leave it
+_SURROGATE = re.compile("[\ud800-\udfff]")  # from broken JSON escapes, or bytes not UTF-8
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
     ]
     sources = []
     for image in images:
+        if _SURROGATE.search(image.name):  # safetensors opens no such path
+            name = os.fsencode(image.name).decode(errors="backslashreplace")
+            skips.append(Skip(name, "unfit file name", "it is not valid UTF-8; rename the file"))
+            continue
         captions, faults = read_captions(image)
         skips += faults
         if captions:

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -201,7 +200,7 @@ def name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _corrupt(path: Path, reason: Any) -> ValueError:
+def _corrupt(path: Path, reason: str) -> ValueError:
     return ValueError(
         f"feature file {path} cannot be used: {reason}; delete it and run `urae cache` again"
     )

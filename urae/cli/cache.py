@@ -1,0 +1,61 @@
+"""`urae cache`: a folder of captioned images to features."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+
+
+def cache_command(
+    data_dir: Annotated[Path, typer.Argument(help="Folder of images with captions (.json, .txt).")],
+    model: Annotated[
+        str, typer.Option(help="Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder.")
+    ],
+    resolution: Annotated[
+        int, typer.Option(help="Side of the square whose tokens are the budget of a picture.")
+    ] = 2048,
+    max_sequence_length: Annotated[int, typer.Option(help="Text tokens.")] = 512,
+    overwrite: Annotated[
+        bool, typer.Option(help="Make features again that the reference implementation wrote.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Encode images and captions once, beside the images; a second run does nothing.
+
+    Several processes may share a folder, and a killed run goes on where it stopped.
+    """
+    from urae.features.cache import REPORT_NAME, WORK_DIR, CacheConfig, cache
+
+    config = CacheConfig(data_dir, model, resolution, max_sequence_length, overwrite)
+    quiet_progress_bars()
+    with build_progress("rate") as bar:
+        tasks: dict[str, int] = {}
+        began: dict[str, float] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, rate="")
+                began[stage] = time.perf_counter()
+            rate = done / max(time.perf_counter() - began[stage], 1e-9)
+            bar.update(tasks[stage], completed=done, total=total, rate=f"{rate:.2f}/s")
+
+        report = cache(config, progress=show)
+    table = Table("features", "encoded", "unchanged", "kept (reference's)", "by another process")
+    for name, counts in (("latents", report.latents), ("prompt embeddings", report.embeds)):
+        numbers = (counts.encoded, counts.unchanged, counts.kept, counts.shared)
+        table.add_row(name, *[str(number) for number in numbers])
+    console.print(table)
+    if report.skipped:
+        reasons = Counter(skip.reason for skip in report.skipped)
+        console.print(
+            f"[yellow]skipped {len(report.skipped)}:[/] "
+            + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            + f" (all in {data_dir / WORK_DIR / REPORT_NAME})"
+        )
+        for skip in report.skipped[:5]:
+            console.print(f"  {skip.file}: {skip.detail}", markup=False)

@@ -1,0 +1,46 @@
+"""`urae convert`: adapters to one plain LoRA."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from urae.cli.terminal import Verbose, build_progress, console
+
+
+class Format(StrEnum):
+    """Key formats."""
+
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
+def convert_command(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="In order: a raw minor adapter comes after its 2K LoRA."),
+    ],
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base, for a minor adapter of the reference or of another base."),
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="Key format: diffusers, or kohya for kohya and ComfyUI.")
+    ] = Format.diffusers,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write one plain LoRA that does what the given adapters do together."""
+    from urae.adapters.convert import ConvertConfig, convert
+
+    config = ConvertConfig(tuple(adapters), output, model, format.value, overwrite)
+    with build_progress() as bar:
+        task = bar.add_task("minor components", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        path = convert(config, progress=show)
+    console.print(f"[green]done:[/] {path}")

@@ -1,0 +1,113 @@
+"""`urae generate`: prompts to pictures."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+
+
+class Memory(StrEnum):
+    """Where weights live."""
+
+    auto = "auto"
+    resident = "resident"
+    offload = "offload"
+
+
+def generate_command(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    model: Annotated[
+        str, typer.Option(help="flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file.")
+    ] = "flux-dev",
+    size: Annotated[
+        str, typer.Option(help="1k, 2k, 4k, or WIDTHxHEIGHT in multiples of 16.")
+    ] = "1k",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Ultra-resolution adapter; repeat in order: 2K LoRA, then 4K minor."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="Another LoRA, FILE or FILE:WEIGHT; repeatable.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with a prompt a line, in place of PROMPT.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Distilled guidance [dim](dev 3.5, schnell 0)[/].")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="Text tokens [dim](dev 512, schnell 256)[/].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Drawn if not given.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
+    memory: Annotated[
+        Memory, typer.Option(help="Keep all weights on the GPU, or bring each model in turn.")
+    ] = Memory.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate pictures; each PNG holds its prompt, seed, adapters, policy and versions."""
+    texts = _read_prompts(prompt, prompts)
+    from urae.generate import GenerateConfig, Progress, generate
+    from urae.geometry import parse_size
+
+    height, width = parse_size(size)
+    config = GenerateConfig(
+        prompts=texts,
+        model=model,
+        height=height,
+        width=width,
+        adapters=tuple(adapter or ()),
+        loras=tuple(_split_weight(text) for text in lora or ()),
+        steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=max_sequence_length,
+        seed=seed,
+        num_images=num_images,
+        output_dir=output,
+        overwrite=overwrite,
+        memory=memory.value,
+    )
+    quiet_progress_bars()
+    with build_progress() as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(progress: Progress) -> None:
+            name = f"picture {progress.picture} of {progress.num_pictures}"
+            if progress.step == 1:
+                bar.reset(task, total=progress.num_steps)
+            bar.update(task, description=name, completed=progress.step)
+
+        paths = generate(config, on_progress=show)
+    for path in paths:
+        typer.echo(path)
+    console.print(f"[green]done:[/] {len(paths)} pictures in {output}")
+
+
+def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
+    if (prompt is None) == (path is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    if path is None:
+        assert prompt is not None
+        return (prompt,)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
+    lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"prompt file {path} holds no prompt; write one a line")
+    return lines
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    source, colon, weight = text.rpartition(":")
+    try:
+        return (source, float(weight)) if colon and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0

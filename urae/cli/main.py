@@ -1,0 +1,73 @@
+"""The `urae` command: one subcommand a job."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from urae import __version__
+from urae.cli.cache import cache_command
+from urae.cli.convert import convert_command
+from urae.cli.generate import generate_command
+from urae.cli.train import train_command
+
+USER_ERROR, FAILURE = 2, 1
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"urae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Ultra-resolution FLUX: adapt it to 2K and 4K, and generate with it.
+
+    [bold]cache[/] a folder of captioned pictures, [bold]train[/] an adapter on it,
+    [bold]convert[/] it for other tools, [bold]generate[/] with it.
+    """
+
+
+app.command("cache")(cache_command)
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    train_command
+)
+app.command("convert")(convert_command)
+app.command("generate")(generate_command)
+
+
+def main() -> None:
+    """Run the command line; errors are one line, and exit code 2 is for what the user got wrong."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, ImportError) as error:
+        _fail(error, USER_ERROR)
+    except (OSError, ArithmeticError, MemoryError) as error:
+        _fail(error, FAILURE)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    if logging.getLogger("urae").isEnabledFor(logging.INFO):
+        raise error
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {message}", markup=True)
+    sys.exit(code)

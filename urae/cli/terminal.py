@@ -1,0 +1,62 @@
+"""What every command shares: logging, quiet libraries, progress bars."""
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Show this project's warnings, or everything with --verbose; libraries stay quiet."""
+    handler = RichHandler(console=console, show_time=verbose, show_path=False, show_level=True)
+    logging.basicConfig(level=logging.ERROR, handlers=[handler], format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("urae").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+    if not verbose:
+        # read when the libraries are first imported, which no command has done yet
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("TORCH_LOGS", "-all")
+
+
+def quiet_progress_bars() -> None:
+    """Keep diffusers' and transformers' own bars out of ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", callback=set_up_logging, help="Say more, show tracebacks."),
+]
+
+
+def build_progress(*fields: str) -> Progress:
+    """Build a progress bar with elapsed time and ETA, and extra columns from task fields."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *[TextColumn(f"{{task.fields[{name}]}}") for name in fields],
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )

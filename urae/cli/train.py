@@ -1,0 +1,71 @@
+"""`urae train`: a recipe and a folder of features to an adapter."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+from urae.config import build_config, describe_fields, override, read_toml
+
+
+def _list_fields(wanted: bool) -> None:
+    if not wanted:
+        return
+    from urae.train.config import TrainConfig
+
+    table = Table("option", "default", "what it does")
+    for name, default, description in describe_fields(TrainConfig):
+        table.add_row(f"--{name}", default, description)
+    console.print(table)
+    raise typer.Exit
+
+
+def train_command(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
+    data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
+    ] = False,
+    fields: Annotated[
+        bool,
+        typer.Option("--fields", callback=_list_fields, is_eager=True, help="List all fields."),
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train an adapter; any field of the recipe can be overridden: --optimizer.lr 0.5 --steps 100.
+
+    Ctrl-C saves a checkpoint first. On several GPUs: accelerate launch -m urae train ...
+    """
+    settings: dict[str, Any] = read_toml(recipe)
+    override(settings, context.args)
+    settings |= {"data_dir": data, "output_dir": output, "resume": resume, "overwrite": overwrite}
+    from urae.train import StepReport, TrainConfig, train
+
+    config = build_config(TrainConfig, settings, str(recipe))
+    quiet_progress_bars()
+    with build_progress("loss", "pace") as bar:
+        task = bar.add_task("train", total=config.steps, loss="", pace="")
+
+        def show(report: StepReport) -> None:
+            bar.update(
+                task,
+                completed=report.step,
+                loss=f"loss {report.loss:.4f}",
+                pace=f"{report.seconds:.2f} s/step",
+            )
+
+        result = train(config, on_step=show)
+    if result.finished:
+        console.print(f"[green]done:[/] {result.step} steps, adapter {result.adapter_path}")
+    else:
+        console.print(
+            f"[yellow]stopped[/] at step {result.step} of {config.steps}, saved in "
+            f"{result.adapter_path.parent}; go on with --resume"
+        )
