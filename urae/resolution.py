@@ -112,7 +112,7 @@ class ResolutionPositions(nn.Module):
     Takes the place of a stock `FluxPosEmbed` and gives the same kind of cos and sin.
     """
 
-    def __init__(self, stock: nn.Module, policy: ResolutionPolicy) -> None:
+    def __init__(self, stock: Any, policy: ResolutionPolicy) -> None:
         super().__init__()
         self.stock = stock
         self.policy = policy
@@ -148,10 +148,11 @@ class ResolutionPositions(nn.Module):
             self._warn_of_inactive(module)
         return inputs.args[1:], inputs.kwargs
 
-    def _warn_of_inactive(self, module: nn.Module) -> None:
+    def _warn_of_inactive(self, module: Any) -> None:
         if not self.adapter_names:
             return
-        active = module.active_adapters() if getattr(module, "peft_config", None) else []
+        has_adapters = getattr(module, "peft_config", None)
+        active = module.active_adapters() if has_adapters else []
         inactive = tuple(name for name in self.adapter_names if name not in active)
         if inactive and inactive != self._warned_about:
             warnings.warn(

@@ -1,28 +1,11 @@
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from urae.features.cache import CacheConfig, cache
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@contextmanager
-def one_thread():
-    """Threads cost the tiny model more than they save, on busy machines much more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +60,7 @@ def settings(base_dev):
 def cached(tmp_path_factory, copy_sources, settings) -> Path:
     """A folder cached without interruption; to be read, or copied."""
     folder = copy_sources(tmp_path_factory.mktemp("cached"))
-    with one_thread():
-        cache(settings(folder))
+    cache(settings(folder))
     return folder
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from urae.adapters.files import LowRank
 
 
-def active_adapters(transformer: nn.Module) -> list[str]:
+def active_adapters(transformer: FluxTransformer2DModel) -> list[str]:
     """Name the adapters that take part in a forward, none for a bare transformer."""
     if not getattr(transformer, "peft_config", None):
         return []
@@ -23,7 +24,11 @@ def active_adapters(transformer: nn.Module) -> list[str]:
 
 
 def attach(
-    transformer: nn.Module, name: str, layers: Mapping[str, LowRank], *, pipe: Any = None
+    transformer: FluxTransformer2DModel,
+    name: str,
+    layers: Mapping[str, LowRank],
+    *,
+    pipe: Any = None,
 ) -> None:
     """Attach factors as a peft adapter; those active before stay active, with their weights.
 
@@ -50,7 +55,7 @@ def attach(
 
 
 def attach_frozen(
-    transformer: nn.Module,
+    transformer: FluxTransformer2DModel,
     name: str,
     layers: Mapping[str, LowRank],
     *,
@@ -78,7 +83,7 @@ def attach_frozen(
 
 
 def attach_trainable(
-    transformer: nn.Module, name: str, layers: Mapping[str, LowRank]
+    transformer: FluxTransformer2DModel, name: str, layers: Mapping[str, LowRank]
 ) -> list[nn.Parameter]:
     """Attach factors to train, in float32 whatever the base's dtype, and freeze all else.
 
@@ -105,7 +110,7 @@ def attach_trainable(
     return parameters
 
 
-def detach(transformer: nn.Module, names: Sequence[str]) -> None:
+def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     """Remove adapters; the others stay active as they are, and without any the layers unwrap."""
     present = getattr(transformer, "peft_config", None) or {}
     names = [name for name in names if name in present]
@@ -121,7 +126,7 @@ def detach(transformer: nn.Module, names: Sequence[str]) -> None:
             layer._active_adapter = active
 
 
-def read_factors(transformer: nn.Module, name: str) -> dict[str, LowRank]:
+def read_factors(transformer: FluxTransformer2DModel, name: str) -> dict[str, LowRank]:
     """Return an attached adapter's factors by layer (references, not copies)."""
     return {
         path: LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight)
@@ -129,7 +134,7 @@ def read_factors(transformer: nn.Module, name: str) -> dict[str, LowRank]:
     }
 
 
-def adapter_parameters(transformer: nn.Module, name: str) -> list[nn.Parameter]:
+def adapter_parameters(transformer: FluxTransformer2DModel, name: str) -> list[nn.Parameter]:
     """Return an adapter's parameters: A and B of each layer in turn."""
     return [
         weight
@@ -160,14 +165,14 @@ def _lora_config(layers: Mapping[str, LowRank]) -> LoraConfig:
     )
 
 
-def _cast_to_compute(transformer: nn.Module, name: str) -> None:
+def _cast_to_compute(transformer: FluxTransformer2DModel, name: str) -> None:
     dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.bfloat16
     for _, layer in _lora_layers(transformer, name):
         layer.lora_A[name].to(dtype)
         layer.lora_B[name].to(dtype)
 
 
-def _lora_layers(transformer: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+def _lora_layers(transformer: FluxTransformer2DModel, name: str) -> Iterator[tuple[str, LoraLayer]]:
     for path, layer in transformer.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
             yield path, layer

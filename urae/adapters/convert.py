@@ -12,7 +12,7 @@ from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, 
 from urae.adapters.initial import OpenWeights, Progress, compute_updates
 from urae.backbones.flux import build_meta_transformer, fetch_model
 from urae.backbones.weights import open_weight_files
-from urae.tensorfiles import write_tensors
+from urae.storage import write_tensors
 
 # kohya's names follow Black Forest Labs' model, where several of diffusers' layers are one matrix
 _DOUBLE = {
@@ -149,8 +149,8 @@ def _join(pairs: Sequence[LowRank | None]) -> LowRank:
     attention = [pair.up.shape[0] for pair in pairs[:3] if pair is not None]
     hidden = attention[0] if attention else present[0].up.shape[0] // _MLP_RATIO
     heights = [hidden, hidden, hidden, hidden * _MLP_RATIO][: len(pairs)]
-    empty = [
+    ups = [
         pair.up if pair is not None else present[0].up.new_zeros(height, 0)
         for pair, height in zip(pairs, heights, strict=True)
     ]
-    return LowRank(torch.cat([pair.down for pair in present]), torch.block_diag(*empty))
+    return LowRank(torch.cat([pair.down for pair in present]), torch.block_diag(*ups))  # type: ignore[no-untyped-call]

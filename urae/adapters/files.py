@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from urae.backbones.weights import linear_shape
 from urae.resolution import ResolutionPolicy
-from urae.tensorfiles import read_tensors, write_tensors
+from urae.storage import read_tensors, write_tensors
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that stock `load_lora_weights(folder)` looks for."""
@@ -280,6 +280,6 @@ def write_lora(
     """
     tensors = {}
     for name, pair in layers.items():
-        tensors[f"transformer.{name}.lora_A.weight"] = pair.down.detach().cpu().contiguous()
-        tensors[f"transformer.{name}.lora_B.weight"] = pair.up.detach().cpu().contiguous()
+        tensors[f"transformer.{name}.lora_A.weight"] = pair.down
+        tensors[f"transformer.{name}.lora_B.weight"] = pair.up
     write_tensors(path, tensors, metadata)

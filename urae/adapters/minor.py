@@ -21,7 +21,7 @@ from urae.adapters.minor_cache import MinorCache, content_key, default_cache_dir
 
 logger = logging.getLogger(__name__)
 
-SOLVER_VERSION = 1  # part of every cache key: raise it when results change
+SOLVER_VERSION = 2  # of cached results: raise it when they change
 OVERSAMPLE = 8  # columns of the Krylov block beyond `rank`
 FIRST_CHECK, CHECK_EVERY, MAX_STEPS = 8, 4, 28  # in steps of two triangular solves each
 TOLERANCE = 1e-8  # residual relative to the largest component kept
@@ -31,8 +31,8 @@ EPSILON = torch.finfo(torch.float64).eps
 class MinorSplit(NamedTuple):
     """Factors of a weight's minor part, in float32; the part itself is `up @ down`.
 
-    Component i is row i of `down` and column i of `up`, the smallest singular value first, so a
-    smaller rank is a prefix of a larger one. Each row's largest entry by magnitude is positive.
+    Component i is row i of `down` and column i of `up`, in the order of an SVD: the smallest
+    singular value last. Each row's largest entry by magnitude is positive.
     """
 
     down: Float[Tensor, "rank in"]
@@ -135,8 +135,8 @@ def split_minor(weight: Float[Tensor, "out in"], rank: int) -> MinorSplit:
     largest = triplets.right.abs().argmax(dim=0, keepdim=True)
     signs = triplets.right.gather(0, largest).sign()
     roots = triplets.values.sqrt()
-    down = (triplets.right * (signs * roots)).mT
-    up = triplets.left * (signs * roots)
+    down = (triplets.right * (signs * roots)).mT.flip(0)
+    up = (triplets.left * (signs * roots)).flip(1)
     return MinorSplit(
         down=down.float().contiguous().to(weight.device),
         up=up.float().contiguous().to(weight.device),

@@ -185,7 +185,7 @@ def predict_velocity(
     """
     batch, _, height, width = latents.shape
     device = latents.device
-    config = getattr(transformer, "module", transformer).config
+    config: Any = getattr(transformer, "module", transformer).config
     guidance = torch.full((batch,), guidance_scale, device=device)
     tokens = transformer(
         hidden_states=pack(latents),

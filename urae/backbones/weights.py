@@ -99,7 +99,8 @@ def _live_weight(transformer: nn.Module, name: str) -> Tensor | None:
     # quantised layers are other classes (bitsandbytes) or hold tensor subclasses (torchao)
     is_plain = type(layer) is nn.Linear and type(weight.data) is Tensor
     if is_plain and weight.dtype in _ORIGINAL_DTYPES and weight.device.type != "meta":
-        return weight.detach()
+        detached: Tensor = weight.detach()
+        return detached
     return None
 
 
@@ -110,7 +111,8 @@ def _in_float32(weight: Tensor) -> Callable[[], Tensor]:
 def _from_file(path: Path, key: str) -> Callable[[], Tensor]:
     def load() -> Tensor:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key).float()
+            tensor: Tensor = file.get_tensor(key)
+        return tensor.float()
 
     return load
 

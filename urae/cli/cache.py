@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import TaskID
 from rich.table import Table
 
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
@@ -34,7 +35,7 @@ def cache_command(
     config = CacheConfig(data_dir, model, resolution, max_sequence_length, overwrite)
     quiet_progress_bars()
     with build_progress("rate") as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
         began: dict[str, float] = {}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -22,9 +22,9 @@ from urae.features.store import (
     fingerprint_encoders,
     name_dtype,
     split_embed_name,
-    write_atomic,
     write_features,
 )
+from urae.storage import write_atomic
 
 MAX_SEQUENCE_LENGTH = 512
 WORK_DIR = ".urae"

@@ -7,9 +7,7 @@ folder. The metadata is ours: it says what a file was made from.
     <stem>_<column>_embed.safetensors    caption_feature_t5: L x d, caption_feature_clip: p
 """
 
-import errno
 import hashlib
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from urae.backbones.flux import TEXT_COMPONENTS, fingerprint_component
+from urae.storage import write_atomic
 
 LATENT_SUFFIX = "_latent_code.safetensors"
 EMBED_SUFFIX = "_embed.safetensors"
@@ -162,32 +161,6 @@ def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
             )
     cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     write_atomic(path, save(cpu, {FORMAT_KEY: FORMAT_VERSION, **metadata}))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, then move it there.
-
-    The temporary name is fixed, so the next writer overwrites what a killed one left; only one
-    process at a time may write a path.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"no space left for {len(data) / 2**20:.1f} MiB; what was written before is whole: "
-            "free some space and run again to go on",
-            str(path),
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def digest(data: bytes | str) -> str:

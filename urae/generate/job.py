@@ -26,7 +26,7 @@ from urae.generate.config import GenerateConfig
 from urae.generate.memory import choose_placement, needs_tiling, place
 from urae.generate.picture import picture_path, save_picture
 from urae.resolution import find_policy
-from urae.tensorfiles import read_tensors
+from urae.storage import read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -78,4 +78,5 @@ def needs_tiling(pipe: FluxPipeline, height: int, width: int, device: torch.devi
     """Tell whether decoding a picture whole would not fit into what is free now."""
     bytes_per_pixel = _PIXEL_BYTES_HALF * pipe.vae.dtype.itemsize // 2
     channels = pipe.vae.config.block_out_channels[0] / 128
-    return height * width * bytes_per_pixel * channels > free_bytes(device)
+    needed: float = height * width * bytes_per_pixel * channels
+    return needed > free_bytes(device)

@@ -1,7 +1,7 @@
 """A finished picture on disk: its name, its PNG and what the PNG remembers."""
 
+import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from urae.storage import write_atomic
 
 _SLUG_LENGTH = 48
 
@@ -30,10 +32,7 @@ def save_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> N
     info = PngInfo()
     for name, value in record.items():
         info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=info)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, stream.getvalue())

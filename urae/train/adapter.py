@@ -32,6 +32,11 @@ class TrainingAdapter:
     parameters: list[nn.Parameter]
     metadata: Mapping[str, str]
 
+    @property
+    def origin_hash(self) -> str:
+        """Of the base and the adapters under this one."""
+        return self.metadata["urae.origin_hash"]
+
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the adapter as a LoRA file in float32."""
         layers = read_factors(self.transformer, self.name)

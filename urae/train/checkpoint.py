@@ -7,7 +7,6 @@ there is no random state to save.
 
 import json
 import logging
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from urae.adapters.files import LORA_FILE_NAME
-from urae.tensorfiles import read_tensors, write_tensors
+from urae.storage import read_tensors, write_atomic, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +80,8 @@ def save_checkpoint(
         write_adapter(partial / LORA_FILE_NAME)
         tensors, plain = _flatten(optimizer.state_dict())
         write_tensors(partial / OPTIMIZER_FILE, tensors, {"urae.optimizer": json.dumps(plain)})
-        with (partial / STATE_FILE).open("w") as file:
-            json.dump({"step": step, **record}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        state = json.dumps({"step": step, **record}, indent=1)
+        write_atomic(partial / STATE_FILE, state.encode())
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except OSError as error:
@@ -126,7 +123,7 @@ def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         plain[str(index)] = {}
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = value
             else:
                 plain[str(index)][name] = value
     groups = [

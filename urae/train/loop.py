@@ -116,8 +116,8 @@ def train(
     )
     over, start = read_adapters(config.adapter)
     start = read_adapter(resumed.adapter_path) if resumed else start
-    for adapter in [*over, *([start] if start else [])]:
-        check_fits(adapter, meta)
+    for file in [*over, *([start] if start else [])]:
+        check_fits(file, meta)
 
     transformer = load_transformer(model_path, dtype=pick_dtype(accelerator.device))
     transformer.to(accelerator.device).requires_grad_(False)
@@ -126,7 +126,7 @@ def train(
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     adapter = attach_for_training(transformer, config.adapter, over, start, config.seed)
-    if resumed and adapter.metadata["urae.origin_hash"] != start.metadata["urae.origin_hash"]:
+    if resumed and start and start.metadata["urae.origin_hash"] != adapter.origin_hash:
         raise ValueError(
             f"{resumed.path} was made on another base or over other adapters than {config.model} "
             "and adapter.over now give; resume with those it began with"
@@ -325,7 +325,7 @@ def _claim_output(config: TrainConfig) -> Checkpoint | None:
 @contextlib.contextmanager
 def _safe_attention() -> Iterator[None]:
     # cuDNN's attention backward gives NaN on the transposed views that stock FLUX hands over
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
@@ -344,7 +344,7 @@ def _catch_stop() -> Iterator[threading.Event]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, request)

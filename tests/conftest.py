@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from urae.backbones.flux import load_pipeline
+
+# threads cost the tiny models more than they save, on busy machines much more
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_dir(tmp_path_factory):
+    """Keep minor components out of the user's cache folder."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("URAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def expected() -> Path:
+    """The reference's outputs."""
+    return GOLDEN / "expected"
+
+
+@pytest.fixture(scope="session")
+def bases() -> dict[str, Path]:
+    return {name: GOLDEN / f"base_{name}" for name in ("dev", "schnell")}
+
+
+@pytest.fixture(params=["dev", "schnell"])
+def base(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def load_pipe(bases):
+    """Load a fresh tiny pipeline in float32."""
+
+    def load(name: str = "dev", **options):
+        pipe = load_pipeline(str(bases[name]), **{"dtype": torch.float32, **options})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return ||found - wanted|| / ||wanted||."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.fixture(scope="session")
+def rel():
+    return relative_error
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """Run a pipeline as the reference did, to latents."""
+    settings = {
+        True: {"num_inference_steps": 6, "guidance_scale": 3.5},
+        False: {"num_inference_steps": 4, "guidance_scale": 0.0},
+    }
+
+    def run(pipe, height=256, width=256, **options):
+        defaults = {
+            "generator": torch.Generator().manual_seed(7),
+            "max_sequence_length": 64,
+            "output_type": "latent",
+            **settings[pipe.transformer.config.guidance_embeds],
+        }
+        prompt = options.pop("prompt", "a large red circle on a striped blue background")
+        return pipe(prompt, height=height, width=width, **{**defaults, **options}).images
+
+    return run
