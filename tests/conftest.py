@@ -50,7 +50,8 @@ def load_pipe(bases):
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return ||found - wanted|| / ||wanted||."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(scope="session")

@@ -357,7 +357,7 @@ def test_file_metadata_brings_its_policy(load_pipe, expected, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_model_offload(load_pipe, expected, sample, monkeypatch, order):
+def test_model_offload(load_pipe, expected, sample, rel, monkeypatch, order):
     """Offloading's hooks wrap forward; without a GPU the CPU stands in for it."""
     wanted = sample(urae.adapt(load_pipe(), stages(expected, "dev")["4k"]))
     enable = FluxPipeline.enable_model_cpu_offload
@@ -371,7 +371,7 @@ def test_model_offload(load_pipe, expected, sample, monkeypatch, order):
     if order == "after":
         pipe.enable_model_cpu_offload()
     assert hasattr(pipe.transformer, "_hf_hook")
-    assert torch.equal(sample(pipe), wanted)
+    assert rel(sample(pipe), wanted) < 1e-6
 
 
 def test_attention_backend(load_pipe, expected, sample, rel):

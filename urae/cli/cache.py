@@ -39,6 +39,8 @@ def cache_command(
         began: dict[str, float] = {}
 
         def show(stage: str, done: int, total: int) -> None:
+            if not total:
+                return
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total, rate="")
                 began[stage] = time.perf_counter()
@@ -46,8 +48,8 @@ def cache_command(
             bar.update(tasks[stage], completed=done, total=total, rate=f"{rate:.2f}/s")
 
         report = cache(config, progress=show)
-    table = Table("features", "encoded", "unchanged", "kept (reference's)", "by another process")
-    for name, counts in (("latents", report.latents), ("prompt embeddings", report.embeds)):
+    table = Table("", "encoded", "unchanged", "kept, no metadata", "by others")
+    for name, counts in (("latents", report.latents), ("prompts", report.embeds)):
         numbers = (counts.encoded, counts.unchanged, counts.kept, counts.shared)
         table.add_row(name, *[str(number) for number in numbers])
     console.print(table)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from urae import __version__
 from urae.cli.cache import cache_command
@@ -69,5 +70,5 @@ def _fail(error: BaseException, code: int) -> None:
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {message}", markup=True)
+    console.print("[bold red]error:[/]", Text(message))
     sys.exit(code)

@@ -49,7 +49,10 @@ Verbose = Annotated[
 
 
 def build_progress(*fields: str) -> Progress:
-    """Build a progress bar with elapsed time and ETA, and extra columns from task fields."""
+    """Build a bar with elapsed time and ETA, and extra columns from task fields.
+
+    It vanishes when it is done or something fails: commands end with a line of their own.
+    """
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -59,4 +62,6 @@ def build_progress(*fields: str) -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )

@@ -51,19 +51,18 @@ def train_command(
     config = build_config(TrainConfig, settings, str(recipe))
     quiet_progress_bars()
     with build_progress("loss", "pace") as bar:
-        task = bar.add_task("train", total=config.steps, loss="", pace="")
+        task = bar.add_task("loading", total=config.steps, loss="", pace="")
+        last = ""
 
         def show(report: StepReport) -> None:
-            bar.update(
-                task,
-                completed=report.step,
-                loss=f"loss {report.loss:.4f}",
-                pace=f"{report.seconds:.2f} s/step",
-            )
+            nonlocal last
+            loss, pace = f"loss {report.loss:.4f}", f"{report.seconds:.2f} s/step"
+            bar.update(task, description="train", completed=report.step, loss=loss, pace=pace)
+            last = f"({loss}, {pace})"
 
         result = train(config, on_step=show)
     if result.finished:
-        console.print(f"[green]done:[/] {result.step} steps, adapter {result.adapter_path}")
+        console.print(f"[green]done:[/] {result.step} steps, adapter {result.adapter_path}", last)
     else:
         console.print(
             f"[yellow]stopped[/] at step {result.step} of {config.steps}, saved in "

@@ -1,0 +1,39 @@
+# make demo    install into .venv and run the whole chain on a tiny model: pictures in runs/demo/
+# make test    install and run the tests
+#
+# PYTHON=python3.12 picks the interpreter; a torch that .venv has already is kept, so GPU users
+# install theirs first (or name it: TORCH='torch==2.11.0 --index-url ...').
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow check install
+
+demo: $(INSTALLED)
+	$(BIN)/python demo/run.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# torch first, on its own: a dependency could otherwise choose another build of it
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+	  found=$$($(PYTHON) --version 2> /dev/null || echo missing); \
+	  echo "error: urae needs Python 3.11 or later, but $(PYTHON) is $$found;" \
+	    "name another: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@

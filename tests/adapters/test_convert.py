@@ -1,0 +1,127 @@
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+import urae
+from urae.adapters.convert import ConvertConfig, convert, to_kohya
+from urae.adapters.files import LowRank, read_adapter
+
+
+@pytest.fixture
+def sources(expected, base):
+    return tuple(str(expected / f"{base}_{name}.safetensors") for name in ("2k_lora", "4k_minor"))
+
+
+def test_conversion_equals_the_reference(base, bases, sources, expected, tmp_path, rel):
+    path = convert(ConvertConfig(sources, tmp_path / "c.safetensors", model=str(bases[base])))
+    ours = read_adapter(path).layers
+    theirs = read_adapter(expected / f"{base}_4k_lora_conversion.safetensors").layers
+    assert ours.keys() == theirs.keys()
+    for name, pair in ours.items():
+        assert pair.down.shape == theirs[name].down.shape
+        assert rel(pair.up @ pair.down, theirs[name].up @ theirs[name].down) < 1e-5
+
+
+def test_conversion_does_the_same_in_stock_diffusers(
+    base, bases, sources, load_pipe, sample, tmp_path, rel
+):
+    path = convert(ConvertConfig(sources, tmp_path / "c.safetensors", model=str(bases[base])))
+    wanted = sample(urae.adapt(load_pipe(base), sources))
+    pipe = urae.adapt(load_pipe(base))
+    pipe.load_lora_weights(path)
+    assert rel(sample(pipe), wanted) < 1e-5
+
+
+def test_a_raw_minor_adapter_needs_its_base(sources, tmp_path, base):
+    with pytest.raises(ValueError, match="does not hold its B0 and A0"):
+        convert(ConvertConfig(sources, tmp_path / "c.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_is_kept(tmp_path, expected):
+    source = (str(expected / "dev_2k_lora.safetensors"),)
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"exists and is kept"):
+        convert(ConvertConfig(source, path))
+    assert path.read_bytes() == b"mine"
+    convert(ConvertConfig(source, path, overwrite=True))
+    assert read_adapter(path).kind == "lora"
+    with pytest.raises(ValueError, match="must end in"):
+        convert(ConvertConfig(source, tmp_path / "c.bin"))
+
+
+def test_another_base_is_refused(tmp_path, bases, expected):
+    tensors = {k: t[:, :8].clone() if "_A" in k else t
+               for k, t in load_file(expected / "dev_2k_lora.safetensors").items()}  # fmt: skip
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="for another base"):
+        convert(
+            ConvertConfig(
+                (str(tmp_path / "other.safetensors"),),
+                tmp_path / "c.safetensors",
+                model=str(bases["dev"]),
+            )
+        )
+
+
+def flux_layers(*names, rank=4):
+    """Random factors of FLUX.1's width: stock diffusers reads kohya keys at that width only."""
+    width = 3072
+    shapes = {"proj_mlp": (4 * width, width), "ff.net.0.proj": (4 * width, width)}
+    layers = {}
+    for index, name in enumerate(names):
+        tall, wide = next((s for k, s in shapes.items() if name.endswith(k)), (width, width))
+        generator = torch.Generator().manual_seed(index)
+        layers[name] = LowRank(
+            torch.randn(rank, wide, generator=generator),
+            torch.randn(tall, rank, generator=generator),
+        )
+    return layers
+
+
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("transformer_blocks", QKV),
+        ("transformer_blocks", (*QKV, "attn.to_out.0", "ff.net.0.proj")),
+        ("transformer_blocks", ("attn.to_k",)),
+        ("transformer_blocks", ("attn.add_q_proj", "attn.to_add_out")),
+        ("single_transformer_blocks", QKV),
+        ("single_transformer_blocks", (*QKV, "proj_mlp")),
+        ("single_transformer_blocks", ("attn.to_k",)),
+    ],
+)
+def test_kohya_keys_do_the_same(kind, names, rel):
+    layers = flux_layers(*[f"{kind}.3.{name}" for name in names])
+    tensors = to_kohya(layers)
+    assert all(key.startswith("lora_unet_") for key in tensors)
+    back = FluxPipeline.lora_state_dict(dict(tensors))
+    for name, pair in layers.items():
+        down = back[f"transformer.{name}.lora_A.weight"]
+        up = back[f"transformer.{name}.lora_B.weight"]
+        assert rel(up @ down, pair.up @ pair.down) < 1e-6
+    written = {key.removeprefix("transformer.").split(".lora_")[0] for key in back}
+    for name in written - layers.keys():
+        product = back[f"transformer.{name}.lora_B.weight"] @ back[
+            f"transformer.{name}.lora_A.weight"
+        ]  # fmt: skip
+        assert not product.any()
+
+
+def test_kohya_file_from_the_published_kind(expected, tmp_path):
+    source = (str(expected / "dev_2k_lora.safetensors"),)
+    path = convert(ConvertConfig(source, tmp_path / "k.safetensors", format="kohya"))
+    keys = load_file(path).keys()
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in keys
+    assert "lora_unet_single_blocks_1_linear1.alpha" in keys
+
+
+def test_a_layer_without_kohya_name():
+    layers = {"x_embedder": LowRank(torch.ones(1, 2), torch.ones(2, 1))}
+    with pytest.raises(ValueError, match="x_embedder has no name in kohya"):
+        to_kohya(layers)

@@ -1,0 +1,184 @@
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from urae.adapters import files
+from urae.adapters.files import LowRank, read_adapter, resolve_adapter, write_lora
+from urae.storage import write_tensors
+
+NAME = "transformer_blocks.0.attn.to_q"
+
+
+def lora(rank=3, **extra):
+    tensors = {
+        f"transformer.{NAME}.lora_A.weight": torch.randn(rank, 8),
+        f"transformer.{NAME}.lora_B.weight": torch.randn(8, rank),
+    }
+    return tensors | extra
+
+
+def product(pair: LowRank) -> torch.Tensor:
+    return pair.up @ pair.down
+
+
+def test_write_then_read_is_bitwise(tmp_path):
+    pair = LowRank(torch.randn(3, 8), torch.randn(8, 3))
+    write_lora(tmp_path / "a.safetensors", {NAME: pair}, {"note": "x"})
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    assert adapter.kind == "lora"
+    assert torch.equal(adapter.layers[NAME].down, pair.down)
+    assert torch.equal(adapter.layers[NAME].up, pair.up)
+    assert adapter.metadata["note"] == "x"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_reference_checkpoints(tmp_path, expected, prefix):
+    """A folder, keys with and without the prefix of multi-GPU runs."""
+    for source, name, kind in (
+        ("dev_2k_lora", "pytorch_lora_weights", "lora"),
+        ("dev_4k_minor", "adapter_weights", "minor"),
+    ):
+        folder = tmp_path / kind
+        folder.mkdir()
+        tensors = load_file(expected / f"{source}.safetensors")
+        save_file({prefix + k: t for k, t in tensors.items()}, folder / f"{name}.safetensors")
+        adapter = read_adapter(folder)
+        assert adapter.kind == kind
+        assert len(adapter.layers) == 10
+        assert "transformer_blocks.0.attn.to_out.0" in adapter.layers
+
+
+def test_alpha_scales(tmp_path):
+    tensors = lora()
+    plain = product(LowRank(*tensors.values()))
+    path = tmp_path / "a.safetensors"
+    save_file(tensors | {f"transformer.{NAME}.alpha": torch.tensor(6.0)}, path)
+    assert torch.allclose(product(read_adapter(path).layers[NAME]), 2 * plain)
+    config = {"transformer.lora_alpha": 12, "transformer.r": 3}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config)})
+    assert torch.allclose(product(read_adapter(path).layers[NAME]), 4 * plain)
+
+
+def test_kohya_keys(tmp_path):
+    down, up = torch.randn(3, 8), torch.randn(8, 3)
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(1.5)}, tmp_path / "k.safetensors")
+    layers = read_adapter(tmp_path / "k.safetensors").layers
+    assert torch.allclose(product(layers["transformer_blocks.0.attn.to_out.0"]), up @ down / 2)
+
+
+def damage(path, kind):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if kind == "truncated" else b"garbage" + data[7:])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage"])
+def test_damaged_file(tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    save_file(lora(), path)
+    damage(path, kind)
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole safetensors file"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_file(tmp_path, value):
+    tensors = lora()
+    tensors[f"transformer.{NAME}.lora_B.weight"][2, 1] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"{NAME}.lora_B.weight holds NaN or infinity"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_pickles_are_refused(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is a pickle .* only \.safetensors"):
+        read_adapter(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds no adapter weights"),
+        ({f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}, "one factor of two"),
+        (lora(3, **{f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}), "share a rank"),
+        (lora(3, **{"text_encoder.x.lora_A.weight": torch.ones(2, 8)}), "load_lora_weights"),
+        (lora(3, **{f"transformer.{NAME}.bias": torch.ones(2)}), "not a low-rank factor"),
+    ],
+)
+def test_files_that_are_no_adapter(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_minor_metadata_must_fit(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", lora(3), {"urae.kind": "minor", "urae.rank": "3"})
+    with pytest.raises(ValueError, match="has 3 components, but a minor adapter of rank 3 has 6"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_where_adapters_are_found(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo, file, revision=None):
+        asked.append((repo, file, revision))
+        return str(tmp_path / "hub.safetensors")
+
+    monkeypatch.setattr(files, "hf_hub_download", download)
+    resolve_adapter("owner/repo/file.safetensors")
+    resolve_adapter("hf://owner/repo@v1.0/sub/file.safetensors")
+    assert asked == [
+        ("owner/repo", "file.safetensors", None),
+        ("owner/repo", "sub/file.safetensors", "v1.0"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    local = tmp_path / "owner" / "repo" / "file.safetensors"
+    local.parent.mkdir(parents=True)
+    save_file(lora(), local)
+    assert resolve_adapter("owner/repo/file.safetensors").resolve() == local
+    assert len(asked) == 2
+    save_file(lora(), local.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match=r"single \.safetensors file; found: file.safetens"):
+        resolve_adapter(local.parent)
+
+
+@pytest.mark.parametrize("source", ["missing.safetensors", "owner/repo", "./a/b/c", "/a/b/c"])
+def test_missing_adapter(source):
+    with pytest.raises(FileNotFoundError, match=r"neither an existing file .*owner/repo"):
+        resolve_adapter(source)
+
+
+def test_hub_adapter_that_cannot_be_had(monkeypatch):
+    def fail(*_, **__):
+        import httpx
+
+        response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+        raise RepositoryNotFoundError("404: no such repository", response=response)
+
+    monkeypatch.setattr(files, "hf_hub_download", fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"owner/repo/a\.safetensors .* \(404: no such repository"
+    ):
+        resolve_adapter("owner/repo/a.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.ones(3)})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_tensors(path, {"x": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == [path]
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("x"), torch.ones(3))

@@ -1,0 +1,150 @@
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from urae.adapters.files import read_adapter
+from urae.cli.generate import _read_prompts, _split_weight
+from urae.cli.main import app, main
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def run(*arguments, cwd) -> str:
+    """Run the installed command as a user would, and return what it printed."""
+    command = [sys.executable, "-m", "urae", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_chain_from_a_folder_of_pictures_to_a_picture(tmp_path):
+    """cache -> train -> convert -> generate, both stages, over the reference's folder."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in (GOLDEN / "train_data").iterdir():
+        if path.suffix in (".jpg", ".json"):
+            shutil.copy(path, data)
+    model = ("--model", GOLDEN / "base_dev")
+    small = (*model, "--resolution", 192)
+    run("cache", data, *small, "--max-sequence-length", 48, cwd=tmp_path)
+    train = (*small, "--adapter.rank", 4, "--steps", 3)
+    recipe = ROOT / "recipes" / "flux_dev_2k_lora.toml"
+    run("train", recipe, "--data", data, "--output", "lora", *train, cwd=tmp_path)
+    recipe = ROOT / "recipes" / "flux_dev_4k_minor.toml"
+    over = ("--adapter.over", '["lora"]')
+    run("train", recipe, "--data", data, "--output", "minor", *train, *over, cwd=tmp_path)
+    run("convert", "lora", "minor", "--output", "plain.safetensors", cwd=tmp_path)
+    layers = read_adapter(tmp_path / "plain.safetensors").layers
+    assert {pair.down.shape[0] for pair in layers.values()} == {12}
+    pictures = []
+    for adapters in (("lora", "minor"), ("plain.safetensors",)):
+        flags = [flag for adapter in adapters for flag in ("--adapter", adapter)]
+        path = run("generate", "a red circle", *model, "--size", "96x64", "--steps", 2, "--seed",
+                   1, *flags, "--output", adapters[0] + "-out", cwd=tmp_path)  # fmt: skip
+        pictures.append(Image.open(tmp_path / path.strip()))
+    assert pictures[0].size == (96, 64)
+    difference = max(
+        abs(a - b) for a, b in zip(pictures[0].tobytes(), pictures[1].tobytes(), strict=True)
+    )
+    assert difference <= 1
+
+
+@pytest.fixture
+def urae(monkeypatch, capsys, tmp_path):
+    """Run the command in this process; return its exit code and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["urae", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("command", [(), ("cache",), ("train",), ("convert",), ("generate",)])
+def test_help(command):
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_fields_of_a_recipe():
+    result = CliRunner().invoke(app, ["train", "--fields"])
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "x", "--size", "1000x1000"), "height 1000 is not a positive multiple of 16"),
+        (("generate",), "give either a prompt or --prompts FILE"),
+        (("generate", "x", "--adapter", "no.safetensors", "--model", "{dev}"), "neither an exist"),
+        (("convert", "x.ckpt", "--output", "y.safetensors"), "x.ckpt is a pickle"),
+        (("cache", "nowhere", "--model", "{dev}"), "nowhere"),
+        (("train", "no.toml", "--data", "d", "--output", "o"), "recipe no.toml does not exist"),
+    ],
+)
+def test_user_errors_are_one_line_and_code_2(urae, arguments, message):
+    code, errors = urae(*[argument.format(dev=GOLDEN / "base_dev") for argument in arguments])
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_messages_are_not_taken_for_markup(urae):
+    _, errors = urae("generate", "x", "--adapter", "no", "--model", GOLDEN / "base_dev")
+    assert "[hf://]owner/repo[@revision]/file" in errors
+
+
+def test_verbose_shows_where(urae):
+    with pytest.raises(ValueError, match="height 1000"):
+        urae("generate", "x", "--size", "1000", "--verbose")
+
+
+def test_unknown_options_of_a_recipe(urae):
+    recipe = ROOT / "recipes" / "flux_dev_2k_lora.toml"
+    code, errors = urae("train", recipe, "--data", "d", "--output", "o", "--stesp", 3)
+    assert code == 2
+    assert "stesp: unknown key; did you mean steps?" in errors
+
+
+def test_weights_of_loras(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _split_weight("a.safetensors:0.8") == ("a.safetensors", 0.8)
+    assert _split_weight("a.safetensors") == ("a.safetensors", 1.0)
+    assert _split_weight("hf://owner/repo/a.safetensors") == ("hf://owner/repo/a.safetensors", 1.0)
+    assert _split_weight("hf://o/r/a.safetensors:-1") == ("hf://o/r/a.safetensors", -1.0)
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n  two \n")
+    assert _read_prompts(None, path) == ("one", "two")
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        _read_prompts(None, path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        _read_prompts(None, tmp_path / "none")
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Commands set up logging for the process; put it back."""
+    root = logging.getLogger()
+    before = (root.level, root.handlers[:])
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    logging.captureWarnings(False)

@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+
+from urae.config import build_config, describe_fields, override, read_toml
+from urae.train import TrainConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+PATHS = {"data_dir": "data", "output_dir": "out"}
+
+
+def build(settings, origin="recipe.toml"):
+    return build_config(TrainConfig, {"model": "flux-dev", **PATHS, **settings}, origin)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_parses(path):
+    config = build_config(TrainConfig, {**read_toml(path), **PATHS}, str(path))
+    assert config.guidance_scale == 1.0
+    assert config.optimizer.name == "prodigy"
+    assert config.policy.ntk_factor == 10
+    assert config.adapter.kind == ("minor" if "minor" in path.name else "lora")
+    assert bool(config.adapter.over) == ("minor" in path.name)
+    assert config.resolution == (4096 if "4k" in path.name else 2048)
+
+
+def test_there_are_recipes_for_both_models_and_stages():
+    assert len([path for path in RECIPES if path.name.startswith("flux_")]) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stesp": 3}, r"recipe.toml: stesp: unknown key; did you mean steps\?"),
+        ({"optimizer": {"lrr": 1}}, r"optimizer.lrr: unknown key; did you mean lr\?"),
+        ({"optimizer": {"zzz": 1}}, r"zzz: unknown key; known keys: name, lr"),
+        ({"policy": {"ntk": 1}}, r"policy.ntk: unknown key"),
+        ({"steps": "many"}, r"steps: .*integer.*'many'"),
+        ({"steps": 0}, r"steps 0 must be at least 1"),
+        ({"resolution": 2050}, r"height 2050 is not .*try 2048 or 2064"),
+        ({"adapter": {"rank": 0}}, r"adapter: rank 0 must be at least 1"),
+        ({"adapter": {"kind": "dora"}}, r"adapter.kind: .*'lora' or 'minor'.*'dora'"),
+        ({"original_caption_share": 1.5}, r"original_caption_share 1.5 must be between"),
+        ({"optimizer": {"lr": -1.0}}, r"lr -1.0 must be a positive"),
+        ({"resume": True, "overwrite": True}, r"exclude each other"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build(settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(ValueError, match=r"recipe.toml: model: is required"):
+        build_config(TrainConfig, PATHS, "recipe.toml")
+
+
+def test_overrides():
+    settings = {"optimizer": {"lr": 1.0}}
+    override(settings, ["--optimizer.lr", "0.5", "--steps=7", "--adapter.over", '["a", "b"]'])
+    override(settings, ["--gradient-checkpointing", "false", "--model", "flux-schnell"])
+    config = build(settings)
+    assert config.optimizer.lr == 0.5
+    assert config.steps == 7
+    assert config.adapter.over == ("a", "b")
+    assert config.gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stray"], "unexpected argument 'stray'"),
+        (["--steps"], "option --steps needs a value"),
+        (["--steps.more", "1"], "steps is a value, not a section"),
+    ],
+)
+def test_bad_overrides(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        override({"steps": 3}, arguments)
+
+
+def test_recipes_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ValueError, match=r"bad.toml is not TOML"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_every_field_is_described():
+    rows = describe_fields(TrainConfig)
+    assert {"steps", "optimizer.lr", "adapter.kind"} <= {name for name, _, _ in rows}
+    assert all(description for _, _, description in rows)

@@ -1,0 +1,236 @@
+import csv
+import errno
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import urae
+from urae.adapters.files import read_adapter
+from urae.resolution import ResolutionPolicy, find_policy
+from urae.train import OptimizerConfig, train
+from urae.train import loop as loop_module
+from urae.train.checkpoint import find_checkpoints
+
+
+def same(one, other) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+@pytest.mark.parametrize("kind", ["lora", "minor"])
+def test_resume_is_bitwise(settings, minor, tmp_path, kind, optimizer):
+    config = settings(
+        optimizer=OptimizerConfig(optimizer, lr=1.0 if optimizer == "prodigy" else 1e-3)
+    )
+    if kind == "minor":
+        config = replace(config, adapter=minor)
+    whole = train(config)
+    assert whole.finished
+    parts = replace(config, output_dir=tmp_path / "parts", steps=3, checkpoint_every=2)
+    train(parts)
+    # what came after the checkpoint of step 2 is lost, as in a run that was killed
+    find_checkpoints(parts.output_dir)[-1].discard()
+    resumed = train(replace(parts, steps=4, resume=True))
+    assert resumed.step == 4
+    assert same(whole.adapter_path, resumed.adapter_path)
+    with (parts.output_dir / "loss.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_same_seed_same_bits_and_another_seed_others(settings, tmp_path):
+    runs = [
+        train(settings(seed=seed, output_dir=tmp_path / str(index))).adapter_path
+        for index, seed in enumerate((0, 0, 1))
+    ]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("kind", ["lora", "minor"])
+def test_a_tiny_overfit_falls(settings, minor, kind):
+    losses = []
+    config = settings(steps=60, optimizer=OptimizerConfig("adamw", lr=1e-2))
+    if kind == "minor":
+        config = replace(config, adapter=minor)
+    train(config, on_step=lambda report: losses.append(report.loss))
+    first, last = torch.tensor(losses[:20]).mean(), torch.tensor(losses[-20:]).mean()
+    # the twenty samples of either mean scatter by about 0.4, so by 0.1 in the mean
+    assert last < first - 0.5
+
+
+def test_accumulation_equals_a_batch(settings, tmp_path):
+    """Two batches of one sample give the gradient of one batch of two."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    for path in settings().data_dir.glob("image_2_*"):
+        for stem in ("a", "b"):
+            shutil.copy(path, data_dir / path.name.replace("image_2", stem))
+    kwargs = {"data_dir": data_dir, "steps": 1}
+    batch = train(settings(batch_size=2, output_dir=tmp_path / "one", **kwargs))
+    accumulated = train(settings(gradient_accumulation=2, output_dir=tmp_path / "two", **kwargs))
+    moments = []
+    for result in (batch, accumulated):
+        path = find_checkpoints(result.adapter_path.parent)[-1].path / "optimizer.safetensors"
+        moments.append({k: t for k, t in load_file(path).items() if k.endswith("exp_avg")})
+    assert len(moments[0]) == 20
+    for key, moment in moments[0].items():
+        # Adam's first moment after one step is a tenth of the gradient
+        assert torch.allclose(moment, moments[1][key], rtol=1e-4, atol=1e-8)
+
+
+def test_the_file_works_by_itself(settings, minor, load_pipe, sample):
+    result = train(settings(adapter=minor, policy=ResolutionPolicy(5.0), steps=2))
+    adapter = read_adapter(result.adapter_path)
+    assert adapter.kind == "minor"
+    assert adapter.initial is not None
+    assert adapter.metadata["urae.over"] == minor.over[0]
+    pipe = urae.adapt(load_pipe(), [minor.over[0], result.adapter_path])
+    assert find_policy(pipe.transformer).policy == ResolutionPolicy(5.0)
+    assert torch.isfinite(sample(pipe, 64, 64)).all()
+    with pytest.raises(ValueError, match="was trained over"):
+        urae.adapt(load_pipe(), result.adapter_path)
+    # on another base B0 and A0 are computed anew
+    other = urae.adapt(load_pipe("schnell"), [minor.over[0], result.adapter_path])
+    name = next(iter(adapter.layers))
+    layer = other.transformer.get_submodule(name)
+    assert not torch.allclose(layer.lora_A["urae_4k"].weight[4:], adapter.initial[name].down)
+
+
+def test_starting_from_the_reference(settings, expected, tmp_path):
+    """Its checkpoints are read: with a learning rate near zero the adapter stays what it was."""
+    source = expected / "dev_2k_lora.safetensors"
+    config = settings(steps=1, optimizer=OptimizerConfig("adamw", lr=1e-12))
+    config = replace(config, adapter=replace(config.adapter, init=str(source)))
+    result = train(config)
+    wanted = read_adapter(source).layers
+    for name, pair in read_adapter(result.adapter_path).layers.items():
+        assert torch.allclose(pair.down, wanted[name].down, atol=1e-9)
+        assert torch.allclose(pair.up, wanted[name].up, atol=1e-9)
+
+
+def test_starting_from_another_kind_is_refused(settings, expected):
+    config = settings()
+    config = replace(
+        config, adapter=replace(config.adapter, init=str(expected / "dev_4k_minor.safetensors"))
+    )
+    with pytest.raises(ValueError, match="is a minor adapter of rank 4, but the recipe trains"):
+        train(config)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_non_finite_step_stops_the_run(settings, monkeypatch, broken):
+    compute = loop_module.compute_loss
+    calls = []
+
+    def spoil(model, batch, guidance_scale):
+        loss = compute(model, batch, guidance_scale)
+        calls.append(loss)
+        if len(calls) < 3:
+            return loss
+        if broken == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss
+        return loss * math.nan
+
+    monkeypatch.setattr(loop_module, "compute_loss", spoil)
+    with pytest.raises(FloatingPointError, match=r"step 3: loss .* on samples image_\d of rank 0"):
+        train(settings())
+    saved = find_checkpoints(settings().output_dir)[-1]
+    assert saved.step == 2
+    assert all(torch.isfinite(t).all() for t in load_file(saved.adapter_path).values())
+
+
+def test_an_output_folder_is_kept(settings):
+    train(settings(steps=1))
+    with pytest.raises(FileExistsError, match="holds a run already; go on with --resume"):
+        train(settings(steps=1))
+    train(settings(steps=2, overwrite=True))
+    assert [c.step for c in find_checkpoints(settings().output_dir)] == [2]
+
+
+def test_resuming_needs_the_same_settings(settings):
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        train(settings(resume=True))
+    train(settings(steps=1))
+    with pytest.raises(ValueError, match="was made with seed = 0, but the run now says 5"):
+        train(settings(seed=5, resume=True))
+    with pytest.raises(ValueError, match=r"made on another base|was made with model"):
+        other = str(settings().model).replace("base_dev", "base_schnell")
+        train(settings(model=other, steps=2, resume=True))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch):
+    fsync, saved = os.fsync, []
+
+    def fill(descriptor):
+        if saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(OSError, match="checkpoint of step 2 could not be written"):
+        train(
+            settings(checkpoint_every=1),
+            on_step=lambda report: report.step == 2 and saved.append(1),
+        )
+    checkpoints = find_checkpoints(settings().output_dir)
+    assert [checkpoint.step for checkpoint in checkpoints] == [1]
+    assert not list(settings().output_dir.glob(".*"))
+    monkeypatch.undo()
+    assert train(settings(resume=True)).finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first(settings, bases, tmp_path, number):
+    config = settings()
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'model = "{config.model}"\nresolution = 256\nsteps = 100000\n'
+        '[adapter]\nrank = 4\n[optimizer]\nname = "adamw"\nlr = 1e-3\n'
+    )
+    command = [sys.executable, "-m", "urae", "train", str(recipe), "--data", str(config.data_dir),
+               "--output", str(config.output_dir)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = config.output_dir / "loss.csv"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped at step" in errors
+    saved = find_checkpoints(config.output_dir)[-1]
+    rows = log.read_text().strip().split("\n")
+    assert int(rows[-1].split(",")[0]) == saved.step >= 3
+
+
+def test_a_missing_package_is_named_before_weights_load(settings, monkeypatch):
+    monkeypatch.setattr(loop_module, "load_transformer", None)
+    with pytest.raises(ModuleNotFoundError, match="wandb needs the package wandb"):
+        train(settings(tracker="wandb"))
+
+
+def test_features_of_another_resolution_or_model(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "load_transformer", None)
+    with pytest.raises(ValueError, match="no cached latents"):
+        train(settings(data_dir=tmp_path))
+    with pytest.raises(FileNotFoundError, match="neither a local path nor a hub id"):
+        train(settings(model="no/such/model/here"))
+
+
+def test_tensorboard(settings):
+    pytest.importorskip("tensorboard")
+    config = settings(tracker="tensorboard", steps=2)
+    train(config)
+    assert list(config.output_dir.rglob("events.out.tfevents*"))
