@@ -201,10 +201,16 @@ def test_a_shared_transformer_gets_its_scheduler_only(load_pipe, expected, sampl
     assert other.transformer.pos_embed is positions
     assert not other.scheduler.config.use_dynamic_shifting
     assert torch.equal(sample(other), wanted)
-    with pytest.raises(ValueError, match="adapted already, with another policy"):
+    with pytest.raises(ValueError, match="adapted already, through another pipe"):
         third = load_pipe()
         third.transformer = pipe.transformer
         urae.adapt(third, policy=NATIVE)
+    fourth = load_pipe()
+    fourth.transformer = pipe.transformer
+    with pytest.raises(ValueError, match="adapted already, through another pipe"):
+        urae.adapt(fourth, stages(expected, "dev")["conversion"])
+    urae.adapt(fourth, stages(expected, "dev")["2k"])
+    assert torch.equal(sample(fourth), wanted)
 
 
 def test_controlnets_follow(load_pipe, expected):

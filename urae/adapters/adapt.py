@@ -29,6 +29,7 @@ Pipe = TypeVar("Pipe")
 
 _original_schedulers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _adapted_pipes: WeakSet[Any] = WeakSet()
+_attached_sources: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()  # by transformer
 
 
 def adapt(
@@ -64,17 +65,19 @@ def adapt(
     """
     transformer = _transformer_of(pipe)
     shared = find_policy(transformer)
+    sources = as_sources(adapters)
     if shared is not None and pipe not in _adapted_pipes:
-        if policy not in (None, shared.policy):
+        attached = _attached_sources.get(transformer, [])
+        if policy not in (None, shared.policy) or [str(s) for s in sources] not in ([], attached):
             raise ValueError(
-                "this pipe's transformer is adapted already, with another policy "
-                f"({shared.policy}); urae.restore(pipe) first"
+                "this pipe's transformer is adapted already, through another pipe and differently "
+                f"({attached or 'no adapters'}, {shared.policy}); urae.restore(pipe) first"
             )
         _set_scheduler(pipe, shared.policy)
         _adapt_controlnets(pipe, shared.policy)
         _adapted_pipes.add(pipe)
         return pipe
-    files = [read_adapter(source) for source in as_sources(adapters)]
+    files = [read_adapter(source) for source in sources]
     for file in files:
         check_fits(file, transformer)
     names = _name_adapters(files, adapter_names)
@@ -99,6 +102,7 @@ def adapt(
     _adapt_controlnets(pipe, policy)
     _set_scheduler(pipe, policy)
     _adapted_pipes.add(pipe)
+    _attached_sources[transformer] = [str(source) for source in sources]
     logger.info("adapted with %s, %s", names or "no adapter", policy)
     return pipe
 

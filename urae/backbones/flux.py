@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from urae.geometry import build_image_ids, build_text_ids, pack, unpack
@@ -105,6 +107,8 @@ def _check_local(path: Path) -> None:
 def load_pipeline(model: str, *, dtype: torch.dtype, without: Sequence[str] = ()) -> FluxPipeline:
     """Load a stock FLUX pipeline on the CPU.
 
+    A single file gives the transformer alone; the rest comes from FLUX.1 on the hub.
+
     Args:
         model: As in `fetch_model`.
         dtype: Of all weights.
@@ -115,11 +119,33 @@ def load_pipeline(model: str, *, dtype: torch.dtype, without: Sequence[str] = ()
         ValueError, FileNotFoundError, PermissionError: As `fetch_model`.
     """
     path = fetch_model(model, without=without)
-    absent: dict[str, Any] = {name: None for name in without}
+    parts: dict[str, Any] = {name: None for name in without}
     logger.info("loading %s from %s", model, path)
     if path.is_file():
-        return FluxPipeline.from_single_file(str(path), dtype=dtype, **absent)
-    return FluxPipeline.from_pretrained(path, dtype=dtype, **absent)
+        if "transformer" not in parts:
+            parts["transformer"] = load_transformer(path, dtype=dtype)
+        path = fetch_model(base_of_file(path), without=[*without, "transformer"])
+    return FluxPipeline.from_pretrained(path, dtype=dtype, **parts)
+
+
+def base_of_file(path: Path) -> str:
+    """Tell which FLUX.1 a single-file transformer is, by its guidance embedding.
+
+    Raises:
+        ValueError: If the file is damaged or no FLUX transformer.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"model file {path} is not a whole safetensors file ({error}); copy or download it "
+            "again"
+        ) from error
+    if not any("double_blocks.0." in key or "transformer_blocks.0." in key for key in keys):
+        raise ValueError(f"model file {path} holds no FLUX transformer")
+    guided = any("guidance_in." in key or "guidance_embedder." in key for key in keys)
+    return "flux-dev" if guided else "flux-schnell"
 
 
 def fingerprint_component(folder: Path, component: str) -> str:
@@ -228,7 +254,7 @@ def build_meta_transformer(path: Path) -> FluxTransformer2DModel:
     """
     with torch.device("meta"):
         if path.is_file():
-            return FluxTransformer2DModel(guidance_embeds=True)
+            return FluxTransformer2DModel(guidance_embeds=base_of_file(path) == "flux-dev")
         config = FluxTransformer2DModel.load_config(path / "transformer")
         return FluxTransformer2DModel.from_config(config)
 
@@ -236,5 +262,7 @@ def build_meta_transformer(path: Path) -> FluxTransformer2DModel:
 def load_transformer(path: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
     """Load the transformer alone of a fetched model, on the CPU."""
     if path.is_file():
-        return FluxTransformer2DModel.from_single_file(str(path), dtype=dtype)
+        with TemporaryDirectory() as folder:  # so that its config is not looked up on the hub
+            build_meta_transformer(path).save_config(folder)
+            return FluxTransformer2DModel.from_single_file(str(path), config=folder, dtype=dtype)
     return FluxTransformer2DModel.from_pretrained(path / "transformer", dtype=dtype)

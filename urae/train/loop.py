@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,7 +184,7 @@ def train(
                     device=accelerator.device,
                 )
                 last = index == config.gradient_accumulation - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                with _explain_memory(), nullcontext() if last else accelerator.no_sync(model):
                     loss = compute_loss(model, batch, config.guidance_scale)
                     accelerator.backward(loss / config.gradient_accumulation)
                 losses[index] = loss.detach()
@@ -320,6 +321,17 @@ def _claim_output(config: TrainConfig) -> Checkpoint | None:
                 f"{now[name]}; resume with the settings it began with"
             )
     return newest
+
+
+@contextlib.contextmanager
+def _explain_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            "the GPU's memory does not suffice for this step; try --batch-size 1, "
+            "--gradient-checkpointing true, or features cached at a lower resolution"
+        ) from error
 
 
 @contextlib.contextmanager

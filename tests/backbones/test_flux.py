@@ -1,0 +1,190 @@
+import httpx
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import save_file
+
+from urae.backbones import flux
+from urae.backbones.flux import (
+    build_meta_transformer,
+    encode_prompts,
+    fetch_model,
+    fingerprint_component,
+    load_pipeline,
+    load_transformer,
+    predict_velocity,
+    read_latent_scale,
+)
+from urae.backbones.weights import (
+    find_attention_linears,
+    linear_shape,
+    open_original_weights,
+    open_weight_files,
+)
+
+
+def hub_error(kind):
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+    return kind("403 on the hub", response=response)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("flux-dev", "black-forest-labs/FLUX.1-dev"),
+        ("flux-schnell", "black-forest-labs/FLUX.1-schnell"),
+        ("flux-krea", "black-forest-labs/FLUX.1-Krea-dev"),
+        ("someone/flux", "someone/flux"),
+    ],
+)
+def test_names_on_the_hub(monkeypatch, tmp_path, name, hub_id):
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert fetch_model(name, without=["vae"]) == tmp_path
+    assert asked == [(hub_id, {"vae": None})]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (hub_error(GatedRepoError), PermissionError, "is gated: accept its licence .*hf auth log"),
+        (hub_error(RepositoryNotFoundError), FileNotFoundError, "could not be fetched .*log in"),
+        (OSError("no connection"), FileNotFoundError, r"\(no connection\); check the name"),
+    ],
+)
+def test_a_hub_that_says_no(monkeypatch, error, kind, message):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(kind, match=message):
+        fetch_model("flux-dev")
+
+
+def test_components_can_be_left_out(bases):
+    pipe = load_pipeline(str(bases["dev"]), dtype=torch.bfloat16, without=["transformer", "vae"])
+    assert type(pipe) is FluxPipeline
+    assert pipe.transformer is None
+    assert pipe.vae is None
+    assert pipe.text_encoder_2.dtype == torch.bfloat16
+
+
+def test_meta_transformer_has_the_shapes(bases):
+    meta = build_meta_transformer(bases["dev"])
+    loaded = load_transformer(bases["dev"], dtype=torch.float32)
+    names = find_attention_linears(meta)
+    assert names == find_attention_linears(loaded)
+    assert len(names) == 1 * 4 + 2 * 3
+    assert [linear_shape(meta, n) for n in names] == [linear_shape(loaded, n) for n in names]
+    assert linear_shape(meta, "no.such.layer") is None
+    assert linear_shape(meta, "norm_out") is None
+
+
+def test_flux_has_190_matrices(tmp_path):
+    with torch.device("meta"):
+        assert len(find_attention_linears(FluxTransformer2DModel())) == 190
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_single_file_is_a_transformer_over_the_hub(monkeypatch, bases, tmp_path, guided):
+    """The file's own shape is FLUX.1's, too large for a test: what is asked of diffusers counts."""
+    path = tmp_path / "flux1.safetensors"
+    extra = {"guidance_in.in_layer.weight": torch.ones(1)} if guided else {}
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(1), **extra}, path)
+    seen = {}
+
+    def from_single_file(file, *, config, dtype):
+        seen["config"] = FluxTransformer2DModel.load_config(config)
+        seen["file"] = file
+        return FluxTransformer2DModel.from_pretrained(bases["dev"] / "transformer", dtype=dtype)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "from_single_file", from_single_file)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda repo, **_: seen.update(repo=repo) or
+                        bases["dev"])  # fmt: skip
+    pipe = load_pipeline(str(path), dtype=torch.float32)
+    assert type(pipe) is FluxPipeline
+    assert seen["file"] == str(path)
+    assert seen["config"]["guidance_embeds"] is guided
+    assert seen["config"]["num_layers"] == 19
+    assert seen["repo"] == flux.HUB_IDS["flux-dev" if guided else "flux-schnell"]
+
+
+def test_files_that_are_no_model(tmp_path):
+    path = tmp_path / "flux.ckpt"
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="no other is loaded"):
+        fetch_model(str(path))
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="holds no FLUX transformer"):
+        load_pipeline(str(path), dtype=torch.float32)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_pipeline(str(path), dtype=torch.float32)
+
+
+def test_a_fingerprint_follows_the_files(bases, tmp_path):
+    one = fingerprint_component(bases["dev"], "vae")
+    assert one != fingerprint_component(bases["dev"], "transformer")
+    (tmp_path / "vae").mkdir()
+    weights = tmp_path / "vae" / "w.safetensors"
+    save_file({"x": torch.ones(100_000)}, weights)
+    before = fingerprint_component(tmp_path, "vae")
+    save_file({"x": torch.ones(100_000).index_fill_(0, torch.tensor([7]), 2)}, weights)
+    assert fingerprint_component(tmp_path, "vae") != before
+
+
+def test_one_forward_is_the_pipelines(load_pipe, rel):
+    """`predict_velocity` on unpacked latents is one step of a stock pipeline."""
+    pipe = load_pipe()
+    latents = torch.randn(1, 16, 8, 12)
+    embeds, pooled = encode_prompts(pipe, ["a red circle"], max_sequence_length=32)
+    assert embeds.shape == (1, 32, 32)
+    with torch.no_grad():
+        velocity = predict_velocity(
+            pipe.transformer, latents, torch.ones(1), embeds, pooled, guidance_scale=3.5
+        )
+    result = pipe(
+        prompt_embeds=embeds,
+        pooled_prompt_embeds=pooled,
+        height=64,
+        width=96,
+        num_inference_steps=1,
+        guidance_scale=3.5,
+        latents=pipe._pack_latents(latents, 1, 16, 8, 12),
+        output_type="latent",
+    ).images
+    stepped = pipe._unpack_latents(result, 64, 96, 8)
+    # one Euler step from sigma 1 to 0
+    assert rel(stepped, latents - velocity) < 1e-5
+
+
+def test_latent_scale(bases, load_pipe):
+    scale, config = read_latent_scale(bases["dev"]), load_pipe().vae.config
+    assert (scale.shift_factor, scale.scaling_factor) == (
+        config.shift_factor,
+        config.scaling_factor,
+    )
+    assert torch.allclose(scale.normalize(torch.full((1,), scale.shift_factor)), torch.zeros(1))
+
+
+def test_original_weights_from_memory_and_from_files(bases, tmp_path):
+    transformer = load_transformer(bases["dev"], dtype=torch.bfloat16)
+    names = find_attention_linears(transformer)
+    live = open_original_weights(transformer, names)
+    files = open_weight_files(bases["dev"], names)
+    for name in names:
+        assert live[name]().dtype == torch.float32
+        assert torch.equal(live[name](), files[name]().bfloat16().float())
+    transformer.save_pretrained(tmp_path, max_shard_size="500KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sharded = open_weight_files(tmp_path, names)
+    assert torch.equal(sharded[names[0]](), live[names[0]]())
+    with pytest.raises(FileNotFoundError, match=r"holds no original weights of x"):
+        open_weight_files(tmp_path, ["x"])
