@@ -23,8 +23,8 @@ BASE, DATA, PICTURES = OUTPUT / "base", OUTPUT / "data", OUTPUT / "pictures"
 LORA_2K, MINOR_4K = OUTPUT / "lora_2k", OUTPUT / "minor_4k"
 CONVERTED = OUTPUT / "minor_4k_as_lora.safetensors"
 
-# a quarter of the real sizes a side: 256 is what 1024 is to FLUX.1, 512 its 2K, 1024 its 4K
-NATIVE, SIZE_2K, SIZE_4K = 256, 512, 1024
+# an eighth of the real sizes a side: 128 is what 1024 is to FLUX.1, 256 its 2K, 512 its 4K
+NATIVE, SIZE_2K, SIZE_4K = 128, 256, 512
 TEXT_TOKENS = 64
 NATIVE_TOKENS = TEXT_TOKENS + (NATIVE // 16) ** 2
 PROMPT = "a large red circle above a small blue square on a striped green background"
@@ -45,18 +45,18 @@ def main() -> None:
     length = ("--max-sequence-length", TEXT_TOKENS)
     # the recipes' Prodigy takes hundreds of steps to find its pace
     recipe = ("--optimizer.name", "adamw", "--policy.native-sequence-length", NATIVE_TOKENS)
-    tell("Adapt it to 2K, at a quarter of the size: a LoRA")
+    tell("Adapt it to 2K, at an eighth of its real size: a LoRA")
     urae("cache", DATA, *model, "--resolution", SIZE_2K, *length)
     urae(
         *("train", "recipes/flux_dev_2k_lora.toml", "--data", DATA, "--output", LORA_2K, *model),
-        *("--resolution", SIZE_2K, "--steps", 40, "--batch-size", 2),
+        *("--resolution", SIZE_2K, "--steps", 60, "--batch-size", 2),
         *(*recipe, "--optimizer.lr", 0.005),
     )
     tell("Then to 4K: the minor components of the base with that LoRA")
     urae("cache", DATA, *model, "--resolution", SIZE_4K, *length)
     urae(
         *("train", "recipes/flux_dev_4k_minor.toml", "--data", DATA, "--output", MINOR_4K, *model),
-        *("--resolution", SIZE_4K, "--steps", 15, "--adapter.over", f'["{LORA_2K}"]'),
+        *("--resolution", SIZE_4K, "--steps", 60, "--adapter.over", f'["{LORA_2K}"]'),
         *(*recipe, "--optimizer.lr", 0.002),
     )
     tell("One plain LoRA of both, for stock diffusers")

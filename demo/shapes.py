@@ -19,7 +19,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 PATTERNS = ("plain", "striped", "checked", "dotted")
-SIZES = ((1152, 1152), (1280, 1024), (1024, 1280), (1408, 1056))  # width, height
+SIZES = ((576, 576), (640, 512), (512, 640), (704, 528))  # width, height
 PLACES = ("above", "below", "left of", "right of")
 
 

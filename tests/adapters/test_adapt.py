@@ -278,6 +278,44 @@ def test_quantised_transformer(base, load_pipe, bases, expected, sample, rel):
     assert torch.equal(sample(urae.restore(pipe)), quantised)
 
 
+def bitsandbytes_linear(kind, linear):
+    import bitsandbytes
+
+    size, weight = (linear.in_features, linear.out_features), linear.weight.data.clone()
+    if kind == "8bit":
+        layer = bitsandbytes.nn.Linear8bitLt(*size, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(
+            weight, has_fp16_weights=False, requires_grad=False
+        )
+    else:
+        layer = bitsandbytes.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4")
+        layer.weight = bitsandbytes.nn.Params4bit(weight, quant_type="nf4", requires_grad=False)
+    layer.bias = linear.bias
+    return layer.to("cpu")  # quantises
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+@pytest.mark.parametrize(("kind", "tolerance"), [("8bit", 0.05), ("nf4", 0.3)])
+def test_bitsandbytes(load_pipe, expected, sample, rel, kind, tolerance):
+    pipe = load_pipe()
+    for block in [
+        *pipe.transformer.transformer_blocks,
+        *pipe.transformer.single_transformer_blocks,
+    ]:
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn, name, bitsandbytes_linear(kind, getattr(block.attn, name)))
+    quantised = sample(pipe, 64, 64)
+    urae.adapt(pipe, stages(expected, "dev")["4k"])
+    exact = urae.adapt(load_pipe(), stages(expected, "dev")["4k"])
+    name = "transformer_blocks.0.attn.to_q"
+    found, wanted = (
+        p.transformer.get_submodule(name).lora_A["urae_4k"].weight for p in (pipe, exact)
+    )
+    assert torch.equal(found, wanted)
+    assert rel(sample(pipe, 64, 64), sample(exact, 64, 64)) < tolerance
+    assert torch.equal(sample(urae.restore(pipe), 64, 64), quantised)
+
+
 def test_quantised_without_the_original_files(load_pipe, expected):
     pipe = load_pipe()
     for block in pipe.transformer.transformer_blocks:

@@ -1,5 +1,6 @@
 """`urae train`: a recipe and a folder of features to an adapter."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,8 @@ def train_command(
             last = f"({loss}, {pace})"
 
         result = train(config, on_step=show)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process speaks for all
     if result.finished:
         console.print(f"[green]done:[/] {result.step} steps, adapter {result.adapter_path}", last)
     else:

@@ -103,7 +103,8 @@ def train(
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
     accelerator = _build_accelerator(config)
-    resumed = _claim_output(config)
+    with accelerator.main_process_first():
+        resumed = _claim_output(config, clear=accelerator.is_main_process)
     samples = list_samples(config.data_dir)
     model_path = fetch_model(config.model, without=("vae", "text_encoder", "text_encoder_2"))
     meta = build_meta_transformer(model_path)
@@ -295,7 +296,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _claim_output(config: TrainConfig) -> Checkpoint | None:
+def _claim_output(config: TrainConfig, *, clear: bool) -> Checkpoint | None:
     """Return the checkpoint to resume from, after checking that the output folder fits."""
     checkpoints = find_checkpoints(config.output_dir)
     done = (config.output_dir / LORA_FILE_NAME).exists()
@@ -305,9 +306,10 @@ def _claim_output(config: TrainConfig) -> Checkpoint | None:
                 f"{config.output_dir} holds a run already; go on with --resume, start anew with "
                 "--overwrite, or choose another --output"
             )
-        for checkpoint in checkpoints:
-            checkpoint.discard()
-        (config.output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
+        if clear:
+            for checkpoint in checkpoints:
+                checkpoint.discard()
+            (config.output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
         return None
     if not checkpoints:
         raise FileNotFoundError(f"{config.output_dir} holds no whole checkpoint to resume from")
