@@ -56,7 +56,7 @@ def main() -> None:
     urae("cache", DATA, *model, "--resolution", SIZE_4K, *length)
     urae(
         *("train", "recipes/flux_dev_4k_minor.toml", "--data", DATA, "--output", MINOR_4K, *model),
-        *("--resolution", SIZE_4K, "--steps", 60, "--adapter.over", f'["{LORA_2K}"]'),
+        *("--resolution", SIZE_4K, "--steps", 40, "--adapter.over", f'["{LORA_2K}"]'),
         *(*recipe, "--optimizer.lr", 0.002),
     )
     tell("One plain LoRA of both, for stock diffusers")

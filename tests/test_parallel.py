@@ -53,7 +53,7 @@ def compare_with_one_process(rank: int, port: int, folder: str) -> None:
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and the CPU has none
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
         transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh))
-        together = transformer(**inputs, return_dict=False)[0]
+        together = 1 * transformer(**inputs, return_dict=False)[0]  # waits for the gather
     torch.save((alone, together), Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 

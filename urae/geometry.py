@@ -12,21 +12,30 @@ PATCH = 2
 TOKEN_PIXELS = VAE_FACTOR * PATCH
 
 
-def check_size(height: int, width: int) -> None:
-    """Refuse a picture size that FLUX has no whole number of tokens for.
+def check_side(name: str, pixels: int) -> None:
+    """Refuse a side that FLUX has no whole number of tokens for.
+
+    Args:
+        name: What the side is called, for the error.
+        pixels: Its length.
 
     Raises:
-        ValueError: If a side is not a positive multiple of 16 pixels.
+        ValueError: If it is not a positive multiple of 16 pixels.
     """
-    for name, value in (("height", height), ("width", width)):
-        if value >= TOKEN_PIXELS and value % TOKEN_PIXELS == 0:
-            continue
-        below = value // TOKEN_PIXELS * TOKEN_PIXELS
-        nearest = [str(size) for size in (below, below + TOKEN_PIXELS) if size > 0]
-        raise ValueError(
-            f"{name} {value} is not a positive multiple of {TOKEN_PIXELS} "
-            f"(VAE {VAE_FACTOR} x patch {PATCH}); try {' or '.join(nearest)}"
-        )
+    if pixels >= TOKEN_PIXELS and pixels % TOKEN_PIXELS == 0:
+        return
+    below = pixels // TOKEN_PIXELS * TOKEN_PIXELS
+    nearest = [str(side) for side in (below, below + TOKEN_PIXELS) if side > 0]
+    raise ValueError(
+        f"{name} {pixels} is not a positive multiple of {TOKEN_PIXELS} "
+        f"(VAE {VAE_FACTOR} x patch {PATCH}); try {' or '.join(nearest or [str(TOKEN_PIXELS)])}"
+    )
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture size as `check_side` does."""
+    check_side("height", height)
+    check_side("width", width)
 
 
 def num_image_tokens(height: int, width: int) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from urae.features.buckets import build_buckets, check_resolution, covers, fit, pick_bucket
+from urae.features.buckets import build_buckets, covers, fit, pick_bucket
 
 
 @pytest.mark.parametrize("resolution", [16, 240, 256, 1024, 2048, 4096])
@@ -60,4 +60,4 @@ def test_covering_needs_both_sides():
 )
 def test_resolution_off_the_grid(resolution, remedy):
     with pytest.raises(ValueError, match=f"resolution {resolution} is not a positive.*{remedy}"):
-        check_resolution(resolution)
+        build_buckets(resolution)

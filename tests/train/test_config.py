@@ -37,7 +37,7 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"policy": {"ntk": 1}}, r"policy.ntk: unknown key"),
         ({"steps": "many"}, r"steps: .*integer.*'many'"),
         ({"steps": 0}, r"steps 0 must be at least 1"),
-        ({"resolution": 2050}, r"height 2050 is not .*try 2048 or 2064"),
+        ({"resolution": 2050}, r"resolution 2050 is not .*try 2048 or 2064"),
         ({"adapter": {"rank": 0}}, r"adapter: rank 0 must be at least 1"),
         ({"adapter": {"kind": "dora"}}, r"adapter.kind: .*'lora' or 'minor'.*'dora'"),
         ({"original_caption_share": 1.5}, r"original_caption_share 1.5 must be between"),

@@ -22,7 +22,10 @@ def cache_command(
     ] = 2048,
     max_sequence_length: Annotated[int, typer.Option(help="Text tokens.")] = 512,
     overwrite: Annotated[
-        bool, typer.Option(help="Make features again that the reference implementation wrote.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Make features again that the reference implementation wrote."
+        ),
     ] = False,
     verbose: Verbose = False,
 ) -> None:

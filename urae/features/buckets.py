@@ -9,27 +9,11 @@ from functools import lru_cache
 
 from PIL import Image, ImageOps
 
-from urae.geometry import TOKEN_PIXELS
+from urae.geometry import TOKEN_PIXELS, check_side
 
 RATIOS = (1 / 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2 / 1, 21 / 9, 3 / 1, 4 / 1)
 """Long side to short side. Those of cameras and screens: pictures of these lose next to nothing,
 others at most a seventh of a side (beyond 4:1, more), and so few sizes fill batches well."""
-
-
-def check_resolution(resolution: int) -> None:
-    """Refuse a resolution that has no whole number of tokens a side.
-
-    Raises:
-        ValueError: If it is not a positive multiple of 16 pixels.
-    """
-    if resolution >= TOKEN_PIXELS and resolution % TOKEN_PIXELS == 0:
-        return
-    below = resolution // TOKEN_PIXELS * TOKEN_PIXELS
-    nearest = [str(size) for size in (below, below + TOKEN_PIXELS) if size > 0]
-    raise ValueError(
-        f"resolution {resolution} is not a positive multiple of {TOKEN_PIXELS}; "
-        f"try {' or '.join(nearest or [str(TOKEN_PIXELS)])}"
-    )
 
 
 @lru_cache
@@ -46,7 +30,7 @@ def build_buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     Raises:
         ValueError: If `resolution` is not a positive multiple of 16.
     """
-    check_resolution(resolution)
+    check_side("resolution", resolution)
     budget = (resolution // TOKEN_PIXELS) ** 2
     wide = [
         (short * TOKEN_PIXELS, budget // short * TOKEN_PIXELS)

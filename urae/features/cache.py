@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from urae.backbones.flux import fetch_model
-from urae.features.buckets import check_resolution, covers, fit, pick_bucket
+from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
 from urae.features.images import ImageError, decode_image, read_image, read_size
@@ -24,6 +24,7 @@ from urae.features.store import (
     split_embed_name,
     write_features,
 )
+from urae.geometry import check_side
 from urae.storage import write_atomic
 
 MAX_SEQUENCE_LENGTH = 512
@@ -51,7 +52,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        check_resolution(self.resolution)
+        check_side("resolution", self.resolution)
         if not 1 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(
                 f"max_sequence_length {self.max_sequence_length} is outside 1 to "

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-from urae.geometry import check_size
+from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -101,7 +101,7 @@ class TrainConfig:
     """Resolution policy; by default the base's own."""
 
     def __post_init__(self) -> None:
-        check_size(self.resolution, self.resolution)
+        check_side("resolution", self.resolution)
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
