@@ -97,7 +97,8 @@ def describe_fields(kind: type[Any]) -> list[tuple[str, str, str]]:
 def _walk_fields(schema: Any, root: Any, prefix: str) -> list[tuple[str, str, str]]:
     rows = []
     for name, entry in schema.get("properties", {}).items():
-        reference = entry.get("$ref")
+        choices = [entry, *entry.get("anyOf", [])]
+        reference = next((choice["$ref"] for choice in choices if "$ref" in choice), None)
         if reference is not None:
             nested = root["$defs"][reference.rsplit("/", 1)[1]]
             rows += _walk_fields(nested, root, f"{prefix}{name}.")

@@ -50,6 +50,18 @@ def test_names_on_the_hub(monkeypatch, tmp_path, name, hub_id):
     assert asked == [(hub_id, {"vae": None})]
 
 
+def test_a_gated_model_behind_diffusers_own_error(monkeypatch):
+    def download(*_, **__):
+        try:
+            raise hub_error(GatedRepoError)
+        except GatedRepoError:
+            raise OSError("is not a valid model identifier")  # noqa: B904  as diffusers does
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(PermissionError, match="is gated"):
+        fetch_model("flux-dev")
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [

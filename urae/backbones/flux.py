@@ -72,23 +72,32 @@ def fetch_model(model: str, *, without: Sequence[str] = ()) -> Path:
     hub_id = HUB_IDS.get(model, model)
     try:
         folder = DiffusionPipeline.download(hub_id, **{name: None for name in without})
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"model {hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then "
-            "log in with `hf auth login`, or point --model at a local folder"
-        ) from error
     except HFValidationError as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
             f"{', '.join(HUB_IDS)}"
         ) from error
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        if _is_gated(error):
+            raise PermissionError(
+                f"model {hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
+                "then log in with `hf auth login`, or point --model at a local folder"
+            ) from error
+        reason = str(error).strip().splitlines()[0].split(" (")[0]
         raise FileNotFoundError(
-            f"model {hub_id} could not be fetched from the hub "
-            f"({str(error).strip().splitlines()[0]}); check the name and the connection, log in "
+            f"model {hub_id} could not be fetched from the hub ({reason}); check the name and the connection, log in "
             "with `hf auth login`, or point --model at a local folder"
         ) from error
     return Path(folder)
+
+
+def _is_gated(error: BaseException | None) -> bool:
+    """Look through what diffusers wrapped the hub's answer in."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_local(path: Path) -> None:

@@ -28,7 +28,7 @@ def set_up_logging(verbose: bool) -> None:
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
     if not verbose:
         # read when the libraries are first imported, which no command has done yet
-        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "error")
         os.environ.setdefault("TORCH_LOGS", "-all")
 

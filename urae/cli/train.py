@@ -7,18 +7,23 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars, set_up_logging
 from urae.config import build_config, describe_fields, override, read_toml
+
+
+_OWN_OPTIONS = {"data_dir", "output_dir", "resume", "overwrite"}
 
 
 def _list_fields(wanted: bool) -> None:
     if not wanted:
         return
+    set_up_logging(False)
     from urae.train.config import TrainConfig
 
     table = Table("option", "default", "what it does")
     for name, default, description in describe_fields(TrainConfig):
-        table.add_row(f"--{name}", default, description)
+        if name not in _OWN_OPTIONS:
+            table.add_row(f"--{name.replace('_', '-')}", default, description)
     console.print(table)
     raise typer.Exit
 

@@ -1,0 +1,629 @@
+"""Measure generation and training on one GPU with random weights of FLUX.1-dev's full size.
+
+    python benchmarks/h200.py --output results --work /tmp/urae-benchmark
+
+Needs a CUDA device with 80 GB or more, 100 GB of host memory and 40 GB of disk. Each part writes
+its own JSON at once and runs alone with --parts; `results.md` is made anew from what is there.
+--shape tiny goes through everything on a CPU, an eighth as large; its figures say nothing.
+"""
+
+import argparse
+import csv
+import gc
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PROMPT = "a lighthouse on a cliff above a stormy sea at dusk, waves breaking on the rocks"
+RANK = 16
+TRAIN_STEPS = 6  # the first is not counted
+
+# one NVIDIA H200, torch 2.11, bf16, the same random shape, no adapter in the forwards:
+# seconds by side and GiB at the largest side
+REFERENCE_FORWARD = {1024: 0.196, 2048: 0.941, 4096: 7.39}
+STOCK_FORWARD = {1024: 0.174, 2048: 0.866, 4096: 7.08}
+REFERENCE_FORWARD_GIB, STOCK_FORWARD_GIB = 28.3, 28.7
+REFERENCE_STEP, REFERENCE_STEP_GIB = 3.56, 30.4
+STOCK_STEP, STOCK_STEP_GIB = 4.41, 30.1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and at which size to measure."""
+
+    shape: str
+    output: Path
+    work: Path
+
+    @property
+    def tiny(self) -> bool:
+        """Tell whether this is a try of the script itself."""
+        return self.shape == "tiny"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def base(self) -> Path:
+        return self.work / f"base-{self.shape}"
+
+    @property
+    def lora(self) -> Path:
+        return self.work / f"lora_2k-{self.shape}.safetensors"
+
+    @property
+    def minor(self) -> Path:
+        return self.work / f"minor_4k-{self.shape}.safetensors"
+
+    def side(self, pixels: int) -> int:
+        """Return the side in pixels that stands for one of the full size."""
+        return pixels // 8 if self.tiny else pixels
+
+
+def measure_base(bench: Bench) -> dict[str, Any]:
+    """Write the base model and a random 2K LoRA over it."""
+    from urae.adapters.files import LowRank, write_lora
+    from urae.backbones.flux import build_meta_transformer
+    from urae.backbones.random_flux import write_random_flux
+    from urae.backbones.weights import find_attention_linears, linear_shape
+
+    shutil.rmtree(bench.base, ignore_errors=True)
+    began = time.perf_counter()
+    write_random_flux(bench.base, bench.shape, seed=0, dtype=bench.dtype, device=bench.device)
+    seconds = time.perf_counter() - began
+    meta = build_meta_transformer(bench.base)
+    generator = torch.Generator().manual_seed(1)
+    layers = {}
+    for name in find_attention_linears(meta):
+        rows, columns = linear_shape(meta, name) or (0, 0)
+        down = torch.randn(RANK, columns, generator=generator) / columns**0.5
+        up = torch.randn(rows, RANK, generator=generator) * 0.01
+        layers[name] = LowRank(down, up)
+    write_lora(bench.lora, layers)
+    size = sum(file.stat().st_size for file in bench.base.rglob("*") if file.is_file())
+    return {
+        "seconds": seconds,
+        "gib_on_disk": size / 2**30,
+        "parameters": sum(parameter.numel() for parameter in meta.parameters()),
+        "peak_gib": peak_gib(),
+    }
+
+
+def measure_minor(bench: Bench) -> dict[str, Any]:
+    """Find the minor components of base + 2K LoRA, twice, and write an adapter of them."""
+    from urae.adapters.files import LowRank, merge_minor, read_adapter, write_lora
+    from urae.adapters.initial import compute_initial, fingerprint_origin
+    from urae.backbones.flux import load_transformer
+    from urae.backbones.weights import find_attention_linears, open_original_weights
+
+    shutil.rmtree(os.environ["URAE_CACHE_DIR"], ignore_errors=True)
+    transformer = load_transformer(bench.base, dtype=bench.dtype).to(bench.device)
+    weights = open_original_weights(transformer, find_attention_linears(transformer))
+    over = [read_adapter(bench.lora).layers]
+    seconds = []
+    reset_peak()
+    for _ in ("solved", "from cache"):
+        began = time.perf_counter()
+        initial = compute_initial(weights, over, RANK, device=bench.device)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    peak = peak_gib()
+    generator = torch.Generator().manual_seed(2)
+    layers = {}
+    for name, pair in initial.items():
+        noise = [torch.randn(t.shape, generator=generator) * t.std() * 0.1 for t in pair]
+        layers[name] = merge_minor(LowRank(pair.down + noise[0], pair.up + noise[1]), pair)
+    metadata = {
+        "urae.format": "1",
+        "urae.kind": "minor",
+        "urae.rank": str(RANK),
+        "urae.origin_hash": fingerprint_origin(weights, over),
+        "urae.over": str(bench.lora),
+    }
+    write_lora(bench.minor, layers, metadata)
+    return {
+        "matrices": len(initial),
+        "seconds": seconds[0],
+        "from_cache_seconds": seconds[1],
+        "peak_gib": peak,
+    }
+
+
+def measure_forward(bench: Bench) -> dict[str, Any]:
+    """Time one transformer forward, stock and adapted in turn, with the same LoRA attached."""
+    import urae
+    from urae.backbones.flux import TEXT_COMPONENTS, load_pipeline
+
+    pipe = load_pipeline(str(bench.base), dtype=bench.dtype, without=("vae", *TEXT_COMPONENTS))
+    pipe.transformer.to(bench.device)
+
+    @contextmanager
+    def stock() -> Iterator[None]:
+        pipe.load_lora_weights(bench.lora.parent, weight_name=bench.lora.name, adapter_name="x")
+        yield
+        pipe.unload_lora_weights()
+
+    @contextmanager
+    def bare() -> Iterator[None]:
+        yield
+
+    def adapted(*adapters: Path) -> Callable[[], Any]:
+        @contextmanager
+        def attach() -> Iterator[None]:
+            urae.adapt(pipe, adapters)
+            yield
+            urae.restore(pipe)
+
+        return attach
+
+    cases = {
+        "stock, no adapter": (bare, [(1024, 10), (2048, 5), (4096, 2)]),
+        "stock, 2K LoRA": (stock, [(1024, 10), (2048, 5), (4096, 2)]),
+        "urae, 2K LoRA": (adapted(bench.lora), [(1024, 10), (2048, 5), (4096, 2)]),
+        "urae, 2K LoRA + 4K minor": (adapted(bench.lora, bench.minor), [(4096, 2)]),
+    }
+    times: dict[str, dict[int, list[float]]] = {}
+    peaks: dict[str, dict[int, float | None]] = {}
+    for _ in range(2):  # in turn twice, so that a warming GPU favours none
+        for name, (attach, sides) in cases.items():
+            with attach():
+                for side, count in sides:
+                    reset_peak()
+                    found = time_forwards(pipe.transformer, bench, side, count)
+                    times.setdefault(name, {}).setdefault(side, []).extend(found)
+                    peaks.setdefault(name, {})[side] = peak_gib()
+    return {
+        name: {
+            str(side): {
+                "seconds": statistics.median(found),
+                "all_seconds": [round(value, 5) for value in found],
+                "peak_gib": peaks[name][side],
+            }
+            for side, found in sides.items()
+        }
+        for name, sides in times.items()
+    }
+
+
+@torch.no_grad()
+def time_forwards(transformer: Any, bench: Bench, side: int, count: int) -> list[float]:
+    """Time forwards at a size, after one that is not counted."""
+    from urae.backbones.flux import predict_velocity
+
+    inputs = random_inputs(transformer, bench, side)
+    found = []
+    for index in range(count + 1):
+        with stopwatch() as seconds:
+            velocity = predict_velocity(transformer, *inputs, 3.5)
+        assert velocity.isfinite().all(), "the forward is not finite"
+        if index:
+            found.append(seconds())
+    return found
+
+
+def random_inputs(transformer: Any, bench: Bench, side: int) -> tuple[Tensor, ...]:
+    """Draw latents, a sigma and 512 text tokens for `predict_velocity`."""
+    config, cells = transformer.config, bench.side(side) // 8
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        numbers = torch.randn(*shape, generator=generator, device=bench.device)
+        return numbers.to(bench.dtype)
+
+    sigma = torch.full((1,), 0.7, device=bench.device)
+    latents = draw(1, config.in_channels // 4, cells, cells)
+    text = draw(1, 512, config.joint_attention_dim), draw(1, config.pooled_projection_dim)
+    return latents, sigma, *text
+
+
+def measure_train(bench: Bench) -> dict[str, Any]:
+    """Run training steps at 2048 x 2048 of each adapter from the command line."""
+    data = bench.work / f"features-{bench.shape}"
+    write_features(bench, data)
+    runs = {
+        "2K LoRA": ["recipes/flux_dev_2k_lora.toml"],
+        "4K minor": [
+            *("recipes/flux_dev_4k_minor.toml", "--adapter.over", json.dumps([str(bench.lora)]))
+        ],
+    }
+    results = {}
+    for name, (recipe, *fields) in runs.items():
+        output = bench.work / f"train-{name.replace(' ', '_')}"
+        shutil.rmtree(output, ignore_errors=True)
+        figures = run_urae(
+            bench,
+            *("train", str(ROOT / recipe), "--data", str(data), "--output", str(output)),
+            *("--model", str(bench.base), "--resolution", str(bench.side(2048))),
+            *("--steps", str(TRAIN_STEPS), *fields),
+        )
+        with (output / "loss.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        seconds = [float(row["seconds"]) for row in rows]
+        results[name] = {
+            "seconds": statistics.median(seconds[1:]),
+            "all_seconds": seconds,
+            "losses": [float(row["loss"]) for row in rows],
+            "peak_gib": figures["peaks_gib"].get("rest"),
+            **{key: figures[key] for key in ("total_seconds", "peaks_gib", "command")},
+        }
+    return results
+
+
+def write_features(bench: Bench, folder: Path) -> None:
+    """Write random features in the reference's format: two pictures with two captions each."""
+    from urae.backbones.flux import build_meta_transformer
+
+    config, cells = build_meta_transformer(bench.base).config, bench.side(2048) // 8
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(3)
+    for index in range(2):
+        mean = torch.randn(16, cells, cells, generator=generator)
+        latents = {"mean": mean, "std": torch.full_like(mean, 0.01)}
+        save_file(latents, folder / f"image_{index}_latent_code.safetensors")
+        for column in ("prompt", "generated_prompt"):
+            embeds = {
+                "caption_feature_t5": torch.randn(
+                    512, config.joint_attention_dim, generator=generator
+                ),
+                "caption_feature_clip": torch.randn(
+                    config.pooled_projection_dim, generator=generator
+                ),
+            }
+            save_file(embeds, folder / f"image_{index}_{column}_embed.safetensors")
+
+
+def measure_train_stock(bench: Bench) -> dict[str, Any]:
+    """Run the same steps with stock diffusers and peft alone, LoRA weights in both precisions."""
+    return {
+        f"stock, LoRA in {str(dtype).removeprefix('torch.')}": train_stock(bench, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def train_stock(bench: Bench, lora_dtype: torch.dtype) -> dict[str, Any]:
+    """Train a LoRA as diffusers' own scripts do: flash attention, gradient checkpointing."""
+    from peft import LoraConfig
+
+    from urae.backbones.flux import load_transformer, predict_velocity
+    from urae.backbones.weights import find_attention_linears
+    from urae.train.config import OptimizerConfig
+    from urae.train.loop import build_optimizer
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN on stock FLUX
+    transformer = load_transformer(bench.base, dtype=bench.dtype).to(bench.device)
+    transformer.requires_grad_(False).train()
+    targets = find_attention_linears(transformer)
+    transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
+    )
+    transformer.enable_gradient_checkpointing()
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(lora_dtype)
+    optimizer = build_optimizer(parameters, OptimizerConfig())
+    inputs = random_inputs(transformer, bench, 2048)
+    target = torch.randn_like(inputs[0])
+    reset_peak()
+    seconds, losses = [], []
+    for _ in range(TRAIN_STEPS):
+        synchronize()
+        began = time.perf_counter()
+        velocity = predict_velocity(transformer, *inputs, 1.0)
+        loss = (velocity.float() - target.float()).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    result = {
+        "seconds": statistics.median(seconds[1:]),
+        "all_seconds": [round(value, 4) for value in seconds],
+        "losses": losses,
+        "peak_gib": peak_gib(),
+    }
+    del transformer, optimizer, parameters, loss, velocity
+    gc.collect()
+    return result
+
+
+def measure_generate(bench: Bench) -> dict[str, Any]:
+    """Generate pictures end to end from the command line."""
+    both = ["--adapter", str(bench.lora), "--adapter", str(bench.minor)]
+    steps = 4 if bench.tiny else 28
+    runs = {
+        "2048, 2K LoRA": (2048, ["--adapter", str(bench.lora)], steps, "auto"),
+        "4096, 2K LoRA + 4K minor": (4096, both, steps, "auto"),
+        "4096, the same, 2 steps, offloaded": (4096, both, 2, "offload"),
+    }
+    results = {}
+    for name, (side, adapters, num_steps, memory) in runs.items():
+        folder = bench.output / "pictures" / name.replace(", ", "_").replace(" ", "-")
+        figures = run_urae(
+            bench,
+            *("generate", PROMPT, "--model", str(bench.base), "--size", str(bench.side(side))),
+            *(*adapters, "--steps", str(num_steps), "--guidance", "3.5", "--seed", "0"),
+            *("--memory", memory, "--output", str(folder), "--overwrite"),
+        )
+        (picture,) = folder.glob("*.png")
+        results[name] = {
+            "steps": num_steps,
+            **describe_picture(picture),
+            "seconds_per_step": figures["seconds"]["sample"] / num_steps,
+            **figures,
+        }
+        if side == 4096 and not bench.tiny:
+            picture.unlink()  # noise of 50 MB
+    return results
+
+
+def describe_picture(path: Path) -> dict[str, Any]:
+    """Read a picture's size, contrast and what its PNG says about memory."""
+    from PIL import Image, ImageStat
+
+    Image.MAX_IMAGE_PIXELS = None
+    with Image.open(path) as image:
+        contrast = sum(ImageStat.Stat(image.resize((256, 256))).stddev) / 3
+        text = {key: str(image.info.get(key)) for key in ("memory", "vae_tiling")}
+        return {"pixels": list(image.size), "contrast": round(contrast, 1), **text}
+
+
+def run_urae(bench: Bench, *arguments: str) -> dict[str, Any]:
+    """Run a `urae` command in its own process, watched, and return its figures."""
+    figures = bench.work / "figures.json"
+    figures.unlink(missing_ok=True)
+    print("$ urae", shlex.join(arguments), flush=True)
+    watch = [sys.executable, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
+    subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
+    return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "base": measure_base,
+    "minor": measure_minor,
+    "forward": measure_forward,
+    "train": measure_train,
+    "train_stock": measure_train_stock,
+    "generate": measure_generate,
+}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    """Forget the peak of allocated memory, and give back what is cached."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float | None:
+    """Return the peak of memory allocated on the GPU; None without one."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+@contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Time a block, by CUDA events where there is a GPU; call the result afterwards."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        ended = [began]
+        yield lambda: ended[0] - began
+        ended[0] = time.perf_counter()
+        return
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    yield lambda: start.elapsed_time(end) / 1000
+    end.record()
+    end.synchronize()
+
+
+def describe_machine() -> dict[str, str]:
+    """Name the machine and the versions that the figures belong to."""
+    on_gpu = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
+    names = ("torch", "diffusers", "peft", "transformers", "accelerate")
+    return {
+        "machine": machine,
+        "python": platform.python_version(),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()) if on_gpu else "none",
+        **{name: find_version(name) for name in names},
+    }
+
+
+def find_version(package: str) -> str:
+    """Return an installed package's version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def find_commit() -> str:
+    """Return the checkout's commit, marked if files differ from it."""
+    run = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_report(bench: Bench) -> None:
+    """Make `results.md` from the JSON files that are there."""
+    found = {
+        name: json.loads(path.read_text())
+        for name in PARTS
+        if (path := bench.output / f"{name}.json").is_file()
+    }
+    lines = ["# Benchmark", ""]
+    for name, record in found.items():
+        versions = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+        lines += [f"- `{name}`: {versions}; commit {record['commit']}; `{record['command']}`"]
+    if bench.tiny:
+        lines += ["", "**A try of the script on a tiny model: these figures say nothing.**"]
+    tables = {"forward": table_forward, "train": table_train, "generate": table_generate}
+    for name, table in tables.items():
+        if name in found:
+            lines += ["", *table(bench, found)]
+    if "minor" in found:
+        result = found["minor"]["result"]
+        lines += [
+            "",
+            f"Minor components of {result['matrices']} matrices, rank {RANK}: "
+            f"{result['seconds']:.1f} s, from the cache {result['from_cache_seconds']:.1f} s, "
+            f"peak {format_number(result['peak_gib'], 1)} GiB (the transformer included).",
+        ]
+    (bench.output / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def table_forward(bench: Bench, found: dict[str, Any]) -> list[str]:
+    """List seconds of one forward by size, beside the reference's."""
+    result = found["forward"]["result"]
+    sides = (1024, 2048, 4096)
+    header = [f"{bench.side(side)}^2, s" for side in sides] + [f"peak at {bench.side(4096)}^2, GiB"]
+    rows = [
+        ["reference, no adapter (H200)", *REFERENCE_FORWARD.values(), REFERENCE_FORWARD_GIB],
+        ["stock diffusers, no adapter (H200)", *STOCK_FORWARD.values(), STOCK_FORWARD_GIB],
+    ]
+    for name, by_side in result.items():
+        entries = [by_side.get(str(side), {}) for side in sides]
+        rows.append([name, *(entry.get("seconds") for entry in entries)])
+        rows[-1].append(entries[-1].get("peak_gib"))
+    lines = table(["one forward", *header], rows)
+    for side in sides:
+        ours, stock = (result[f"{who}, 2K LoRA"][str(side)]["seconds"] for who in ("urae", "stock"))
+        lines.append(
+            f"{'' if side > sides[0] else chr(10)}- {bench.side(side)}^2, urae against stock with "
+            f"the same LoRA: {ours:.4f} s / {stock:.4f} s = {ours / stock:.3f}"
+        )
+    return lines
+
+
+def table_train(bench: Bench, found: dict[str, Any]) -> list[str]:
+    """List seconds of one training step, beside the reference's."""
+    rows: list[list[Any]] = [
+        ["reference, cuDNN attention (H200)", REFERENCE_STEP, REFERENCE_STEP_GIB],
+        ["stock, flash attention (H200)", STOCK_STEP, STOCK_STEP_GIB],
+    ]
+    results = found.get("train_stock", {}).get("result", {})
+    results |= {f"urae, {name}": entry for name, entry in found["train"]["result"].items()}
+    rows += [[name, entry["seconds"], entry["peak_gib"]] for name, entry in results.items()]
+    title = f"one training step at {bench.side(2048)}^2, rank {RANK}"
+    return table([title, "s", "peak, GiB"], rows)
+
+
+def table_generate(_: Bench, found: dict[str, Any]) -> list[str]:
+    """List what each picture took from the command line."""
+    rows = []
+    for name, entry in found["generate"]["result"].items():
+        seconds, peaks = entry["seconds"], entry["peaks_gib"]
+        stages = [seconds.get(stage) for stage in ("load", "sample", "decode")]
+        memory = [peaks.get(stage) for stage in ("sample", "decode")]
+        where = f"{entry['memory']}{', tiled' if entry['vae_tiling'] == 'True' else ''}"
+        rows.append([name, entry["steps"], where, entry["total_seconds"], *stages, *memory])
+    header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]
+    return table([*header, "peak sampling, GiB", "peak decoding"], rows)
+
+
+def table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    """Lay out a Markdown table."""
+    cells = [[format_number(value, 3) for value in row] for row in rows]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in cells]
+
+
+def format_number(value: Any, digits: int) -> str:
+    """Write a number shortly, nothing as a dash."""
+    if value is None:
+        return "-"
+    return (
+        f"{value:.{digits}g}"
+        if isinstance(value, float) and value < 1
+        else (f"{value:.2f}" if isinstance(value, float) else str(value))
+    )
+
+
+def run_part(bench: Bench, name: str, command: str) -> None:
+    """Measure one part and write it down."""
+    print(f"== {name}", flush=True)
+    began = time.perf_counter()
+    result = PARTS[name](bench)
+    seconds = round(time.perf_counter() - began, 1)
+    record = {
+        "part": name,
+        "shape": bench.shape,
+        "machine": describe_machine(),
+        "commit": find_commit(),
+        "command": command,
+        "part_seconds": seconds,
+        "result": result,
+    }
+    (bench.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_report(bench)
+    print(f"== {name} done in {seconds} s", flush=True)
+
+
+def main() -> None:
+    """Run the parts asked for, several of them each in a process of its own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=("flux-dev", "tiny"), default="flux-dev")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark-work")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.shape, arguments.output.resolve(), arguments.work.resolve())
+    if not bench.tiny and bench.device.type != "cuda":
+        parser.error("the full shape needs a CUDA device; try --shape tiny")
+    for folder in (bench.output, bench.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    # minor components are found once, by this benchmark and not by an earlier run of something
+    os.environ["URAE_CACHE_DIR"] = str(bench.work / "cache")
+    command = shlex.join(["python", *sys.argv])
+    if len(arguments.parts) == 1:
+        run_part(bench, arguments.parts[0], os.environ.get("URAE_BENCHMARK_COMMAND", command))
+        return
+    environment = {**os.environ, "URAE_BENCHMARK_COMMAND": command}
+    options = ["--shape", bench.shape, "--output", str(bench.output), "--work", str(bench.work)]
+    failed = []
+    for name in arguments.parts:
+        run = [sys.executable, __file__, *options, "--parts", name]
+        if subprocess.run(run, env=environment, check=False).returncode:
+            failed.append(name)
+    print((bench.output / "results.md").read_text() if len(failed) < len(arguments.parts) else "")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; what was measured is in {bench.output}")
+
+
+if __name__ == "__main__":
+    main()
