@@ -30,7 +30,7 @@ class ResolutionPolicy:
     From "Ultra-Resolution Adaptation with Ease" (arXiv:2503.16322, section 3 and appendix).
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     ntk_factor: float = 10.0
     """RoPE base multiplier on all three axes, > 0; 1 leaves positions as they are."""

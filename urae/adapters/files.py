@@ -105,10 +105,10 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
         RepositoryNotFoundError,
         OSError,
     ) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
         raise FileNotFoundError(
-            f"adapter {name} was not found here and could not be fetched from the hub "
-            f"({str(error).strip().splitlines()[0]}); check the name and the connection, or give "
-            "a local file"
+            f"adapter {name} was not found here and could not be fetched from the hub ({reason}); "
+            "check the name and the connection, or give a local file"
         ) from error
 
 

@@ -85,8 +85,8 @@ def fetch_model(model: str, *, without: Sequence[str] = ()) -> Path:
             ) from error
         reason = str(error).strip().splitlines()[0].split(" (")[0]
         raise FileNotFoundError(
-            f"model {hub_id} could not be fetched from the hub ({reason}); check the name and the connection, log in "
-            "with `hf auth login`, or point --model at a local folder"
+            f"model {hub_id} could not be fetched from the hub ({reason}); check the name and the "
+            "connection, log in with `hf auth login`, or point --model at a local folder"
         ) from error
     return Path(folder)
 

@@ -10,7 +10,6 @@ from rich.table import Table
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars, set_up_logging
 from urae.config import build_config, describe_fields, override, read_toml
 
-
 _OWN_OPTIONS = {"data_dir", "output_dir", "resume", "overwrite"}
 
 
