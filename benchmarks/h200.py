@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import write_report
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,14 +37,6 @@ sys.path.insert(0, str(ROOT))
 PROMPT = "a lighthouse on a cliff above a stormy sea at dusk, waves breaking on the rocks"
 RANK = 16
 TRAIN_STEPS = 6  # the first is not counted
-
-# one NVIDIA H200, torch 2.11, bf16, the same random shape, no adapter in the forwards:
-# seconds by side and GiB at the largest side
-REFERENCE_FORWARD = {1024: 0.196, 2048: 0.941, 4096: 7.39}
-STOCK_FORWARD = {1024: 0.174, 2048: 0.866, 4096: 7.08}
-REFERENCE_FORWARD_GIB, STOCK_FORWARD_GIB = 28.3, 28.7
-REFERENCE_STEP, REFERENCE_STEP_GIB = 3.56, 30.4
-STOCK_STEP, STOCK_STEP_GIB = 4.41, 30.1
 
 
 @dataclass(frozen=True)
@@ -312,7 +305,7 @@ def train_stock(bench: Bench, lora_dtype: torch.dtype) -> dict[str, Any]:
     from urae.backbones.flux import load_transformer, predict_velocity
     from urae.backbones.weights import find_attention_linears
     from urae.train.config import OptimizerConfig
-    from urae.train.loop import build_optimizer
+    from urae.train.optimizer import build_optimizer
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN on stock FLUX
     transformer = load_transformer(bench.base, dtype=bench.dtype).to(bench.device)
@@ -353,34 +346,41 @@ def train_stock(bench: Bench, lora_dtype: torch.dtype) -> dict[str, Any]:
     return result
 
 
-def measure_generate(bench: Bench) -> dict[str, Any]:
-    """Generate pictures end to end from the command line."""
-    both = ["--adapter", str(bench.lora), "--adapter", str(bench.minor)]
-    steps = 4 if bench.tiny else 28
-    runs = {
-        "2048, 2K LoRA": (2048, ["--adapter", str(bench.lora)], steps, "auto"),
-        "4096, 2K LoRA + 4K minor": (4096, both, steps, "auto"),
-        "4096, the same, 2 steps, offloaded": (4096, both, 2, "offload"),
-    }
-    results = {}
-    for name, (side, adapters, num_steps, memory) in runs.items():
-        folder = bench.output / "pictures" / name.replace(", ", "_").replace(" ", "-")
-        figures = run_urae(
-            bench,
-            *("generate", PROMPT, "--model", str(bench.base), "--size", str(bench.side(side))),
-            *(*adapters, "--steps", str(num_steps), "--guidance", "3.5", "--seed", "0"),
-            *("--memory", memory, "--output", str(folder), "--overwrite"),
-        )
-        (picture,) = folder.glob("*.png")
-        results[name] = {
-            "steps": num_steps,
-            **describe_picture(picture),
-            "seconds_per_step": figures["seconds"]["sample"] / num_steps,
-            **figures,
-        }
-        if side == 4096 and not bench.tiny:
-            picture.unlink()  # noise of 50 MB
-    return results
+def measure_generate_2k(bench: Bench) -> dict[str, Any]:
+    """Generate 2048 x 2048 end to end from the command line, with a 2K LoRA."""
+    return {"2K LoRA": generate(bench, 2048, [bench.lora], steps=28)}
+
+
+def measure_generate_4k(bench: Bench) -> dict[str, Any]:
+    """Generate 4096 x 4096 end to end from the command line, with both adapters."""
+    return {"2K LoRA + 4K minor": generate(bench, 4096, [bench.lora, bench.minor], steps=28)}
+
+
+def measure_generate_4k_offload(bench: Bench) -> dict[str, Any]:
+    """Do the same in little memory, for two steps."""
+    adapters = [bench.lora, bench.minor]
+    return {"the same, offloaded": generate(bench, 4096, adapters, steps=2, memory="offload")}
+
+
+def generate(
+    bench: Bench, side: int, adapters: list[Path], *, steps: int, memory: str = "auto"
+) -> dict[str, Any]:
+    """Generate one picture and describe it and what it took."""
+    steps = min(steps, 4) if bench.tiny else steps
+    folder = bench.output / "pictures" / f"{side}-{memory}"
+    figures = run_urae(
+        bench,
+        *("generate", PROMPT, "--model", str(bench.base), "--size", str(bench.side(side))),
+        *(word for path in adapters for word in ("--adapter", str(path))),
+        *("--steps", str(steps), "--guidance", "3.5", "--seed", "0"),
+        *("--memory", memory, "--output", str(folder), "--overwrite"),
+    )
+    (picture,) = folder.glob("*.png")
+    description = describe_picture(picture)
+    if side == 4096 and not bench.tiny:
+        picture.unlink()  # noise of 50 MB
+    seconds_per_step = figures["seconds"]["sample"] / steps
+    return {"steps": steps, **description, "seconds_per_step": seconds_per_step, **figures}
 
 
 def describe_picture(path: Path) -> dict[str, Any]:
@@ -405,12 +405,14 @@ def run_urae(bench: Bench, *arguments: str) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "base": measure_base,
-    "minor": measure_minor,
-    "forward": measure_forward,
+    "base": measure_base,  # the others need it
+    "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
+    "generate_2k": measure_generate_2k,
     "train": measure_train,
+    "forward": measure_forward,
     "train_stock": measure_train_stock,
-    "generate": measure_generate,
+    "generate_4k": measure_generate_4k,
+    "generate_4k_offload": measure_generate_4k_offload,
 }
 
 
@@ -479,101 +481,6 @@ def find_commit() -> str:
         return "unknown"
 
 
-def write_report(bench: Bench) -> None:
-    """Make `results.md` from the JSON files that are there."""
-    found = {
-        name: json.loads(path.read_text())
-        for name in PARTS
-        if (path := bench.output / f"{name}.json").is_file()
-    }
-    lines = ["# Benchmark", ""]
-    for name, record in found.items():
-        versions = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-        lines += [f"- `{name}`: {versions}; commit {record['commit']}; `{record['command']}`"]
-    if bench.tiny:
-        lines += ["", "**A try of the script on a tiny model: these figures say nothing.**"]
-    tables = {"forward": table_forward, "train": table_train, "generate": table_generate}
-    for name, table in tables.items():
-        if name in found:
-            lines += ["", *table(bench, found)]
-    if "minor" in found:
-        result = found["minor"]["result"]
-        lines += [
-            "",
-            f"Minor components of {result['matrices']} matrices, rank {RANK}: "
-            f"{result['seconds']:.1f} s, from the cache {result['from_cache_seconds']:.1f} s, "
-            f"peak {format_number(result['peak_gib'], 1)} GiB (the transformer included).",
-        ]
-    (bench.output / "results.md").write_text("\n".join(lines) + "\n")
-
-
-def table_forward(bench: Bench, found: dict[str, Any]) -> list[str]:
-    """List seconds of one forward by size, beside the reference's."""
-    result = found["forward"]["result"]
-    sides = (1024, 2048, 4096)
-    header = [f"{bench.side(side)}^2, s" for side in sides] + [f"peak at {bench.side(4096)}^2, GiB"]
-    rows = [
-        ["reference, no adapter (H200)", *REFERENCE_FORWARD.values(), REFERENCE_FORWARD_GIB],
-        ["stock diffusers, no adapter (H200)", *STOCK_FORWARD.values(), STOCK_FORWARD_GIB],
-    ]
-    for name, by_side in result.items():
-        entries = [by_side.get(str(side), {}) for side in sides]
-        rows.append([name, *(entry.get("seconds") for entry in entries)])
-        rows[-1].append(entries[-1].get("peak_gib"))
-    lines = table(["one forward", *header], rows)
-    for side in sides:
-        ours, stock = (result[f"{who}, 2K LoRA"][str(side)]["seconds"] for who in ("urae", "stock"))
-        lines.append(
-            f"{'' if side > sides[0] else chr(10)}- {bench.side(side)}^2, urae against stock with "
-            f"the same LoRA: {ours:.4f} s / {stock:.4f} s = {ours / stock:.3f}"
-        )
-    return lines
-
-
-def table_train(bench: Bench, found: dict[str, Any]) -> list[str]:
-    """List seconds of one training step, beside the reference's."""
-    rows: list[list[Any]] = [
-        ["reference, cuDNN attention (H200)", REFERENCE_STEP, REFERENCE_STEP_GIB],
-        ["stock, flash attention (H200)", STOCK_STEP, STOCK_STEP_GIB],
-    ]
-    results = found.get("train_stock", {}).get("result", {})
-    results |= {f"urae, {name}": entry for name, entry in found["train"]["result"].items()}
-    rows += [[name, entry["seconds"], entry["peak_gib"]] for name, entry in results.items()]
-    title = f"one training step at {bench.side(2048)}^2, rank {RANK}"
-    return table([title, "s", "peak, GiB"], rows)
-
-
-def table_generate(_: Bench, found: dict[str, Any]) -> list[str]:
-    """List what each picture took from the command line."""
-    rows = []
-    for name, entry in found["generate"]["result"].items():
-        seconds, peaks = entry["seconds"], entry["peaks_gib"]
-        stages = [seconds.get(stage) for stage in ("load", "sample", "decode")]
-        memory = [peaks.get(stage) for stage in ("sample", "decode")]
-        where = f"{entry['memory']}{', tiled' if entry['vae_tiling'] == 'True' else ''}"
-        rows.append([name, entry["steps"], where, entry["total_seconds"], *stages, *memory])
-    header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]
-    return table([*header, "peak sampling, GiB", "peak decoding"], rows)
-
-
-def table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    """Lay out a Markdown table."""
-    cells = [[format_number(value, 3) for value in row] for row in rows]
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in cells]
-
-
-def format_number(value: Any, digits: int) -> str:
-    """Write a number shortly, nothing as a dash."""
-    if value is None:
-        return "-"
-    return (
-        f"{value:.{digits}g}"
-        if isinstance(value, float) and value < 1
-        else (f"{value:.2f}" if isinstance(value, float) else str(value))
-    )
-
-
 def run_part(bench: Bench, name: str, command: str) -> None:
     """Measure one part and write it down."""
     print(f"== {name}", flush=True)
@@ -584,13 +491,13 @@ def run_part(bench: Bench, name: str, command: str) -> None:
         "part": name,
         "shape": bench.shape,
         "machine": describe_machine(),
-        "commit": find_commit(),
+        "commit": os.environ.get("URAE_BENCHMARK_COMMIT") or find_commit(),
         "command": command,
         "part_seconds": seconds,
         "result": result,
     }
     (bench.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    write_report(bench)
+    write_report(bench.output, list(PARTS))
     print(f"== {name} done in {seconds} s", flush=True)
 
 
@@ -601,6 +508,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmark")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark-work")
+    parser.add_argument("--commit", help="name it where there is no git checkout to ask")
     arguments = parser.parse_args()
     bench = Bench(arguments.shape, arguments.output.resolve(), arguments.work.resolve())
     if not bench.tiny and bench.device.type != "cuda":
@@ -610,6 +518,8 @@ def main() -> None:
     # minor components are found once, by this benchmark and not by an earlier run of something
     os.environ["URAE_CACHE_DIR"] = str(bench.work / "cache")
     command = shlex.join(["python", *sys.argv])
+    if arguments.commit:
+        os.environ["URAE_BENCHMARK_COMMIT"] = arguments.commit
     if len(arguments.parts) == 1:
         run_part(bench, arguments.parts[0], os.environ.get("URAE_BENCHMARK_COMMAND", command))
         return

@@ -9,7 +9,6 @@ import itertools
 import logging
 import re
 import shlex
-import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,24 +118,31 @@ def run_python(page: Path, tiny: dict[str, str], names: dict[str, object]) -> No
 # --- the command line -----------------------------------------------------------------------------
 
 
+def shell_commands() -> list[tuple[str, list[str]]]:
+    """Return the words of each command line of the pages, with the page's name."""
+    return [
+        (snippet.page.name, words)
+        for snippet in ALL
+        if snippet.language == "sh"
+        for line in snippet.text.replace("\\\n", " ").splitlines()
+        if (words := shlex.split(line, comments=True))
+    ]
+
+
 def commands() -> list[tuple[str, tuple[str, ...]]]:
-    """Return each `urae` command line of the pages, with the page's name."""
+    """Return the arguments of each `urae` command line, with the page's name."""
     found = []
-    for snippet in ALL:
-        if snippet.language != "sh":
-            continue
-        for line in snippet.text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:2] == ["accelerate", "launch"]:
-                words = words[words.index("-m") + 1 :]
-            if words[:1] == ["urae"]:
-                found.append((snippet.page.name, tuple(words[1:])))
+    for page, words in shell_commands():
+        if words[:2] == ["accelerate", "launch"]:
+            words = words[words.index("-m") + 1 :]
+        if words[0] == "urae":
+            found.append((page, tuple(words[1:])))
     return found
 
 
 @pytest.fixture
 def jobs(monkeypatch, tmp_path):
-    """Put recorders in the place of the four jobs, and the files that the pages name in a folder."""
+    """Put recorders in the place of the four jobs, and what the pages name in a folder."""
     from urae.features.cache import CacheReport
     from urae.train import TrainResult
 
@@ -186,6 +192,18 @@ def test_commands_parse(page, arguments, jobs):
 def test_all_four_jobs_have_commands_in_the_readme():
     jobs = {arguments[0] for page, arguments in commands() if page == "README.md"}
     assert jobs == {"cache", "train", "convert", "generate"}
+
+
+def test_make_targets_and_scripts_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for _, words in shell_commands():
+        assert words[0] in {"urae", "accelerate", "make", "python", "pip"}
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+        if words[0] == "python":
+            source = (ROOT / words[1]).read_text()
+            for option in words[2:]:
+                assert not option.startswith("--") or f'"{option}"' in source
 
 
 def test_options_in_prose_exist():
@@ -321,7 +339,8 @@ def test_every_message_is_in_troubleshooting():
 
 
 def test_troubleshooting_has_no_message_that_is_gone():
-    texts = messages()
-    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    nodes = itertools.chain(*map(ast.walk, trees))
+    texts = [text for node in nodes if isinstance(node, ast.expr) and (text := message_of(node))]
     for entry in documented():
-        assert any(entry in text for text in texts) or entry in source, f"gone: {entry}"
+        assert any(entry in text for text in texts), f"gone: {entry}"

@@ -159,6 +159,35 @@ def test_an_output_folder_is_kept(settings):
     assert [c.step for c in find_checkpoints(settings().output_dir)] == [2]
 
 
+def test_overwriting_waits_until_all_is_checked(settings, tmp_path):
+    train(settings(steps=1))
+    with pytest.raises(ValueError, match="no cached latents"):
+        train(settings(overwrite=True, data_dir=tmp_path))
+    assert [c.step for c in find_checkpoints(settings().output_dir)] == [1]
+
+
+def test_any_failure_saves_first(settings, tmp_path, monkeypatch):
+    data_dir = shutil.copytree(settings().data_dir, tmp_path / "data")
+
+    def spoil(report):
+        if report.step == 2:
+            for path in data_dir.glob("*_latent_code.safetensors"):
+                path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(ValueError, match=r"latent_code.safetensors cannot be used"):
+        train(settings(data_dir=data_dir), on_step=spoil)
+    assert [c.step for c in find_checkpoints(settings().output_dir)] == [2]
+
+
+def test_out_of_gpu_memory_says_what_to_try(settings, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop_module, "compute_loss", fail)
+    with pytest.raises(MemoryError, match="try --batch-size 1"):
+        train(settings())
+
+
 def test_resuming_needs_the_same_settings(settings):
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         train(settings(resume=True))

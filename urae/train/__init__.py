@@ -1,7 +1,8 @@
 """One training loop; 2K and 4K, LoRA and minor components are recipes of it."""
 
 from urae.train.config import AdapterConfig, OptimizerConfig, TrainConfig
-from urae.train.loop import StepReport, TrainResult, train
+from urae.train.loop import TrainResult, train
+from urae.train.output import StepReport
 
 __all__ = [
     "AdapterConfig",

@@ -60,7 +60,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
 ) -> Checkpoint:
-    """Write a checkpoint beside its place, then move it there.
+    """Write a checkpoint beside its place, then move it there; one that is there stays.
 
     Args:
         output_dir: The run's folder.
@@ -74,6 +74,8 @@ def save_checkpoint(
     """
     final = output_dir / f"checkpoint-{step:06d}"
     partial = output_dir / f".{final.name}.partial"
+    if (final / STATE_FILE).is_file():
+        return Checkpoint(final, step)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -82,7 +84,6 @@ def save_checkpoint(
         write_tensors(partial / OPTIMIZER_FILE, tensors, {"urae.optimizer": json.dumps(plain)})
         state = json.dumps({"step": step, **record}, indent=1)
         write_atomic(partial / STATE_FILE, state.encode())
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

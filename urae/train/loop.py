@@ -1,20 +1,14 @@
 """The training loop: 2K and 4K, LoRA and minor components are recipes of it."""
 
-import contextlib
-import csv
-import io
 import json
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -39,36 +33,13 @@ from urae.geometry import PATCH
 from urae.resolution import apply_policy, read_base_policy
 from urae.train.adapter import attach_for_training, read_adapters
 from urae.train.batch import Batch, sample_batch
-from urae.train.checkpoint import (
-    Checkpoint,
-    find_checkpoints,
-    load_optimizer,
-    load_record,
-    save_checkpoint,
-)
-from urae.train.config import OptimizerConfig, TrainConfig
+from urae.train.checkpoint import find_checkpoints, load_optimizer, save_checkpoint
+from urae.train.config import TrainConfig
+from urae.train.guards import catch_stop, explain_memory, safe_attention
+from urae.train.optimizer import build_optimizer
+from urae.train.output import LOSS_FILE, LossLog, StepReport, clear_output, find_start
 
 logger = logging.getLogger(__name__)
-
-LOSS_FILE = "loss.csv"
-
-# fields that may change between an interrupted run and its continuation
-_FREE_FIELDS = {
-    "data_dir", "output_dir", "steps", "checkpoint_every", "tracker", "resume", "overwrite",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did."""
-
-    step: int
-    """Steps done, this one included."""
-    loss: float
-    """Mean over the step's samples on all devices."""
-    grad_norm: float
-    """Before clipping."""
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -100,11 +71,11 @@ def train(
         FileNotFoundError: If the model, an adapter or the features are missing.
         FloatingPointError: At the first non-finite loss or gradient, with its step and samples;
             the state before it is saved.
+        MemoryError: If the GPU's memory does not suffice for a step.
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
     accelerator = _build_accelerator(config)
-    with accelerator.main_process_first():
-        resumed = _claim_output(config, clear=accelerator.is_main_process)
+    resumed = find_start(config)
     samples = list_samples(config.data_dir)
     model_path = fetch_model(config.model, without=("vae", "text_encoder", "text_encoder_2"))
     meta = build_meta_transformer(model_path)
@@ -146,7 +117,12 @@ def train(
     }
     scale = read_latent_scale(model_path)
     step = resumed.step if resumed else 0
-    log = _LossLog(config.output_dir / LOSS_FILE, step) if accelerator.is_main_process else None
+    log = None
+    if accelerator.is_main_process:
+        if not resumed:
+            clear_output(config.output_dir)
+        log = LossLog(config.output_dir / LOSS_FILE, step)
+    _start_tracker(accelerator, config)
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -159,38 +135,46 @@ def train(
                 optimizer=optimizer,
                 record={"config": json.loads(metadata["urae.config"])},
             )
-        accelerator.wait_for_everyone()
 
-    with _safe_attention(), _catch_stop() as stop:
+    def accumulate() -> tuple[torch.Tensor, list[str]]:
+        """Add up this step's gradients; return the mean loss and the samples' names."""
+        stems: list[str] = []
+        losses = torch.zeros(config.gradient_accumulation, device=accelerator.device)
+        for index in range(config.gradient_accumulation):
+            chosen = batch_for_step(
+                samples,
+                config.batch_size,
+                seed=config.seed,
+                step=step * config.gradient_accumulation + index,
+                rank=accelerator.process_index,
+                num_ranks=accelerator.num_processes,
+            )
+            stems += [samples[number].stem for number in chosen.indices]
+            batch = sample_batch(
+                [samples[number] for number in chosen.indices],
+                chosen.counters,
+                seed=config.seed,
+                original_caption_share=config.original_caption_share,
+                scale=scale,
+                device=accelerator.device,
+            )
+            last = index == config.gradient_accumulation - 1
+            with explain_memory(), nullcontext() if last else accelerator.no_sync(model):
+                loss = compute_loss(model, batch, config.guidance_scale)
+                accelerator.backward(loss / config.gradient_accumulation)
+            losses[index] = loss.detach()
+        return losses.mean(), stems
+
+    with safe_attention(), catch_stop() as stop:
         while step < config.steps:
             began = time.perf_counter()
-            stems: list[str] = []
-            losses = torch.zeros(config.gradient_accumulation, device=accelerator.device)
-            for index in range(config.gradient_accumulation):
-                chosen = batch_for_step(
-                    samples,
-                    config.batch_size,
-                    seed=config.seed,
-                    step=step * config.gradient_accumulation + index,
-                    rank=accelerator.process_index,
-                    num_ranks=accelerator.num_processes,
-                )
-                stems += [samples[number].stem for number in chosen.indices]
-                batch = sample_batch(
-                    [samples[number] for number in chosen.indices],
-                    chosen.counters,
-                    seed=config.seed,
-                    original_caption_share=config.original_caption_share,
-                    scale=scale,
-                    device=accelerator.device,
-                )
-                last = index == config.gradient_accumulation - 1
-                with _explain_memory(), nullcontext() if last else accelerator.no_sync(model):
-                    loss = compute_loss(model, batch, config.guidance_scale)
-                    accelerator.backward(loss / config.gradient_accumulation)
-                losses[index] = loss.detach()
+            try:
+                loss, stems = accumulate()
+            except Exception:
+                save()  # the step has changed nothing yet
+                raise
             norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
-            shared = torch.stack([losses.mean(), norm, losses.new_tensor(float(stop.is_set()))])
+            shared = torch.stack([loss, norm, loss.new_tensor(float(stop.is_set()))])
             mean_loss, grad_norm, stopping = accelerator.reduce(shared, "mean").tolist()
             if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
                 save()
@@ -214,10 +198,11 @@ def train(
                 break
     finished = step == config.steps
     path = config.output_dir / LORA_FILE_NAME
+    if finished and accelerator.is_main_process:
+        adapter.write(path, {**metadata, "urae.step": str(step)})
+    accelerator.wait_for_everyone()
     if not finished:
         path = find_checkpoints(config.output_dir)[-1].adapter_path
-    elif accelerator.is_main_process:
-        adapter.write(path, {**metadata, "urae.step": str(step)})
     accelerator.end_training()
     return TrainResult(step, path, finished)
 
@@ -237,34 +222,6 @@ def compute_loss(model: nn.Module, batch: Batch, guidance_scale: float) -> torch
     return flow_loss(velocity, batch.latents, batch.noise).mean()
 
 
-def build_optimizer(
-    parameters: list[nn.Parameter], config: OptimizerConfig
-) -> torch.optim.Optimizer:
-    """Build the optimizer of a recipe.
-
-    Raises:
-        ModuleNotFoundError: If its package is not installed.
-    """
-    betas = (config.beta1, config.beta2)
-    if config.name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay
-        )
-    from prodigyopt import Prodigy  # an extra: only training needs it
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
-        optimizer: torch.optim.Optimizer = Prodigy(
-            parameters,
-            lr=config.lr,
-            betas=betas,
-            weight_decay=config.weight_decay,
-            decouple=True,
-            use_bias_correction=True,
-            safeguard_warmup=True,
-        )
-    return optimizer
-
-
 def _build_accelerator(config: TrainConfig) -> Accelerator:
     packages = {"prodigy": "prodigyopt", "adamw": "torch", "none": "torch"}
     for choice in (config.optimizer.name, config.tracker):
@@ -273,17 +230,19 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
             raise ModuleNotFoundError(
                 f"{choice} needs the package {package}: pip install 'urae[train]' {package}"
             )
-    tracker = None if config.tracker == "none" else config.tracker
-    accelerator = Accelerator(
-        log_with=tracker,
+    return Accelerator(
+        log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(config.output_dir),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    if tracker:
-        flat = json.loads(json.dumps(asdict(config), default=str))
-        settings = {key: value for key, value in _flatten(flat).items() if value is not None}
-        accelerator.init_trackers("urae", config=settings)
-    return accelerator
+
+
+def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
+    if config.tracker == "none":
+        return
+    flat = _flatten(json.loads(json.dumps(asdict(config), default=str)))
+    settings = {key: value for key, value in flat.items() if value is not None}
+    accelerator.init_trackers("urae", config=settings)
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -294,96 +253,3 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = str(value) if isinstance(value, list) else value
     return flat
-
-
-def _claim_output(config: TrainConfig, *, clear: bool) -> Checkpoint | None:
-    """Return the checkpoint to resume from, after checking that the output folder fits."""
-    checkpoints = find_checkpoints(config.output_dir)
-    done = (config.output_dir / LORA_FILE_NAME).exists()
-    if not config.resume:
-        if (checkpoints or done) and not config.overwrite:
-            raise FileExistsError(
-                f"{config.output_dir} holds a run already; go on with --resume, start anew with "
-                "--overwrite, or choose another --output"
-            )
-        if clear:
-            for checkpoint in checkpoints:
-                checkpoint.discard()
-            (config.output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
-        return None
-    if not checkpoints:
-        raise FileNotFoundError(f"{config.output_dir} holds no whole checkpoint to resume from")
-    newest = checkpoints[-1]
-    before = load_record(newest)["config"]
-    now = json.loads(json.dumps(asdict(config), default=str))
-    for name in now.keys() - _FREE_FIELDS:
-        if before.get(name) != now[name]:
-            raise ValueError(
-                f"{newest.path} was made with {name} = {before.get(name)}, but the run now says "
-                f"{now[name]}; resume with the settings it began with"
-            )
-    return newest
-
-
-@contextlib.contextmanager
-def _explain_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            "the GPU's memory does not suffice for this step; try --batch-size 1, "
-            "--gradient-checkpointing true, or features cached at a lower resolution"
-        ) from error
-
-
-@contextlib.contextmanager
-def _safe_attention() -> Iterator[None]:
-    # cuDNN's attention backward gives NaN on the transposed views that stock FLUX hands over
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-@contextlib.contextmanager
-def _catch_stop() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _LossLog:
-    """A CSV file of every step; on resuming, steps after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        rows: list[list[str]] = []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([["step", "loss", "grad_norm", "seconds"], *rows])
-
-    def write(self, report: StepReport) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(
-                [report.step, report.loss, report.grad_norm, f"{report.seconds:.4f}"]
-            )

@@ -1,0 +1,126 @@
+"""The benchmark's figures as one page of Markdown, beside the reference's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# one NVIDIA H200, torch 2.11, bf16, the same random shape, no adapter in the forwards:
+# seconds by side and GiB at the largest side
+REFERENCE_FORWARD = {1024: 0.196, 2048: 0.941, 4096: 7.39}
+STOCK_FORWARD = {1024: 0.174, 2048: 0.866, 4096: 7.08}
+REFERENCE_FORWARD_GIB, STOCK_FORWARD_GIB = 28.3, 28.7
+REFERENCE_STEP, REFERENCE_STEP_GIB = 3.56, 30.4
+STOCK_STEP, STOCK_STEP_GIB = 4.41, 30.1
+
+
+def write_report(folder: Path, parts: list[str]) -> None:
+    """Make `results.md` from the parts' JSON files that are there.
+
+    Args:
+        folder: Of the JSON files.
+        parts: Their names, in order.
+    """
+    found = {
+        name: json.loads(path.read_text())
+        for name in parts
+        if (path := folder / f"{name}.json").is_file()
+    }
+    origins: dict[str, list[str]] = {}
+    for name, record in found.items():
+        versions = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+        origin = f"{versions}; commit {record['commit']}; `{record['command']}`"
+        origins.setdefault(origin, []).append(f"{name} ({record['part_seconds']:.0f} s)")
+    lines = ["# Benchmark", ""]
+    lines += [f"- {', '.join(names)}: {origin}" for origin, names in origins.items()]
+    tiny = any(record["shape"] == "tiny" for record in found.values())
+    if tiny:
+        lines += [
+            "",
+            "**A try of the script on a tiny model, at an eighth of the sizes named here: the "
+            "figures mean nothing.**",
+        ]
+    results = {name: record["result"] for name, record in found.items()}
+    if "forward" in results:
+        lines += ["", *table_forward(tiny, results["forward"])]
+    if "train" in results:
+        lines += ["", *table_train(tiny, results["train"], results.get("train_stock", {}))]
+    pictures = [name for name in results if name.startswith("generate")]
+    if pictures:
+        lines += [
+            "",
+            *table_generate({k: v for name in pictures for k, v in results[name].items()}),
+        ]
+    if "minor" in results:
+        result = results["minor"]
+        lines += [
+            "",
+            f"Minor components of {result['matrices']} matrices, rank 16: "
+            f"{result['seconds']:.1f} s, from the cache {result['from_cache_seconds']:.1f} s, "
+            f"peak {format_number(result['peak_gib'])} GiB (the transformer included).",
+        ]
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def table_forward(tiny: bool, result: dict[str, Any]) -> list[str]:
+    """List seconds of one forward by size, beside the reference's."""
+    sides = (1024, 2048, 4096)
+    rows: list[list[Any]] = []
+    if not tiny:
+        rows = [
+            ["reference, no adapter (H200)", *REFERENCE_FORWARD.values(), REFERENCE_FORWARD_GIB],
+            ["stock, no adapter (H200)", *STOCK_FORWARD.values(), STOCK_FORWARD_GIB],
+        ]
+    for name, by_side in result.items():
+        entries = [by_side.get(str(side), {}) for side in sides]
+        seconds = [entry.get("seconds") for entry in entries]
+        rows.append([f"here: {name}", *seconds, entries[-1].get("peak_gib")])
+    header = [f"{side}^2, s" for side in sides]
+    lines = table(["one forward", *header, "peak at 4096^2, GiB"], rows)
+    ratios = []
+    for side in sides:
+        ours, stock = (result[f"{who}, 2K LoRA"][str(side)]["seconds"] for who in ("urae", "stock"))
+        ratios.append(f"{ours / stock:.3f} at {side}^2")
+    return [*lines, "", f"urae's time over stock's, the same LoRA attached: {', '.join(ratios)}."]
+
+
+def table_train(tiny: bool, result: dict[str, Any], stock: dict[str, Any]) -> list[str]:
+    """List seconds of one training step, beside the reference's."""
+    rows: list[list[Any]] = []
+    if not tiny:
+        rows = [
+            ["reference, cuDNN attention (H200)", REFERENCE_STEP, REFERENCE_STEP_GIB],
+            ["stock, flash attention (H200)", STOCK_STEP, STOCK_STEP_GIB],
+        ]
+    here = stock | {f"urae, {name}": entry for name, entry in result.items()}
+    rows += [[f"here: {name}", entry["seconds"], entry["peak_gib"]] for name, entry in here.items()]
+    return table(["one training step at 2048^2, rank 16", "s", "peak, GiB"], rows)
+
+
+def table_generate(result: dict[str, Any]) -> list[str]:
+    """List what each picture took from the command line."""
+    rows = []
+    for name, entry in result.items():
+        width, height = entry["pixels"]
+        seconds, peaks = entry["seconds"], entry["peaks_gib"]
+        stages = [seconds.get(stage) for stage in ("load", "sample", "decode")]
+        peak = [peaks.get(stage) for stage in ("sample", "decode")]
+        where = f"{entry['memory']}{', tiled' if entry['vae_tiling'] == 'True' else ''}"
+        label = f"{width} x {height}, {name}"
+        rows.append([label, entry["steps"], where, entry["total_seconds"], *stages, *peak])
+    header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]
+    return table([*header, "peak sampling, GiB", "peak decoding, GiB"], rows)
+
+
+def table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    """Lay out a Markdown table."""
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return lines + [f"| {' | '.join(map(format_number, row))} |" for row in rows]
+
+
+def format_number(value: Any) -> str:
+    """Write a number to three digits, nothing as a dash."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"

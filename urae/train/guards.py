@@ -1,0 +1,53 @@
+"""What a run is guarded against: signals, a broken attention backend, too little memory."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+
+@contextlib.contextmanager
+def explain_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            "the GPU's memory does not suffice for this step; try --batch-size 1, "
+            "--gradient-checkpointing true, or features cached at a lower resolution"
+        ) from error
+
+
+@contextlib.contextmanager
+def safe_attention() -> Iterator[None]:
+    # cuDNN's attention backward gives NaN on the transposed views that stock FLUX hands over
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextlib.contextmanager
+def catch_stop() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
