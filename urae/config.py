@@ -21,8 +21,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
 
 
@@ -88,6 +88,19 @@ def build_config(kind: type[Config], settings: Mapping[str, Any], origin: str) -
         raise ValueError(f"{origin}: {f'{where}: ' if where else ''}{message}") from error
 
 
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Write nested settings as one level of dotted names, with plain JSON values."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, bool | int | float):
+            flat[prefix + name] = value
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
 def describe_fields(kind: type[Any]) -> list[tuple[str, str, str]]:
     """List a config's fields for a help page: dotted name, default, description."""
     schema = TypeAdapter(kind).json_schema()
@@ -97,10 +110,7 @@ def describe_fields(kind: type[Any]) -> list[tuple[str, str, str]]:
 def _walk_fields(schema: Any, root: Any, prefix: str) -> list[tuple[str, str, str]]:
     rows = []
     for name, entry in schema.get("properties", {}).items():
-        choices = [entry, *entry.get("anyOf", [])]
-        reference = next((choice["$ref"] for choice in choices if "$ref" in choice), None)
-        if reference is not None:
-            nested = root["$defs"][reference.rsplit("/", 1)[1]]
+        if nested := _follow(entry, root):
             rows += _walk_fields(nested, root, f"{prefix}{name}.")
             continue
         default = entry.get("default", "required")
@@ -109,12 +119,19 @@ def _walk_fields(schema: Any, root: Any, prefix: str) -> list[tuple[str, str, st
     return rows
 
 
+def _follow(entry: Any, root: Any) -> Any:
+    """Return the schema that a field refers to, as it is or as one choice of several."""
+    for choice in (entry, *entry.get("anyOf", [])):
+        if "$ref" in choice:
+            return root["$defs"][choice["$ref"].rsplit("/", 1)[1]]
+    return None
+
+
 def _suggest(adapter: TypeAdapter[Any], location: tuple[int | str, ...]) -> str:
     schema = adapter.json_schema()
     level = schema
     for part in location[:-1]:
-        entry = level.get("properties", {}).get(part, {})
-        level = schema.get("$defs", {}).get(entry.get("$ref", "").rsplit("/", 1)[-1], {})
+        level = _follow(level.get("properties", {}).get(part, {}), schema) or {}
     known = list(level.get("properties", {}))
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"

@@ -118,6 +118,7 @@ class ResolutionPositions(nn.Module):
         self.policy = policy
         self.rope = type(stock)(theta=stock.theta * policy.ntk_factor, axes_dim=stock.axes_dim)
         self.adapter_names: tuple[str, ...] = ()
+        self.adapter_sources: tuple[str, ...] = ()
         self.hook: RemovableHandle | None = None
         self._sequence_length = 0
         self._warned_about: tuple[str, ...] = ()
@@ -146,23 +147,35 @@ class ResolutionPositions(nn.Module):
             inputs.arguments["txt_ids"] = text_ids.float()
         if not torch.compiler.is_compiling():
             self._warn_of_inactive(module)
-        return inputs.args[1:], inputs.kwargs
+        # by keyword, where stock decorators of the forward look for what is theirs
+        arguments = dict(inputs.arguments)
+        del arguments["self"]
+        return (), arguments
 
     def _warn_of_inactive(self, module: Any) -> None:
         if not self.adapter_names:
             return
-        has_adapters = getattr(module, "peft_config", None)
-        active = module.active_adapters() if has_adapters else []
+        active = _active_adapters(module)
         inactive = tuple(name for name in self.adapter_names if name not in active)
         if inactive and inactive != self._warned_about:
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "
-                "(loading another LoRA deactivates earlier ones); call "
+                "(loading another LoRA deactivates earlier ones, disable_lora all); call "
                 f"pipe.set_adapters({[*dict.fromkeys([*active, *self.adapter_names])]}), "
-                "or urae.restore(pipe) to leave ultra-resolution",
+                "pipe.enable_lora(), or urae.restore(pipe) to leave ultra-resolution",
                 stacklevel=2,
             )
         self._warned_about = inactive
+
+
+def _active_adapters(module: Any) -> list[str]:
+    if not getattr(module, "peft_config", None):
+        return []
+    switches = (getattr(layer, "disable_adapters", None) for layer in module.modules())
+    if next((switch for switch in switches if isinstance(switch, bool)), False):
+        return []  # disable_lora() was called
+    active: list[str] = module.active_adapters()
+    return active
 
 
 def widen_ids(ids: Float[Tensor, "*b tokens 3"]) -> Float[Tensor, "*b tokens 3"]:

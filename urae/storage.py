@@ -29,7 +29,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is not a whole safetensors file ({error}); copy or download it again"
         ) from error
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 has no isfinite
+        if not torch.isfinite(values).all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the file is of no use")
     return tensors, metadata
 

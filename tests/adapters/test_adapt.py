@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import urae
 from urae import ResolutionPolicy
+from urae.adapters import adapt as adapt_module
 from urae.adapters.attach import attach, attach_frozen, attach_trainable, detach
 from urae.adapters.files import LowRank, read_adapter
 from urae.resolution import find_policy
@@ -345,6 +346,94 @@ def test_bad_adapters_leave_the_pipe_as_it_was(load_pipe, expected, sample, tmp_
     with pytest.raises(ValueError, match="must differ"):
         urae.adapt(pipe, [lora, lora], adapter_names=["a", "a"])
     assert torch.equal(sample(pipe), before)
+
+
+def test_the_call_time_scale_of_stock_pipelines(load_pipe, expected, sample, rel):
+    pipe = urae.adapt(load_pipe(), stages(expected, "dev")["2k"])
+    zero = sample(pipe, joint_attention_kwargs={"scale": 0.0})
+    assert rel(zero, sample(urae.adapt(load_pipe()))) < 1e-6
+    assert not torch.allclose(zero, sample(pipe))
+
+
+def test_a_failure_while_attaching_keeps_the_first(load_pipe, expected, sample, monkeypatch):
+    lora, minor = stages(expected, "dev")["4k"]
+    pipe = urae.adapt(load_pipe(), lora)
+    before = sample(pipe)
+    attach_real, calls = adapt_module.attach, []
+
+    def fail_second(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        attach_real(*arguments, **options)
+
+    monkeypatch.setattr(adapt_module, "attach", fail_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        urae.adapt(pipe, [lora, minor], policy=NATIVE)
+    assert pipe.get_list_adapters() == {"transformer": ["urae_2k"]}
+    assert torch.equal(sample(pipe), before)
+
+
+def test_fused_adapters_are_refused(load_pipe, expected, style, sample):
+    pipe = load_pipe()
+    pipe.load_lora_weights(style, adapter_name="style")
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match=r"fused into the base's weights; call pipe.unfuse_lora"):
+        urae.adapt(pipe, stages(expected, "dev")["2k"])
+    pipe = urae.adapt(load_pipe(), stages(expected, "dev")["2k"])
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="fused into the base's weights"):
+        urae.restore(pipe)
+    pipe = load_pipe()
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="q, k and v are fused into one matrix"):
+        urae.adapt(pipe, stages(expected, "dev")["2k"])
+
+
+def test_disabled_adapters_warn(load_pipe, expected, sample):
+    pipe = urae.adapt(load_pipe(), stages(expected, "dev")["2k"])
+    before = sample(pipe)
+    pipe.disable_lora()
+    with pytest.warns(UserWarning, match=r"urae_2k is not active .*enable_lora\(\)"):
+        sample(pipe)
+    pipe.enable_lora()
+    assert torch.equal(sample(pipe), before)
+
+
+def test_a_copy_of_an_adapted_pipe(load_pipe, expected, sample, rel):
+    lora, minor = stages(expected, "dev")["4k"]
+    pipe = load_pipe()
+    stock = sample(pipe)
+    urae.adapt(pipe, lora)
+    duplicate = copy.deepcopy(pipe)
+    # a copy lies elsewhere in memory, where kernels may sum in another order
+    assert rel(sample(duplicate), sample(pipe)) < 1e-6
+    urae.adapt(duplicate, [lora, minor])
+    assert duplicate.get_active_adapters() == ["urae_2k", "urae_4k"]
+    assert pipe.get_active_adapters() == ["urae_2k"]
+    assert rel(sample(urae.restore(duplicate)), stock) < 1e-6
+    assert duplicate.scheduler.config.use_dynamic_shifting
+
+
+def test_a_compiled_transformer(load_pipe, expected, sample):
+    lora = stages(expected, "dev")["2k"][0]
+    wanted = sample(urae.adapt(load_pipe(), lora))
+    pipe = load_pipe()
+    stock = sample(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    urae.adapt(pipe, lora)
+    assert torch.equal(sample(pipe), wanted)
+    assert torch.equal(sample(urae.restore(pipe)), stock)
+    torch._dynamo.reset()
+
+
+def test_restore_after_the_user_deleted_the_adapters(load_pipe, expected):
+    pipe = load_pipe()
+    stock = set(pipe.transformer.state_dict())
+    urae.adapt(pipe, stages(expected, "dev")["2k"])
+    pipe.delete_adapters("urae_2k")
+    urae.restore(pipe)
+    assert set(pipe.transformer.state_dict()) == stock
 
 
 def test_a_taken_name(load_pipe, expected, style):

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 import urae
 from urae.adapters.convert import ConvertConfig, convert, to_kohya
-from urae.adapters.files import LowRank, read_adapter
+from urae.adapters.files import LowRank, read_adapter, write_lora
 
 
 @pytest.fixture
@@ -39,6 +39,17 @@ def test_a_raw_minor_adapter_needs_its_base(sources, tmp_path, base):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_minor_adapter_of_ours_without_what_it_was_trained_over(tmp_path, expected):
+    initial = torch.ones(64, 1)
+    layers = {
+        "transformer_blocks.0.attn.to_q": LowRank(initial.T.repeat(2, 1), initial.repeat(1, 2))
+    }
+    metadata = {"urae.kind": "minor", "urae.rank": "1", "urae.over": "runs/my_2k"}
+    write_lora(tmp_path / "m.safetensors", layers, metadata)
+    with pytest.raises(ValueError, match=r"was trained over runs/my_2k; give both"):
+        convert(ConvertConfig((str(tmp_path / "m.safetensors"),), tmp_path / "c.safetensors"))
+
+
 def test_output_is_kept(tmp_path, expected):
     source = (str(expected / "dev_2k_lora.safetensors"),)
     path = tmp_path / "c.safetensors"
@@ -48,6 +59,9 @@ def test_output_is_kept(tmp_path, expected):
     assert path.read_bytes() == b"mine"
     convert(ConvertConfig(source, path, overwrite=True))
     assert read_adapter(path).kind == "lora"
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(FileExistsError, match="is a folder"):
+        convert(ConvertConfig(source, tmp_path / "folder.safetensors"))
     with pytest.raises(ValueError, match="must end in"):
         convert(ConvertConfig(source, tmp_path / "c.bin"))
 

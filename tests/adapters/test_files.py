@@ -63,6 +63,26 @@ def test_alpha_scales(tmp_path):
     assert torch.allclose(product(read_adapter(path).layers[NAME]), 4 * plain)
 
 
+def test_pefts_own_files(tmp_path):
+    tensors = lora()
+    plain = product(LowRank(*tensors.values()))
+    keys = {key.replace("transformer.", "base_model.model.", 1): t for key, t in tensors.items()}
+    save_file(keys, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(product(read_adapter(tmp_path).layers[NAME]), plain)
+    settings = {"lora_alpha": 3, "alpha_pattern": {"to_q": 6}, "use_rslora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert torch.allclose(product(read_adapter(tmp_path).layers[NAME]), 2 * plain)
+    (tmp_path / "adapter_config.json").write_text("[1")
+    with pytest.raises(ValueError, match="its LoRA settings are damaged"):
+        read_adapter(tmp_path)
+
+
+def test_keys_that_diffusers_chokes_on(tmp_path):
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a.safetensors is no LoRA that diffusers can read"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
 def test_kohya_keys(tmp_path):
     down, up = torch.randn(3, 8), torch.randn(8, 3)
     stem = "lora_unet_double_blocks_0_img_attn_proj"
@@ -107,6 +127,8 @@ def test_pickles_are_refused(tmp_path, suffix):
     [
         ({}, "holds no adapter weights"),
         ({f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}, "one factor of two"),
+        (lora(0), "share a rank of 1 or more"),
+        ({k: t.to(torch.int8) for k, t in lora().items()}, "is of torch.int8, not of floating"),
         (lora(3, **{f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}), "share a rank"),
         (lora(3, **{"text_encoder.x.lora_A.weight": torch.ones(2, 8)}), "load_lora_weights"),
         (lora(3, **{f"transformer.{NAME}.bias": torch.ones(2)}), "not a low-rank factor"),

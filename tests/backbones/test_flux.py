@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
-from urae.backbones import flux
+from urae.backbones import flux, weights
 from urae.backbones.flux import (
     build_meta_transformer,
     encode_prompts,
@@ -108,7 +108,7 @@ def test_a_single_file_is_a_transformer_over_the_hub(monkeypatch, bases, tmp_pat
     """The file's own shape is FLUX.1's, too large for a test: what is asked of diffusers counts."""
     path = tmp_path / "flux1.safetensors"
     extra = {"guidance_in.in_layer.weight": torch.ones(1)} if guided else {}
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(1), **extra}, path)
+    save_file({"img_in.weight": torch.ones(1), **extra}, path)
     seen = {}
 
     def from_single_file(file, *, config, dtype):
@@ -133,12 +133,18 @@ def test_files_that_are_no_model(tmp_path):
     with pytest.raises(ValueError, match="no other is loaded"):
         fetch_model(str(path))
     path = tmp_path / "x.safetensors"
-    save_file({"a": torch.ones(1)}, path)
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="holds no FLUX transformer"):
         load_pipeline(str(path), dtype=torch.float32)
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         load_pipeline(str(path), dtype=torch.float32)
+
+
+def test_a_damaged_model_index(tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model_index\.json is damaged"):
+        fetch_model(str(tmp_path))
 
 
 def test_a_fingerprint_follows_the_files(bases, tmp_path):
@@ -200,3 +206,21 @@ def test_original_weights_from_memory_and_from_files(bases, tmp_path):
     assert torch.equal(sharded[names[0]](), live[names[0]]())
     with pytest.raises(FileNotFoundError, match=r"holds no original weights of x"):
         open_weight_files(tmp_path, ["x"])
+    with pytest.raises(FileNotFoundError, match="is a single file"):
+        open_weight_files(next(tmp_path.glob("*.safetensors")), names)
+
+
+def test_original_weights_in_the_hubs_cache(bases, monkeypatch, tmp_path):
+    """A transformer that was quantised while loading by hub id, as diffusers' own docs do."""
+    transformer = load_transformer(bases["dev"], dtype=torch.float32)
+    names = find_attention_linears(transformer)
+    wanted = open_weight_files(bases["dev"], names)[names[0]]()
+    transformer.transformer_blocks[0].attn.to_q.to(torch.float8_e4m3fn)
+    transformer.register_to_config(_name_or_path="owner/flux")
+    monkeypatch.setattr(weights, "snapshot_download", lambda repo, **_: str(bases["dev"]))
+    assert torch.equal(open_original_weights(transformer, names)[names[0]](), wanted)
+    quantised = {f"{name}.weight": torch.ones(64, 64).to(torch.int8) for name in names}
+    save_file(quantised, tmp_path / "model.safetensors")
+    monkeypatch.setattr(weights, "snapshot_download", lambda repo, **_: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"holds quantised weights \(I8\)"):
+        open_original_weights(transformer, names)

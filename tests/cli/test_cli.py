@@ -120,6 +120,24 @@ def test_unknown_options_of_a_recipe(urae):
     assert "stesp: unknown key; did you mean steps?" in errors
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", 3, "{recipe}"), "the recipe comes first"),
+        (
+            ("{recipe}", "--data-dir", "x"),
+            "data_dir is no field to override; it is given as --data",
+        ),
+    ],
+)
+def test_where_options_of_a_run_go(urae, arguments, message):
+    recipe = ROOT / "recipes" / "flux_dev_2k_lora.toml"
+    arguments = [str(argument).format(recipe=recipe) for argument in arguments]
+    code, errors = urae("train", *arguments, "--data", "d", "--output", "o")
+    assert code == 2
+    assert message in errors
+
+
 def test_weights_of_loras(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _split_weight("a.safetensors:0.8") == ("a.safetensors", 0.8)
@@ -137,6 +155,9 @@ def test_prompt_files(tmp_path):
         _read_prompts(None, path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         _read_prompts(None, tmp_path / "none")
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 text"):
+        _read_prompts(None, path)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import urae
 from urae.generate import GenerateConfig, generate
@@ -111,6 +111,44 @@ def test_loras_on_top(settings, expected, load_pipe, tmp_path):
     assert Image.open(none).tobytes() == Image.open(plain).tobytes()
 
 
+def test_loras_are_checked_before_weights_load(settings, no_weights, expected, tmp_path):
+    minor = str(expected / "dev_4k_minor.safetensors")
+    with pytest.raises(ValueError, match="is a minor-component adapter; give it as --adapter"):
+        generate(settings(loras=((minor, 1.0),)))
+    tensors = load_file(expected / "dev_2k_lora.safetensors")
+    narrow = {k: t[:, :8].clone() if "lora_A" in k else t for k, t in tensors.items()}
+    narrow["text_encoder.x.lora_A.weight"] = torch.ones(2, 3)  # is not looked at
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match="to_k is 64 x 8 in the adapter and 64 x 64 in the model"):
+        generate(settings(loras=((str(tmp_path / "narrow.safetensors"), 1.0),)))
+
+
+def test_a_base_alone_is_left_alone_at_its_native_size(settings, bases, load_pipe, tmp_path):
+    (path,) = generate(settings())
+    wanted = load_pipe()(
+        "a large red circle",
+        height=96,
+        width=64,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    with Image.open(path) as image:
+        assert image.tobytes() == wanted.tobytes()
+        assert image.text["policy"] == "null"
+    small = shutil.copytree(bases["dev"], tmp_path / "small")
+    policy = ResolutionPolicy(native_sequence_length=520)
+    (small / "resolution_policy.json").write_text(policy.to_json())
+    (path,) = generate(settings(model=str(small), overwrite=True))
+    with Image.open(path) as image:
+        assert json.loads(image.text["policy"])["native_sequence_length"] == 520
+
+
+def test_an_output_that_is_a_file(settings, no_weights, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file; name a folder"):
+        generate(settings())
+
+
 def test_an_existing_picture_is_kept(settings, no_weights, tmp_path):
     path = tmp_path / "out" / "0000-a-large-red-circle-5.png"
     path.parent.mkdir()
@@ -161,6 +199,7 @@ def test_an_adapter_for_another_base(settings, no_weights, expected, bases, tmp_
         ({"guidance_scale": -1.0}, "guidance_scale -1.0 must be 0 or more"),
         ({"max_sequence_length": 513}, "max_sequence_length 513 must be between 1 and 512"),
         ({"seed": -1}, "seed -1 must be"),
+        ({"loras": (("a", float("nan")),)}, "weight nan of LoRA a must be"),
     ],
 )
 def test_bad_values(settings, changes, message):

@@ -18,7 +18,7 @@ def test_every_recipe_parses(path):
     config = build_config(TrainConfig, {**read_toml(path), **PATHS}, str(path))
     assert config.guidance_scale == 1.0
     assert config.optimizer.name == "prodigy"
-    assert config.policy.ntk_factor == 10
+    assert config.policy is None
     assert config.adapter.kind == ("minor" if "minor" in path.name else "lora")
     assert bool(config.adapter.over) == ("minor" in path.name)
     assert config.resolution == (4096 if "4k" in path.name else 2048)
@@ -34,7 +34,7 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"stesp": 3}, r"recipe.toml: stesp: unknown key; did you mean steps\?"),
         ({"optimizer": {"lrr": 1}}, r"optimizer.lrr: unknown key; did you mean lr\?"),
         ({"optimizer": {"zzz": 1}}, r"zzz: unknown key; known keys: name, lr"),
-        ({"policy": {"ntk": 1}}, r"policy.ntk: unknown key"),
+        ({"policy": {"ntk": 1}}, r"policy.ntk: unknown key; known keys: ntk_factor"),
         ({"steps": "many"}, r"steps: .*integer.*'many'"),
         ({"steps": 0}, r"steps 0 must be at least 1"),
         ({"resolution": 2050}, r"resolution 2050 is not .*try 2048 or 2064"),
@@ -42,6 +42,10 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"adapter": {"kind": "dora"}}, r"adapter.kind: .*'lora' or 'minor'.*'dora'"),
         ({"original_caption_share": 1.5}, r"original_caption_share 1.5 must be between"),
         ({"optimizer": {"lr": -1.0}}, r"lr -1.0 must be a positive"),
+        ({"optimizer": {"beta1": 2.0}}, r"beta1 2.0 must be"),
+        ({"optimizer": {"weight_decay": float("nan")}}, r"weight_decay nan must be"),
+        ({"seed": -1}, r"seed -1 must be"),
+        ({"guidance_scale": float("nan")}, r"guidance_scale nan must be"),
         ({"resume": True, "overwrite": True}, r"exclude each other"),
     ],
 )
@@ -78,6 +82,12 @@ def test_overrides():
 def test_bad_overrides(arguments, message):
     with pytest.raises(ValueError, match=message):
         override({"steps": 3}, arguments)
+
+
+def test_one_adapter_under_it_needs_no_list():
+    settings = {}
+    override(settings, ["--adapter.over", "runs/lora"])
+    assert build(settings).adapter.over == ("runs/lora",)
 
 
 def test_recipes_that_cannot_be_read(tmp_path):

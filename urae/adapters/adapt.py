@@ -4,17 +4,18 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
-import torch
 from torch import nn
 
-from urae.adapters.attach import attach, detach
+from urae.adapters.attach import attach, detach, read_factors
 from urae.adapters.files import AdapterFile, check_fits, read_adapter
 from urae.adapters.initial import compute_updates
+from urae.backbones.flux import pick_device
 from urae.backbones.weights import open_original_weights
 from urae.resolution import (
     ResolutionPolicy,
+    ResolutionPositions,
     apply_policy,
     build_scheduler,
     find_policy,
@@ -27,9 +28,8 @@ logger = logging.getLogger(__name__)
 Source = str | os.PathLike[str]
 Pipe = TypeVar("Pipe")
 
-_original_schedulers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_ORIGINAL = "_urae_original"  # where an adapted scheduler keeps the one it was made from
 _adapted_pipes: WeakSet[Any] = WeakSet()
-_attached_sources: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()  # by transformer
 
 
 def adapt(
@@ -64,19 +64,21 @@ def adapt(
             needs.
     """
     transformer = _transformer_of(pipe)
-    shared = find_policy(transformer)
+    positions = find_policy(transformer)
     sources = as_sources(adapters)
-    if shared is not None and pipe not in _adapted_pipes:
-        attached = _attached_sources.get(transformer, [])
-        if policy not in (None, shared.policy) or [str(s) for s in sources] not in ([], attached):
+    if positions is not None and pipe not in _adapted_pipes:
+        if _asks_for(positions, sources, policy):
+            _set_scheduler(pipe, positions.policy)
+            _adapt_controlnets(pipe, positions.policy)
+            _adapted_pipes.add(pipe)
+            return pipe
+        if any(_transformer_of(other) is transformer for other in _adapted_pipes):
             raise ValueError(
                 "this pipe's transformer is adapted already, through another pipe and differently "
-                f"({attached or 'no adapters'}, {shared.policy}); urae.restore(pipe) first"
+                f"({list(positions.adapter_sources) or 'no adapters'}, {positions.policy}); "
+                "urae.restore(pipe) first"
             )
-        _set_scheduler(pipe, shared.policy)
-        _adapt_controlnets(pipe, shared.policy)
-        _adapted_pipes.add(pipe)
-        return pipe
+    _check_attachable(transformer)
     files = [read_adapter(source) for source in sources]
     for file in files:
         check_fits(file, transformer)
@@ -87,22 +89,23 @@ def adapt(
         policy = policies[-1] if policies else read_base_policy(_path_of(pipe))
     build_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
     updates = compute_updates(
-        files,
-        lambda layers: open_original_weights(transformer, layers),
-        device=_solve_device(transformer),
+        files, lambda layers: open_original_weights(transformer, layers), device=pick_device()
     )
-    restore(pipe)
+    earlier = {name: read_factors(transformer, name) for name in _own_names(transformer)}
+    detach(transformer, list(earlier))
     try:
         for name, layers in zip(names, updates, strict=True):
             attach(transformer, name, layers, pipe=pipe)
     except BaseException:
         detach(transformer, names)
+        for name, factors in earlier.items():
+            attach(transformer, name, factors, pipe=pipe)
         raise
-    apply_policy(transformer, policy, tuple(names))
+    positions = apply_policy(transformer, policy, tuple(names))
+    positions.adapter_sources = tuple(str(source) for source in sources)
     _adapt_controlnets(pipe, policy)
     _set_scheduler(pipe, policy)
     _adapted_pipes.add(pipe)
-    _attached_sources[transformer] = [str(source) for source in sources]
     logger.info("adapted with %s, %s", names or "no adapter", policy)
     return pipe
 
@@ -110,19 +113,24 @@ def adapt(
 def restore(pipe: Pipe) -> Pipe:
     """Undo `adapt`: the pipe's outputs are bitwise what they were before.
 
-    Other adapters stay as they are. Nothing happens to a pipe that is not adapted.
+    Other adapters stay as they are. Nothing happens to a pipe that is not adapted. Pipes that share
+    a transformer share its adapters; each has a scheduler of its own to restore.
 
     Returns:
         The same pipe.
+
+    Raises:
+        ValueError: If adapters are fused into the base.
     """
     transformer = _transformer_of(pipe)
     if (positions := find_policy(transformer)) is not None:
+        _check_attachable(transformer)
         detach(transformer, positions.adapter_names)
         remove_policy(transformer)
     for controlnet in _controlnets_of(pipe):
         remove_policy(controlnet)
     scheduler = pipe.scheduler  # type: ignore[attr-defined]
-    pipe.scheduler = _original_schedulers.get(scheduler, scheduler)  # type: ignore[attr-defined]
+    pipe.scheduler = getattr(scheduler, _ORIGINAL, scheduler)  # type: ignore[attr-defined]
     _adapted_pipes.discard(pipe)
     return pipe
 
@@ -150,9 +158,21 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
     return names
 
 
+def _asks_for(
+    positions: ResolutionPositions, sources: Sequence[Source], policy: ResolutionPolicy | None
+) -> bool:
+    """Tell whether a call asks for nothing else than what a transformer has already."""
+    same_sources = not sources or tuple(map(str, sources)) == positions.adapter_sources
+    return same_sources and policy in (None, positions.policy)
+
+
+def _own_names(transformer: nn.Module) -> tuple[str, ...]:
+    positions = find_policy(transformer)
+    return () if positions is None else positions.adapter_names
+
+
 def _check_names_free(transformer: nn.Module, names: Sequence[str]) -> None:
-    own = positions.adapter_names if (positions := find_policy(transformer)) else ()
-    taken = set(getattr(transformer, "peft_config", None) or {}) - set(own)
+    taken = set(getattr(transformer, "peft_config", None) or {}) - set(_own_names(transformer))
     for name in names:
         if name in taken:
             raise ValueError(
@@ -161,9 +181,24 @@ def _check_names_free(transformer: nn.Module, names: Sequence[str]) -> None:
             )
 
 
+def _check_attachable(transformer: nn.Module) -> None:
+    for module in transformer.modules():
+        if getattr(module, "merged", False) is True:
+            raise ValueError(
+                "a LoRA is fused into the base's weights; call pipe.unfuse_lora() first, or load "
+                "the pipeline anew (fusing and unfusing does not give the weights back bitwise)"
+            )
+        if getattr(module, "fused_projections", False) is True:
+            raise ValueError(
+                "the transformer's q, k and v are fused into one matrix, past which adapters act "
+                "on nothing; call pipe.transformer.unfuse_qkv_projections() first"
+            )
+
+
 def _transformer_of(pipe: Any) -> nn.Module:
-    transformer = getattr(pipe, "transformer", None)
-    if transformer is None or not hasattr(transformer, "pos_embed"):
+    transformer = _unwrap(getattr(pipe, "transformer", None))
+    positions = getattr(transformer, "pos_embed", None)
+    if not isinstance(positions, ResolutionPositions) and not hasattr(positions, "axes_dim"):
         raise ValueError(
             f"{type(pipe).__name__} is no FLUX pipeline with a transformer; load one with "
             "diffusers.FluxPipeline.from_pretrained"
@@ -172,16 +207,16 @@ def _transformer_of(pipe: Any) -> nn.Module:
     return module
 
 
-def _solve_device(transformer: nn.Module) -> torch.device:
-    device = next(transformer.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device  # sequentially offloaded
+def _unwrap(module: Any) -> Any:
+    """Look through `torch.compile(module)`."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _controlnets_of(pipe: Any) -> Iterable[nn.Module]:
-    controlnet = getattr(pipe, "controlnet", None)
+    controlnet = _unwrap(getattr(pipe, "controlnet", None))
     if controlnet is None:
         return []
-    return list(getattr(controlnet, "nets", [controlnet]))
+    return [_unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
 
 
 def _adapt_controlnets(pipe: Any, policy: ResolutionPolicy) -> None:
@@ -190,9 +225,9 @@ def _adapt_controlnets(pipe: Any, policy: ResolutionPolicy) -> None:
 
 
 def _set_scheduler(pipe: Any, policy: ResolutionPolicy) -> None:
-    original = _original_schedulers.get(pipe.scheduler, pipe.scheduler)
+    original = getattr(pipe.scheduler, _ORIGINAL, pipe.scheduler)
     pipe.scheduler = build_scheduler(original, policy)
-    _original_schedulers[pipe.scheduler] = original
+    setattr(pipe.scheduler, _ORIGINAL, original)
 
 
 def _path_of(pipe: Any) -> str | None:

@@ -113,11 +113,8 @@ def attach_trainable(
 def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     """Remove adapters; the others stay active as they are, and without any the layers unwrap."""
     present = getattr(transformer, "peft_config", None) or {}
-    names = [name for name in names if name in present]
-    if not names:
-        return
     active = [name for name in active_adapters(transformer) if name not in names]
-    transformer.delete_adapters(names)
+    transformer.delete_adapters([name for name in names if name in present])
     if not getattr(transformer, "peft_config", None):
         transformer.unload_lora()
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, write_lora
 from urae.adapters.initial import OpenWeights, Progress, compute_updates
-from urae.backbones.flux import build_meta_transformer, fetch_model
+from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
 from urae.backbones.weights import open_weight_files
 from urae.storage import write_tensors
 
@@ -74,13 +74,15 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
     """
     if config.output.suffix != ".safetensors":
         raise ValueError(f"output {config.output} must end in .safetensors")
+    if config.output.is_dir():
+        raise FileExistsError(f"output {config.output} is a folder; name a .safetensors file")
     if config.output.exists() and not config.overwrite:
         raise FileExistsError(f"{config.output} exists and is kept; replace with --overwrite")
     files = [read_adapter(source) for source in config.adapters]
     if not files:
         raise ValueError("no adapter to convert; name one or more files")
     open_weights = None if config.model is None else _open_base(config.model, files)
-    layers = stack(compute_updates(files, open_weights, progress=progress))
+    layers = stack(compute_updates(files, open_weights, device=pick_device(), progress=progress))
     metadata = {"urae.format": "1", "urae.kind": "lora"}
     for file in files:
         kept = ("urae.policy", "urae.base_model", "urae.base_revision")
@@ -93,7 +95,7 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
 
 
 def _open_base(model: str, files: Sequence[AdapterFile]) -> OpenWeights:
-    path = fetch_model(model)
+    path = fetch_model(model, without=("vae", *TEXT_COMPONENTS))
     meta = build_meta_transformer(path)
     for file in files:
         check_fits(file, meta)

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from jaxtyping import Float
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from urae.backbones.weights import linear_shape
@@ -169,7 +170,9 @@ def _read_lora(
     path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, LowRank]:
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    state, alphas = FluxPipeline.lora_state_dict(tensors, return_alphas=True)
+    if any("transformer_blocks." in key for key in tensors):
+        tensors = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+    state, alphas = _to_diffusers(path, tensors)
     factors = []
     for key, tensor in state.items():
         match = _LORA_KEY.match(key)
@@ -180,11 +183,35 @@ def _read_lora(
             )
         factors.append((match[1], match[2], tensor))
     layers = _pair_factors(path, factors)
-    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    config = _read_peft_config(path, metadata)
     return {
-        name: LowRank(pair.down, pair.up * _lora_scale(name, pair, alphas or {}, config))
+        name: LowRank(pair.down, pair.up * _lora_scale(name, pair, alphas, config))
         for name, pair in layers.items()
     }
+
+
+def _to_diffusers(
+    path: Path, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    try:
+        state, alphas = FluxPipeline.lora_state_dict(tensors, return_alphas=True)
+    except (KeyError, IndexError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no LoRA that diffusers can read ({type(error).__name__}: {error})"
+        ) from error
+    return state, alphas or {}
+
+
+def _read_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return peft's settings of a file: diffusers keeps them inside, peft itself beside it."""
+    beside = path.parent / "adapter_config.json"
+    try:
+        if text := metadata.get("lora_adapter_metadata"):
+            pairs = dict(json.loads(text)).items()
+            return {key.removeprefix("transformer."): value for key, value in pairs}
+        return dict(json.loads(beside.read_text())) if beside.is_file() else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its LoRA settings are damaged ({error})") from error
 
 
 def _lora_scale(
@@ -194,11 +221,11 @@ def _lora_scale(
     for key in (f"transformer.{name}.alpha", f"{name}.alpha"):
         if key in alphas:
             return float(alphas[key]) / rank
-    pattern = config.get("transformer.alpha_pattern") or {}
-    alpha = pattern.get(name, config.get("transformer.lora_alpha"))
+    pattern = config.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(pattern, name), config.get("lora_alpha"))
     if alpha is None:
         return 1.0
-    return float(alpha) / (rank**0.5 if config.get("transformer.use_rslora") else rank)
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dict[str, LowRank]:
@@ -212,10 +239,12 @@ def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dic
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{path}: layer {name} has one factor of two; the file is not whole")
         down, up = pair["A"], pair["B"]
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        if not (down.is_floating_point() and up.is_floating_point()):
+            raise ValueError(f"{path}: layer {name} is of {down.dtype}, not of floating point")
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
             raise ValueError(
                 f"{path}: layer {name} has factors of shapes {list(down.shape)} and "
-                f"{list(up.shape)}, which do not share a rank"
+                f"{list(up.shape)}, which do not share a rank of 1 or more"
             )
         layers[name] = LowRank(down, up)
     return layers
@@ -224,7 +253,7 @@ def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dic
 def _split_halves(
     path: Path, layers: Mapping[str, LowRank], metadata: Mapping[str, str]
 ) -> tuple[dict[str, LowRank], dict[str, LowRank]]:
-    rank = int(metadata.get("urae.rank", "0"))
+    rank = int(text) if (text := metadata.get("urae.rank", "")).isdecimal() else 0
     trained, initial = {}, {}
     for name, pair in layers.items():
         if pair.down.shape[0] != 2 * rank:
@@ -259,6 +288,29 @@ def check_fits(adapter: AdapterFile, transformer: nn.Module) -> None:
                 f"adapter {adapter.path} is for another base: {name} is {found[0]} x {found[1]} "
                 f"in the adapter and {expected[0]} x {expected[1]} in the model"
             )
+
+
+def check_lora(source: str | os.PathLike[str], transformer: nn.Module) -> None:
+    """Refuse a LoRA that stock diffusers cannot put on this base.
+
+    Args:
+        source: As in `resolve_adapter`; text encoder factors and other parts are not looked at.
+        transformer: The base; one on the meta device will do.
+
+    Raises:
+        ValueError: If the file is damaged, a minor adapter, or for another base.
+        FileNotFoundError: If it is not found.
+    """
+    path = resolve_adapter(source)
+    tensors, metadata = read_tensors(path)
+    if metadata.get("urae.kind") == "minor" or any(_RAW_MINOR.match(key) for key in tensors):
+        raise ValueError(
+            f"{path} is a minor-component adapter; give it as --adapter, after its LoRA"
+        )
+    state, _ = _to_diffusers(path, tensors)
+    matches = [(match, tensor) for key, tensor in state.items() if (match := _LORA_KEY.match(key))]
+    factors = [(m[1], m[2], tensor) for m, tensor in matches if not m[1].startswith("text_encoder")]
+    check_fits(AdapterFile(path, "lora", _pair_factors(path, factors)), transformer)
 
 
 def merge_minor(trained: LowRank, initial: LowRank) -> LowRank:

@@ -105,6 +105,7 @@ def compute_updates(
         ValueError: If a minor adapter lacks the adapter it was trained over, or its B0 and A0.
         FileNotFoundError: If the original weights are needed and missing.
     """
+    check_order(files)
     updates: list[Mapping[str, LowRank]] = []
     for file in files:
         if file.kind == "lora":
@@ -115,6 +116,21 @@ def compute_updates(
             {name: merge_minor(pair, initial[name]) for name, pair in file.layers.items()}
         )
     return updates
+
+
+def check_order(files: Sequence[AdapterFile]) -> None:
+    """Refuse a minor adapter of ours without the adapter that it was trained over.
+
+    Raises:
+        ValueError: Names both.
+    """
+    for index, file in enumerate(files):
+        trained_over = file.metadata.get("urae.over")
+        if file.kind == "minor" and trained_over and index == 0:
+            raise ValueError(
+                f"minor adapter {file.path} was trained over {trained_over}; give both in order, "
+                "that one first"
+            )
 
 
 def find_initial(
@@ -136,12 +152,6 @@ def find_initial(
                 "on (--model), and its 2K LoRA before it"
             )
         return adapter.initial
-    trained_over = adapter.metadata.get("urae.over")
-    if trained_over and not over:
-        raise ValueError(
-            f"minor adapter {adapter.path} was trained over {trained_over}; give both in order, "
-            "that one first"
-        )
     if not over and adapter.initial is None:
         logger.warning(
             "minor adapter %s has no adapter before it; the reference's 4K file goes over the 2K "

@@ -79,10 +79,14 @@ def minor_components(
     """
     cache = MinorCache(cache_dir or default_cache_dir())
     splits: dict[str, MinorSplit] = {}
+    announced = False
     for name, load_weight in weights.items():
         weight = load_weight().detach().float()
         key = content_key(weight, f"minor components, solver {SOLVER_VERSION}, rank {rank}")
         cached = cache.load(key)
+        if cached is None and not announced:
+            logger.info("finding the minor components of %d matrices, once for all", len(weights))
+            announced = True
         if cached is not None:
             splits[name] = MinorSplit(down=cached["down"], up=cached["up"])
         else:

@@ -108,7 +108,10 @@ def _check_local(path: Path) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model folder {path} has no model_index.json: not in diffusers layout")
-    name = json.loads(index.read_text()).get("_class_name", "")
+    try:
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
+    except ValueError as error:
+        raise ValueError(f"model folder {path}: model_index.json is damaged ({error})") from error
     if not name.startswith("Flux"):
         raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
 
@@ -151,7 +154,7 @@ def base_of_file(path: Path) -> str:
             f"model file {path} is not a whole safetensors file ({error}); copy or download it "
             "again"
         ) from error
-    if not any("double_blocks.0." in key or "transformer_blocks.0." in key for key in keys):
+    if not any(key.endswith(("img_in.weight", "x_embedder.weight")) for key in keys):
         raise ValueError(f"model file {path} holds no FLUX transformer")
     guided = any("guidance_in." in key or "guidance_embedder." in key for key in keys)
     return "flux-dev" if guided else "flux-schnell"

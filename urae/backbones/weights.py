@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 
 ADAPTED_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The matrices that URAE adapts (arXiv:2503.16322, section 4.1): 190 in FLUX.1."""
 
+_ORIGINAL_FILE_DTYPES = ("F32", "BF16", "F16")
 _ORIGINAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,11 +67,11 @@ def open_original_weights(
         return {name: _in_float32(weight) for name, weight in live.items() if weight is not None}
     source = getattr(transformer.config, "_name_or_path", "") or "an unknown place"
     try:
-        return open_weight_files(Path(source), names)
+        return open_weight_files(_find_files(source), names)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            "the minor components must be computed from the original weights, but the "
-            f"transformer is quantised and {error}; load the base unquantised, or convert the "
+            "the minor components must be computed from the original weights, but the transformer "
+            f"is quantised or not in memory and {error}; load the base unquantised, or convert the "
             "adapter to a plain LoRA first: urae convert LORA_2K MINOR_4K --model BASE"
         ) from error
 
@@ -83,13 +86,31 @@ def open_weight_files(folder: Path, names: Iterable[str]) -> Mapping[str, Callab
     Raises:
         FileNotFoundError: If the folder lacks the files or one of the layers.
     """
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a single file; name a folder in diffusers layout")
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     files = _index_tensors(folder)
+    names = list(names)
     missing = [name for name in names if f"{name}.weight" not in files]
     if missing:
         raise FileNotFoundError(f"{folder} holds no original weights of {missing[0]}")
+    with safe_open(files[f"{names[0]}.weight"], framework="pt") as file:
+        dtype = file.get_slice(f"{names[0]}.weight").get_dtype()
+    if dtype not in _ORIGINAL_FILE_DTYPES:
+        raise FileNotFoundError(f"{folder} holds quantised weights ({dtype}), not the originals")
     return {name: _from_file(files[f"{name}.weight"], f"{name}.weight") for name in names}
+
+
+def _find_files(source: str) -> Path:
+    """Find where a transformer was loaded from: a folder, or a hub id in the hub's cache."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        patterns = ["transformer/*.safetensors*", "*.safetensors*"]
+        return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(f"{source} is not on this machine") from error
 
 
 def _live_weight(transformer: nn.Module, name: str) -> Tensor | None:

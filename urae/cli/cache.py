@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import TaskID
 from rich.table import Table
+from rich.text import Text
 
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
 
@@ -15,7 +16,8 @@ from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_b
 def cache_command(
     data_dir: Annotated[Path, typer.Argument(help="Folder of images with captions (.json, .txt).")],
     model: Annotated[
-        str, typer.Option(help="Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder.")
+        str,
+        typer.Option(help="Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder, a file."),
     ],
     resolution: Annotated[
         int, typer.Option(help="Side of the square whose tokens are the budget of a picture.")
@@ -58,10 +60,13 @@ def cache_command(
     console.print(table)
     if report.skipped:
         reasons = Counter(skip.reason for skip in report.skipped)
-        console.print(
-            f"[yellow]skipped {len(report.skipped)}:[/] "
-            + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            + f" (all in {data_dir / WORK_DIR / REPORT_NAME})"
-        )
+        text = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        text += f" (all in {data_dir / WORK_DIR / REPORT_NAME})"
+        console.print(f"[yellow]skipped {len(report.skipped)}:[/]", Text(text))
         for skip in report.skipped[:5]:
-            console.print(f"  {skip.file}: {skip.detail}", markup=False)
+            console.print(f"  {skip.detail}", markup=False)
+    ready = report.latents.encoded + report.latents.unchanged + report.latents.kept
+    ready += report.latents.shared
+    color = "green" if ready else "red"
+    text = f"{ready} pictures in {data_dir} are ready to train on"
+    console.print(f"[{color}]done:[/]", Text(text))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from urae.cli.terminal import Verbose, build_progress, console
 
@@ -43,4 +44,4 @@ def convert_command(
             bar.update(task, completed=done, total=total, visible=True)
 
         path = convert(config, progress=show)
-    console.print(f"[green]done:[/] {path}")
+    console.print("[green]done:[/]", Text(str(path)))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
 
@@ -23,7 +24,7 @@ def generate_command(
         str, typer.Option(help="flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file.")
     ] = "flux-dev",
     size: Annotated[
-        str, typer.Option(help="1k, 2k, 4k, or WIDTHxHEIGHT in multiples of 16.")
+        str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
     ] = "1k",
     adapter: Annotated[
         list[str] | None,
@@ -88,7 +89,8 @@ def generate_command(
         paths = generate(config, on_progress=show)
     for path in paths:
         typer.echo(path)
-    console.print(f"[green]done:[/] {len(paths)} pictures in {output}")
+    plural = "s" if len(paths) > 1 else ""
+    console.print("[green]done:[/]", Text(f"{len(paths)} picture{plural} in {output}"))
 
 
 def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
@@ -99,7 +101,11 @@ def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
         return (prompt,)
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
-    lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not UTF-8 text ({error})") from error
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise ValueError(f"prompt file {path} holds no prompt; write one a line")
     return lines

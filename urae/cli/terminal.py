@@ -25,6 +25,7 @@ def set_up_logging(verbose: bool) -> None:
     logging.basicConfig(level=logging.ERROR, handlers=[handler], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.getLogger("urae").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("urae.adapters.minor").setLevel(logging.INFO)  # it can take minutes
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
     if not verbose:
         # read when the libraries are first imported, which no command has done yet

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars, set_up_logging
 from urae.config import build_config, describe_fields, override, read_toml
@@ -48,8 +49,13 @@ def train_command(
 
     Ctrl-C saves a checkpoint first. On several GPUs: accelerate launch -m urae train ...
     """
+    if str(recipe).startswith("-"):
+        raise ValueError(f"the recipe comes first: urae train RECIPE {recipe} ...")
     settings: dict[str, Any] = read_toml(recipe)
     override(settings, context.args)
+    for name in sorted(_OWN_OPTIONS & settings.keys()):
+        option = name.removesuffix("_dir").replace("_", "-")
+        raise ValueError(f"{name} is no field to override; it is given as --{option}")
     settings |= {"data_dir": data, "output_dir": output, "resume": resume, "overwrite": overwrite}
     from urae.train import StepReport, TrainConfig, train
 
@@ -69,9 +75,8 @@ def train_command(
     if os.environ.get("RANK", "0") != "0":
         return  # one process speaks for all
     if result.finished:
-        console.print(f"[green]done:[/] {result.step} steps, adapter {result.adapter_path}", last)
+        text = f"{result.step} steps, adapter {result.adapter_path} {last}"
+        console.print("[green]done:[/]", Text(text))
     else:
-        console.print(
-            f"[yellow]stopped[/] at step {result.step} of {config.steps}, saved in "
-            f"{result.adapter_path.parent}; go on with --resume"
-        )
+        text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
+        console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"))

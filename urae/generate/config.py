@@ -62,5 +62,8 @@ class GenerateConfig:
             raise ValueError(
                 f"max_sequence_length {length} must be between 1 and {MAX_TEXT_TOKENS} (T5 tokens)"
             )
+        for source, weight in self.loras:
+            if not math.isfinite(weight):
+                raise ValueError(f"weight {weight} of LoRA {source} must be a finite number")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^63 - 1")

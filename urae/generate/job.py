@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 
 from urae import __version__
 from urae.adapters.adapt import adapt
-from urae.adapters.files import check_fits, read_adapter, resolve_adapter
+from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
+from urae.adapters.initial import check_order
 from urae.backbones.flux import (
     build_meta_transformer,
     fetch_model,
@@ -22,11 +24,11 @@ from urae.backbones.flux import (
     pick_device,
     pick_dtype,
 )
-from urae.generate.config import GenerateConfig
+from urae.generate.config import MAX_TEXT_TOKENS, GenerateConfig
 from urae.generate.memory import choose_placement, needs_tiling, place
 from urae.generate.picture import picture_path, save_picture
-from urae.resolution import find_policy
-from urae.storage import read_tensors
+from urae.geometry import num_image_tokens
+from urae.resolution import find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +81,12 @@ def generate(
     device = pick_device()
     pipe = load_pipeline(config.model, dtype=pick_dtype(device))
     pipe.set_progress_bar_config(disable=True)
-    adapt(pipe, config.adapters, policy=config.policy)
+    if config.adapters or config.policy or _is_beyond_native(pipe, config):
+        adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
     placement = choose_placement(pipe, config.height, config.width, device, memory=config.memory)
-    place(pipe, placement, device)
+    with _explain_memory(config, placement):
+        place(pipe, placement, device)
     written = []
     for number, (path, prompt, image_seed) in enumerate(jobs, start=1):
 
@@ -93,10 +97,8 @@ def generate(
                 on_progress(Progress(number, len(jobs), step + 1, sampling.steps))
             return values
 
-        try:
+        with _explain_memory(config, placement):
             image, tiled = _sample(pipe, prompt, image_seed, config, sampling, device, report)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(_out_of_memory(config, placement)) from error
         record = _describe(pipe, config, sampling, prompt, image_seed)
         save_picture(path, image, {**record, "memory": placement, "vae_tiling": tiled})
         written.append(path)
@@ -104,6 +106,9 @@ def generate(
 
 
 def _check_outputs(paths: list[Path], overwrite: bool) -> None:
+    folder = paths[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file; name a folder with --output")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(
@@ -115,10 +120,12 @@ def _check_outputs(paths: list[Path], overwrite: bool) -> None:
 def _check_model(config: GenerateConfig) -> _Sampling:
     """Check adapters against the model's shape, and fill in the model's own defaults."""
     meta = build_meta_transformer(fetch_model(config.model))
-    for source in config.adapters:
-        check_fits(read_adapter(source), meta)
+    files = [read_adapter(source) for source in config.adapters]
+    for file in files:
+        check_fits(file, meta)
+    check_order(files)
     for source, _ in config.loras:
-        read_tensors(resolve_adapter(source))
+        check_lora(source, meta)
     distilled = meta.config.guidance_embeds
     steps, guidance, length = (28, 3.5, 512) if distilled else (4, 0.0, 256)
     return _Sampling(
@@ -126,6 +133,12 @@ def _check_model(config: GenerateConfig) -> _Sampling:
         guidance if config.guidance_scale is None else config.guidance_scale,
         length if config.max_sequence_length is None else config.max_sequence_length,
     )
+
+
+def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig) -> bool:
+    """Tell whether a base without adapters needs the policy: at its own size it is left alone."""
+    native = read_base_policy(pipe.config.get("_name_or_path")).native_sequence_length
+    return num_image_tokens(config.height, config.width) + MAX_TEXT_TOKENS > native
 
 
 def _load_loras(pipe: FluxPipeline, loras: tuple[tuple[str, float], ...]) -> None:
@@ -200,7 +213,6 @@ def _describe(
     pipe: FluxPipeline, config: GenerateConfig, sampling: _Sampling, prompt: str, seed: int
 ) -> dict[str, Any]:
     positions = find_policy(pipe.transformer)
-    assert positions is not None
     return {
         "prompt": prompt,
         "seed": seed,
@@ -209,7 +221,7 @@ def _describe(
         "model": config.model,
         "adapters": list(config.adapters),
         "loras": [list(lora) for lora in config.loras],
-        "policy": asdict(positions.policy),
+        "policy": None if positions is None else asdict(positions.policy),
         **asdict(sampling),
         "versions": {
             "urae": __version__,
@@ -218,8 +230,13 @@ def _describe(
     }
 
 
-def _out_of_memory(config: GenerateConfig, placement: str) -> str:
-    what = f"{config.width} x {config.height} pixels with --memory {placement}"
-    if placement == "resident":
-        return f"the GPU's memory does not suffice for {what}; try --memory offload"
-    return f"the GPU's memory does not suffice for {what}; try a smaller --size"
+@contextmanager
+def _explain_memory(config: GenerateConfig, placement: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "--memory offload" if placement == "resident" else "a smaller --size"
+        raise MemoryError(
+            f"the GPU's memory does not suffice for {config.width} x {config.height} pixels with "
+            f"--memory {placement}; try {remedy}"
+        ) from error

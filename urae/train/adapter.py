@@ -118,6 +118,21 @@ def check_start(start: AdapterFile, config: AdapterConfig) -> None:
         )
 
 
+def check_rank(config: AdapterConfig, transformer: FluxTransformer2DModel) -> None:
+    """Refuse a rank that the base's matrices do not have.
+
+    Raises:
+        ValueError: If the rank is not below the smallest side.
+    """
+    shapes = [linear_shape(transformer, name) for name in find_attention_linears(transformer)]
+    smallest = min(min(shape) for shape in shapes if shape is not None)
+    if config.rank >= smallest:
+        raise ValueError(
+            f"adapter.rank {config.rank} must be below {smallest}, the side of the base's "
+            "attention matrices; 16 is usual"
+        )
+
+
 def read_adapters(config: AdapterConfig) -> tuple[list[AdapterFile], AdapterFile | None]:
     """Read the adapters under the one that trains, and the one that it starts from."""
     over = [read_adapter(source) for source in config.over]

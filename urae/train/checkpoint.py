@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+PARTIAL_PATTERN = ".checkpoint-*.partial"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -38,7 +40,8 @@ class Checkpoint:
         return self.path / LORA_FILE_NAME
 
     def discard(self) -> None:
-        """Delete the checkpoint."""
+        """Delete the checkpoint; a kill on the way leaves what does not count as one."""
+        (self.path / STATE_FILE).unlink()
         shutil.rmtree(self.path)
 
 
@@ -56,7 +59,7 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     *,
-    write_adapter: Any,
+    write_adapter: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
 ) -> Checkpoint:
@@ -73,7 +76,7 @@ def save_checkpoint(
         OSError: If the disk is full or not writable; earlier checkpoints stay as they are.
     """
     final = output_dir / f"checkpoint-{step:06d}"
-    partial = output_dir / f".{final.name}.partial"
+    partial = output_dir / PARTIAL_PATTERN.replace("*", f"{step:06d}")
     if (final / STATE_FILE).is_file():
         return Checkpoint(final, step)
     shutil.rmtree(partial, ignore_errors=True)
@@ -84,21 +87,32 @@ def save_checkpoint(
         write_tensors(partial / OPTIMIZER_FILE, tensors, {"urae.optimizer": json.dumps(plain)})
         state = json.dumps({"step": step, **record}, indent=1)
         write_atomic(partial / STATE_FILE, state.encode())
+        shutil.rmtree(final, ignore_errors=True)  # without its state file it is none
         partial.rename(final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             error.errno,
             f"checkpoint of step {step} could not be written ({error.strerror}); earlier "
-            "checkpoints are whole: free some space, then go on with --resume true",
+            "checkpoints are whole: free some space, then go on with --resume",
             str(final),
         ) from error
     return Checkpoint(final, step)
 
 
 def load_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Read the record that was saved with a checkpoint."""
-    record: dict[str, Any] = json.loads((checkpoint.path / STATE_FILE).read_text())
+    """Read the record that was saved with a checkpoint.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads((checkpoint.path / STATE_FILE).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} is damaged ({error}); delete that folder to resume from "
+            "the one before"
+        ) from error
     return record
 
 

@@ -3,14 +3,18 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class AdapterConfig:
     """`lora` starts from zero; `minor` from the smallest singular components (4K stage)."""
     rank: int = 16
     """Components a matrix; a LoRA's alpha is its rank."""
-    over: tuple[str, ...] = ()
+    over: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Adapters under this one, frozen: files, folders or owner/repo/file on the hub."""
     init: str | None = None
     """Start from this adapter's weights: a file, or a checkpoint folder of the reference."""
@@ -53,6 +57,11 @@ class OptimizerConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay {self.weight_decay} must be 0 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr {self.lr} must be a positive number")
         if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
@@ -105,6 +114,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be between 0 and 2^63 - 1")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(f"guidance_scale {self.guidance_scale} must be 0 or more")
         if not 0 <= self.original_caption_share <= 1:
             raise ValueError(
                 f"original_caption_share {self.original_caption_share} must be between 0 and 1"

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,12 +25,13 @@ from urae.backbones.flux import (
     predict_velocity,
     read_latent_scale,
 )
+from urae.config import flatten
 from urae.features.dataset import batch_for_step, check_cache, list_samples
 from urae.features.store import fingerprint_encoders
 from urae.flow import add_noise, flow_loss
 from urae.geometry import PATCH
 from urae.resolution import apply_policy, read_base_policy
-from urae.train.adapter import attach_for_training, read_adapters
+from urae.train.adapter import attach_for_training, check_rank, read_adapters
 from urae.train.batch import Batch, sample_batch
 from urae.train.checkpoint import find_checkpoints, load_optimizer, save_checkpoint
 from urae.train.config import TrainConfig
@@ -77,7 +77,7 @@ def train(
     accelerator = _build_accelerator(config)
     resumed = find_start(config)
     samples = list_samples(config.data_dir)
-    model_path = fetch_model(config.model, without=("vae", "text_encoder", "text_encoder_2"))
+    model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
     meta = build_meta_transformer(model_path)
     check_cache(
         samples,
@@ -91,9 +91,14 @@ def train(
     start = read_adapter(resumed.adapter_path) if resumed else start
     for file in [*over, *([start] if start else [])]:
         check_fits(file, meta)
+    check_rank(config.adapter, meta)
+
+    scale = read_latent_scale(model_path)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
 
     transformer = load_transformer(model_path, dtype=pick_dtype(accelerator.device))
-    transformer.to(accelerator.device).requires_grad_(False)
+    with explain_memory():
+        transformer.to(accelerator.device).requires_grad_(False)
     policy = config.policy or read_base_policy(model_path)
     apply_policy(transformer, policy)
     if config.gradient_checkpointing:
@@ -113,9 +118,8 @@ def train(
         "urae.policy": policy.to_json(),
         "urae.base_model": config.model,
         "urae.base_revision": fingerprint_component(model_path, "transformer"),
-        "urae.config": json.dumps(asdict(config), default=str),
+        "urae.config": json.dumps(flatten(asdict(config))),
     }
-    scale = read_latent_scale(model_path)
     step = resumed.step if resumed else 0
     log = None
     if accelerator.is_main_process:
@@ -159,13 +163,13 @@ def train(
                 device=accelerator.device,
             )
             last = index == config.gradient_accumulation - 1
-            with explain_memory(), nullcontext() if last else accelerator.no_sync(model):
+            with nullcontext() if last else accelerator.no_sync(model):
                 loss = compute_loss(model, batch, config.guidance_scale)
                 accelerator.backward(loss / config.gradient_accumulation)
             losses[index] = loss.detach()
         return losses.mean(), stems
 
-    with safe_attention(), catch_stop() as stop:
+    with explain_memory(), safe_attention(), catch_stop() as stop:
         while step < config.steps:
             began = time.perf_counter()
             try:
@@ -228,28 +232,22 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
         package = packages.get(choice, choice)
         if find_spec(package) is None:
             raise ModuleNotFoundError(
-                f"{choice} needs the package {package}: pip install 'urae[train]' {package}"
+                f"{choice} needs the package {package}: pip install {package}"
             )
-    return Accelerator(
+    accelerator = Accelerator(
+        mixed_precision="no",
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(config.output_dir),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    # the recipe decides, not the user's accelerate settings: backward would divide once more
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
 
 
 def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
     if config.tracker == "none":
         return
-    flat = _flatten(json.loads(json.dumps(asdict(config), default=str)))
+    flat = flatten(asdict(config))
     settings = {key: value for key, value in flat.items() if value is not None}
     accelerator.init_trackers("urae", config=settings)
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value) if isinstance(value, list) else value
-    return flat

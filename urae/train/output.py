@@ -1,12 +1,15 @@
 """A run's folder: what may be there when it starts, and its loss file."""
 
 import csv
-import json
+import io
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from urae.adapters.files import LORA_FILE_NAME
-from urae.train.checkpoint import Checkpoint, find_checkpoints, load_record
+from urae.config import flatten
+from urae.storage import write_atomic
+from urae.train.checkpoint import PARTIAL_PATTERN, Checkpoint, find_checkpoints, load_record
 from urae.train.config import TrainConfig
 
 LOSS_FILE = "loss.csv"
@@ -14,6 +17,8 @@ LOSS_FILE = "loss.csv"
 # fields that may change between an interrupted run and its continuation
 _FREE_FIELDS = {
     "data_dir", "output_dir", "steps", "checkpoint_every", "tracker", "resume", "overwrite",
+    "gradient_checkpointing",
+    "model", "adapter.over",  # compared by their weights, wherever they lie now
 }  # fmt: skip
 
 
@@ -24,7 +29,7 @@ class StepReport:
     step: int
     """Steps done, this one included."""
     loss: float
-    """Mean over the step's samples on all devices."""
+    """Mean over the step's batches on all devices."""
     grad_norm: float
     """Before clipping."""
     seconds: float
@@ -39,7 +44,7 @@ def find_start(config: TrainConfig) -> Checkpoint | None:
     Raises:
         FileExistsError: If the folder holds a run and the config says nothing about it.
         FileNotFoundError: If there is nothing to resume from.
-        ValueError: If the checkpoint was made with other settings.
+        ValueError: If the checkpoint was made with other settings, or has more steps.
     """
     checkpoints = find_checkpoints(config.output_dir)
     done = (config.output_dir / LORA_FILE_NAME).exists()
@@ -53,21 +58,27 @@ def find_start(config: TrainConfig) -> Checkpoint | None:
     if not checkpoints:
         raise FileNotFoundError(f"{config.output_dir} holds no whole checkpoint to resume from")
     newest = checkpoints[-1]
-    before = load_record(newest)["config"]
-    now = json.loads(json.dumps(asdict(config), default=str))
-    for name in now.keys() - _FREE_FIELDS:
-        if before.get(name) != now[name]:
+    if newest.step > config.steps:
+        raise ValueError(
+            f"{newest.path} has more steps than the {config.steps} asked for; set --steps higher, "
+            "or take that checkpoint as it is"
+        )
+    before, now = load_record(newest)["config"], flatten(asdict(config))
+    for name in sorted((now.keys() | before.keys()) - _FREE_FIELDS):
+        if before.get(name) != now.get(name):
             raise ValueError(
                 f"{newest.path} was made with {name} = {before.get(name)}, but the run now says "
-                f"{now[name]}; resume with the settings it began with"
+                f"{now.get(name)}; resume with the settings it began with"
             )
     return newest
 
 
 def clear_output(output_dir: Path) -> None:
-    """Delete an earlier run's checkpoints and adapter."""
+    """Delete an earlier run's checkpoints, whole and partial, and its adapter."""
     for checkpoint in find_checkpoints(output_dir):
         checkpoint.discard()
+    for partial in output_dir.glob(PARTIAL_PATTERN):
+        shutil.rmtree(partial)
     (output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
 
 
@@ -79,10 +90,11 @@ class LossLog:
         rows: list[list[str]] = []
         if step and path.exists():
             with path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([["step", "loss", "grad_norm", "seconds"], *rows])
+                rows = [row for row in csv.reader(file) if row and row[0].isdecimal()]
+        text = io.StringIO(newline="")
+        kept = [row for row in rows if int(row[0]) <= step]
+        csv.writer(text).writerows([["step", "loss", "grad_norm", "seconds"], *kept])
+        write_atomic(path, text.getvalue().encode())
 
     def write(self, report: StepReport) -> None:
         with self.path.open("a", newline="") as file:
