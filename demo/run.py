@@ -44,7 +44,7 @@ def main() -> None:
     model = ("--model", BASE)
     length = ("--max-sequence-length", TEXT_TOKENS)
     # the recipes' Prodigy takes hundreds of steps to find its pace
-    recipe = ("--optimizer.name", "adamw", "--policy.native-sequence-length", NATIVE_TOKENS)
+    recipe = ("--optimizer.name", "adamw")
     tell("Adapt it to 2K, at an eighth of its real size: a LoRA")
     urae("cache", DATA, *model, "--resolution", SIZE_2K, *length)
     urae(

@@ -204,7 +204,7 @@ def _orthonormalise(
 
 def _split_by_full_svd(matrix: Float[Tensor, "out in"], rank: int, norm: float) -> _Triplets:
     """Find the minor triplets by a full SVD, to the accuracy float64 allows."""
-    logger.info("full float64 SVD of a weight of shape %s", tuple(matrix.shape))
+    logger.debug("full float64 SVD of a weight of shape %s", tuple(matrix.shape))
     left, values, right_t = torch.linalg.svd(matrix, full_matrices=False)
     triplets = _Triplets(
         left=left[:, -rank:].flip(1),
