@@ -61,7 +61,7 @@ class AdapterFile:
     initial: Mapping[str, LowRank] | None = None
     """A minor adapter's B0 and A0, where the file holds them."""
     origin_hash: str | None = None
-    """`fingerprint_origin` of what `initial` was computed from."""
+    """`fingerprint_origin` of the base and the adapters that it was trained over."""
     policy: ResolutionPolicy | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -149,12 +149,11 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
         layers = _pair_factors(path, (_raw_minor_key(path, key, t) for key, t in tensors.items()))
         return AdapterFile(path, "minor", layers, policy=policy, metadata=metadata)
     layers = _read_lora(path, tensors, metadata)
+    origin_hash = metadata.get("urae.origin_hash")
     if metadata.get("urae.kind") != "minor":
-        return AdapterFile(path, "lora", layers, policy=policy, metadata=metadata)
+        return AdapterFile(path, "lora", layers, None, origin_hash, policy, metadata)
     trained, initial = _split_halves(path, layers, metadata)
-    return AdapterFile(
-        path, "minor", trained, initial, metadata.get("urae.origin_hash"), policy, metadata
-    )
+    return AdapterFile(path, "minor", trained, initial, origin_hash, policy, metadata)
 
 
 def _raw_minor_key(path: Path, key: str, tensor: Tensor) -> tuple[str, str, Tensor]:

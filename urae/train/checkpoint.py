@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from urae.adapters.files import LORA_FILE_NAME
+from urae.adapters.files import LORA_FILE_NAME, read_adapter
 from urae.storage import read_tensors, write_atomic, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,21 @@ def load_record(checkpoint: Checkpoint) -> dict[str, Any]:
             "the one before"
         ) from error
     return record
+
+
+def check_same_origin(checkpoint: Checkpoint | None, origin_hash: str) -> None:
+    """Refuse to resume over another base, or over other adapters, than a checkpoint began with.
+
+    Raises:
+        ValueError: If their numbers differ.
+    """
+    if checkpoint is None:
+        return
+    if read_adapter(checkpoint.adapter_path).origin_hash != origin_hash:
+        raise ValueError(
+            f"{checkpoint.path} was made on another base or over other adapters than the run now "
+            "names; resume with those it began with"
+        )
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from urae.adapters.files import LORA_FILE_NAME, check_fits, read_adapter
+from urae.adapters.files import LORA_FILE_NAME, AdapterFile, check_fits, read_adapter
 from urae.backbones.flux import (
+    LatentScale,
     build_meta_transformer,
     fetch_model,
     fingerprint_component,
@@ -26,14 +27,20 @@ from urae.backbones.flux import (
     read_latent_scale,
 )
 from urae.config import flatten
-from urae.features.dataset import batch_for_step, check_cache, list_samples
+from urae.features.dataset import Sample, batch_for_step, check_cache, list_samples
 from urae.features.store import fingerprint_encoders
 from urae.flow import add_noise, flow_loss
 from urae.geometry import PATCH
 from urae.resolution import apply_policy, read_base_policy
 from urae.train.adapter import attach_for_training, check_rank, read_adapters
 from urae.train.batch import Batch, sample_batch
-from urae.train.checkpoint import find_checkpoints, load_optimizer, save_checkpoint
+from urae.train.checkpoint import (
+    Checkpoint,
+    check_same_origin,
+    find_checkpoints,
+    load_optimizer,
+    save_checkpoint,
+)
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop, explain_memory, safe_attention
 from urae.train.optimizer import build_optimizer
@@ -50,6 +57,18 @@ class TrainResult:
     adapter_path: Path
     """The finished adapter, or that of the last checkpoint if the run was stopped."""
     finished: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked."""
+
+    model_path: Path
+    samples: list[Sample]
+    scale: LatentScale
+    over: list[AdapterFile]
+    start: AdapterFile | None
+    resumed: Checkpoint | None
 
 
 def train(
@@ -75,55 +94,35 @@ def train(
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
     accelerator = _build_accelerator(config)
-    resumed = find_start(config)
-    samples = list_samples(config.data_dir)
-    model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
-    meta = build_meta_transformer(model_path)
-    check_cache(
-        samples,
-        latent_channels=meta.config.in_channels // PATCH**2,
-        t5_dim=meta.config.joint_attention_dim,
-        clip_dim=meta.config.pooled_projection_dim,
-        resolution=config.resolution,
-        fingerprints=fingerprint_encoders(model_path),
-    )
-    over, start = read_adapters(config.adapter)
-    start = read_adapter(resumed.adapter_path) if resumed else start
-    for file in [*over, *([start] if start else [])]:
-        check_fits(file, meta)
-    check_rank(config.adapter, meta)
-
-    scale = read_latent_scale(model_path)
+    inputs = _check_inputs(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
 
-    transformer = load_transformer(model_path, dtype=pick_dtype(accelerator.device))
+    transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
     with explain_memory():
         transformer.to(accelerator.device).requires_grad_(False)
-    policy = config.policy or read_base_policy(model_path)
+    policy = config.policy or read_base_policy(inputs.model_path)
     apply_policy(transformer, policy)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    adapter = attach_for_training(transformer, config.adapter, over, start, config.seed)
-    if resumed and start and start.metadata["urae.origin_hash"] != adapter.origin_hash:
-        raise ValueError(
-            f"{resumed.path} was made on another base or over other adapters than {config.model} "
-            "and adapter.over now give; resume with those it began with"
-        )
+    adapter = attach_for_training(
+        transformer, config.adapter, inputs.over, inputs.start, config.seed
+    )
+    check_same_origin(inputs.resumed, adapter.origin_hash)
     optimizer = build_optimizer(adapter.parameters, config.optimizer)
-    if resumed:
-        load_optimizer(resumed, optimizer)
+    if inputs.resumed:
+        load_optimizer(inputs.resumed, optimizer)
     model = accelerator.prepare_model(transformer.train())
 
     metadata = {
         "urae.policy": policy.to_json(),
         "urae.base_model": config.model,
-        "urae.base_revision": fingerprint_component(model_path, "transformer"),
+        "urae.base_revision": fingerprint_component(inputs.model_path, "transformer"),
         "urae.config": json.dumps(flatten(asdict(config))),
     }
-    step = resumed.step if resumed else 0
+    step = inputs.resumed.step if inputs.resumed else 0
     log = None
     if accelerator.is_main_process:
-        if not resumed:
+        if not inputs.resumed:
             clear_output(config.output_dir)
         log = LossLog(config.output_dir / LOSS_FILE, step)
     _start_tracker(accelerator, config)
@@ -140,40 +139,11 @@ def train(
                 record={"config": json.loads(metadata["urae.config"])},
             )
 
-    def accumulate() -> tuple[torch.Tensor, list[str]]:
-        """Add up this step's gradients; return the mean loss and the samples' names."""
-        stems: list[str] = []
-        losses = torch.zeros(config.gradient_accumulation, device=accelerator.device)
-        for index in range(config.gradient_accumulation):
-            chosen = batch_for_step(
-                samples,
-                config.batch_size,
-                seed=config.seed,
-                step=step * config.gradient_accumulation + index,
-                rank=accelerator.process_index,
-                num_ranks=accelerator.num_processes,
-            )
-            stems += [samples[number].stem for number in chosen.indices]
-            batch = sample_batch(
-                [samples[number] for number in chosen.indices],
-                chosen.counters,
-                seed=config.seed,
-                original_caption_share=config.original_caption_share,
-                scale=scale,
-                device=accelerator.device,
-            )
-            last = index == config.gradient_accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                loss = compute_loss(model, batch, config.guidance_scale)
-                accelerator.backward(loss / config.gradient_accumulation)
-            losses[index] = loss.detach()
-        return losses.mean(), stems
-
     with explain_memory(), safe_attention(), catch_stop() as stop:
         while step < config.steps:
             began = time.perf_counter()
             try:
-                loss, stems = accumulate()
+                loss, stems = accumulate(model, inputs, step, config, accelerator)
             except Exception:
                 save()  # the step has changed nothing yet
                 raise
@@ -211,6 +181,43 @@ def train(
     return TrainResult(step, path, finished)
 
 
+def accumulate(
+    model: nn.Module, inputs: Inputs, step: int, config: TrainConfig, accelerator: Accelerator
+) -> tuple[torch.Tensor, list[str]]:
+    """Add up the gradients of one step on this device.
+
+    Returns:
+        The mean loss of its batches, and the samples' names.
+    """
+    stems: list[str] = []
+    losses = torch.zeros(config.gradient_accumulation, device=accelerator.device)
+    for index in range(config.gradient_accumulation):
+        chosen = batch_for_step(
+            inputs.samples,
+            config.batch_size,
+            seed=config.seed,
+            step=step * config.gradient_accumulation + index,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+        )
+        samples = [inputs.samples[number] for number in chosen.indices]
+        stems += [sample.stem for sample in samples]
+        batch = sample_batch(
+            samples,
+            chosen.counters,
+            seed=config.seed,
+            original_caption_share=config.original_caption_share,
+            scale=inputs.scale,
+            device=accelerator.device,
+        )
+        last = index == config.gradient_accumulation - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = compute_loss(model, batch, config.guidance_scale)
+            accelerator.backward(loss / config.gradient_accumulation)
+        losses[index] = loss.detach()
+    return losses.mean(), stems
+
+
 def compute_loss(model: nn.Module, batch: Batch, guidance_scale: float) -> torch.Tensor:
     """Return the mean flow-matching loss of a batch (velocity MSE, no weighting)."""
     dtype = next(model.parameters()).dtype
@@ -224,6 +231,28 @@ def compute_loss(model: nn.Module, batch: Batch, guidance_scale: float) -> torch
         guidance_scale,
     )
     return flow_loss(velocity, batch.latents, batch.noise).mean()
+
+
+def _check_inputs(config: TrainConfig) -> Inputs:
+    """Find and check everything that a run reads, before any weights load."""
+    resumed = find_start(config)
+    samples = list_samples(config.data_dir)
+    model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
+    meta = build_meta_transformer(model_path)
+    check_cache(
+        samples,
+        latent_channels=meta.config.in_channels // PATCH**2,
+        t5_dim=meta.config.joint_attention_dim,
+        clip_dim=meta.config.pooled_projection_dim,
+        resolution=config.resolution,
+        fingerprints=fingerprint_encoders(model_path),
+    )
+    check_rank(config.adapter, meta)
+    over, start = read_adapters(config.adapter)
+    start = read_adapter(resumed.adapter_path) if resumed else start
+    for file in [*over, *([start] if start else [])]:
+        check_fits(file, meta)
+    return Inputs(model_path, samples, read_latent_scale(model_path), over, start, resumed)
 
 
 def _build_accelerator(config: TrainConfig) -> Accelerator:
