@@ -2,7 +2,7 @@
 # make test    install and run the tests
 #
 # PYTHON=python3.12 picks the interpreter; a torch that .venv has already is kept, so GPU users
-# install theirs first (or name it: TORCH='torch==2.11.0 --index-url ...').
+# install theirs first (or name it: TORCH='torch==2.13.0 --index-url ...').
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -1,6 +1,7 @@
 """Image files to 8-bit sRGB pictures: what a viewer would show, or an error with a reason."""
 
 import io
+import logging
 import struct
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from PIL.AvifImagePlugin import AvifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
 
@@ -66,7 +69,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode an image file's bytes as `load_image` does; `name` is for the messages."""
     image = _open(data, name)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), name)
     except _DAMAGE as error:
         raise _damaged(name, error) from error
 
@@ -115,7 +118,7 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError("truncated image", f"{name} is truncated or corrupt: {error}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         image = _scale_to_8_bits(image)
     profile = image.info.get("icc_profile")
@@ -126,8 +129,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if profile and image.mode in ("RGB", "CMYK"):
         try:
             return _to_srgb(image, profile)
-        except (OSError, ImageCms.PyCMSError):  # damaged, or made for another colour space
-            pass
+        except (OSError, ImageCms.PyCMSError) as error:  # damaged, or for another colour space
+            logger.info("%s: colour profile left out (%s)", name, error)
     return image.convert("RGB")
 
 
