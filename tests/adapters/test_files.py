@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,9 +180,7 @@ def test_missing_adapter(source):
 
 def test_hub_adapter_that_cannot_be_had(monkeypatch):
     def fail(*_, **__):
-        import httpx
-
-        response = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+        response = SimpleNamespace(headers={}, request=None, status_code=404)
         raise RepositoryNotFoundError("404: no such repository", response=response)
 
     monkeypatch.setattr(files, "hf_hub_download", fail)

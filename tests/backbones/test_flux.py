@@ -1,4 +1,5 @@
-import httpx
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
@@ -25,7 +26,7 @@ from urae.backbones.weights import (
 
 
 def hub_error(kind):
-    response = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+    response = SimpleNamespace(headers={}, request=None, status_code=403)
     return kind("403 on the hub", response=response)
 
 
