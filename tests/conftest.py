@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ def _cache_dir(tmp_path_factory):
     patch.setenv("URAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Commands set up logging for the process; put it back."""
+    root = logging.getLogger()
+    before = (root.level, root.handlers[:])
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

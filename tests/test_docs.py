@@ -6,7 +6,6 @@ A Python snippet runs on tiny models after those before it on its page, unless a
 
 import ast
 import itertools
-import logging
 import re
 import shlex
 from pathlib import Path
@@ -164,17 +163,6 @@ def jobs(monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("a lighthouse\n")
     monkeypatch.chdir(tmp_path)
     return calls
-
-
-@pytest.fixture(autouse=True)
-def _logging():
-    """Commands set up logging for the process; put it back."""
-    root = logging.getLogger()
-    before = (root.level, root.handlers[:])
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    logging.captureWarnings(False)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ def test_keys_that_diffusers_chokes_on(tmp_path):
         read_adapter(tmp_path / "a.safetensors")
 
 
+def test_other_kinds_of_lora_are_left_to_diffusers(tmp_path, load_pipe):
+    tensors = {f"transformer.{NAME}.lokr_w1": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    files.check_lora(tmp_path / "lokr.safetensors", load_pipe().transformer)
+
+
 def test_kohya_keys(tmp_path):
     down, up = torch.randn(3, 8), torch.randn(8, 3)
     stem = "lora_unet_double_blocks_0_img_attn_proj"

@@ -1,4 +1,3 @@
-import logging
 import os
 import shutil
 import subprocess
@@ -158,14 +157,3 @@ def test_prompt_files(tmp_path):
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 text"):
         _read_prompts(None, path)
-
-
-@pytest.fixture(autouse=True)
-def _logging():
-    """Commands set up logging for the process; put it back."""
-    root = logging.getLogger()
-    before = (root.level, root.handlers[:])
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    logging.captureWarnings(False)

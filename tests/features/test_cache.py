@@ -274,6 +274,15 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
     assert features_of(folder) == features_of(cached)
 
 
+def test_out_of_gpu_memory_says_what_to_try(folder, settings, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Encoders, "encode_image", fail)
+    with pytest.raises(MemoryError, match=r"encoding image_\d.jpg; try a lower --resolution"):
+        cache(settings(folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -309,7 +309,8 @@ def check_lora(source: str | os.PathLike[str], transformer: nn.Module) -> None:
     state, _ = _to_diffusers(path, tensors)
     matches = [(match, tensor) for key, tensor in state.items() if (match := _LORA_KEY.match(key))]
     factors = [(m[1], m[2], tensor) for m, tensor in matches if not m[1].startswith("text_encoder")]
-    check_fits(AdapterFile(path, "lora", _pair_factors(path, factors)), transformer)
+    if factors:  # other kinds, such as LoKr, are left to diffusers
+        check_fits(AdapterFile(path, "lora", _pair_factors(path, factors)), transformer)
 
 
 def merge_minor(trained: LowRank, initial: LowRank) -> LowRank:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,6 +49,23 @@ def pick_device() -> torch.device:
 def pick_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype that weights are loaded in: bfloat16 on a GPU, float32 on the CPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@contextmanager
+def explain_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn running out of GPU memory into an error that says what to do.
+
+    Args:
+        what: What needs the memory, for "does not suffice for ...".
+        remedy: What to do, for "try ...".
+
+    Raises:
+        MemoryError: In place of torch's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"the GPU's memory does not suffice for {what}; try {remedy}") from error
 
 
 def fetch_model(model: str, *, without: Sequence[str] = ()) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from urae.backbones.flux import fetch_model
+from urae.backbones.flux import explain_memory, fetch_model
 from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
@@ -191,7 +191,8 @@ class _Job:
         if find_status(path, identity) is Status.CURRENT:
             self.report.embeds.shared += 1
             return
-        t5, clip = self.encoders.encode_caption(caption, self.config.max_sequence_length)
+        with explain_memory("the text encoders", "closing what else uses the GPU"):
+            t5, clip = self.encoders.encode_caption(caption, self.config.max_sequence_length)
         tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
         write_features(path, tensors, identity | {"model": self.config.model})
         self.report.embeds.encoded += 1
@@ -210,7 +211,8 @@ class _Job:
             self._skip(source, error)
             return
         tiled = self.encoders.needs_tiling(*bucket)
-        mean, std = self.encoders.encode_image(fit(image, bucket), tiled=tiled)
+        with explain_memory(f"encoding {source.image.name}", "a lower --resolution"):
+            mean, std = self.encoders.encode_image(fit(image, bucket), tiled=tiled)
         facts = {
             "model": self.config.model,
             "height": str(bucket[0]),

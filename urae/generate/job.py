@@ -2,8 +2,8 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_ad
 from urae.adapters.initial import check_order
 from urae.backbones.flux import (
     build_meta_transformer,
+    explain_memory,
     fetch_model,
     load_pipeline,
     pick_device,
@@ -85,7 +86,7 @@ def generate(
         adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
     placement = choose_placement(pipe, config.height, config.width, device, memory=config.memory)
-    with _explain_memory(config, placement):
+    with _enough_memory(config, placement):
         place(pipe, placement, device)
     written = []
     for number, (path, prompt, image_seed) in enumerate(jobs, start=1):
@@ -97,7 +98,7 @@ def generate(
                 on_progress(Progress(number, len(jobs), step + 1, sampling.steps))
             return values
 
-        with _explain_memory(config, placement):
+        with _enough_memory(config, placement):
             image, tiled = _sample(pipe, prompt, image_seed, config, sampling, device, report)
         record = _describe(pipe, config, sampling, prompt, image_seed)
         save_picture(path, image, {**record, "memory": placement, "vae_tiling": tiled})
@@ -230,13 +231,7 @@ def _describe(
     }
 
 
-@contextmanager
-def _explain_memory(config: GenerateConfig, placement: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        remedy = "--memory offload" if placement == "resident" else "a smaller --size"
-        raise MemoryError(
-            f"the GPU's memory does not suffice for {config.width} x {config.height} pixels with "
-            f"--memory {placement}; try {remedy}"
-        ) from error
+def _enough_memory(config: GenerateConfig, placement: str) -> AbstractContextManager[None]:
+    what = f"{config.width} x {config.height} pixels with --memory {placement}"
+    resident = placement == "resident"
+    return explain_memory(what, "--memory offload" if resident else "a smaller --size")

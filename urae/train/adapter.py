@@ -1,6 +1,5 @@
 """What trains: a LoRA from zero, or the minor components of the base and all under it."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from urae.adapters.files import AdapterFile, LowRank, merge_minor, read_adapter,
 from urae.adapters.initial import compute_initial, compute_updates, find_initial, fingerprint_origin
 from urae.backbones.weights import find_attention_linears, linear_shape, open_original_weights
 from urae.train.config import AdapterConfig
-
-logger = logging.getLogger(__name__)
 
 _NAME = {"lora": "urae_2k", "minor": "urae_4k"}
 

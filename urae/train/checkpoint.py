@@ -6,7 +6,6 @@ there is no random state to save.
 """
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from urae.adapters.files import LORA_FILE_NAME, read_adapter
 from urae.storage import read_tensors, write_atomic, write_tensors
-
-logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"

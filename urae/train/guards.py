@@ -1,4 +1,4 @@
-"""What a run is guarded against: signals, a broken attention backend, too little memory."""
+"""What a run is guarded against: signals and a broken attention backend."""
 
 import contextlib
 import signal
@@ -7,17 +7,6 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
-
-
-@contextlib.contextmanager
-def explain_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            "the GPU's memory does not suffice for this step; try --batch-size 1, "
-            "--gradient-checkpointing true, or features cached at a lower resolution"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """The training loop: 2K and 4K, LoRA and minor components are recipes of it."""
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ from urae.adapters.files import LORA_FILE_NAME, AdapterFile, check_fits, read_ad
 from urae.backbones.flux import (
     LatentScale,
     build_meta_transformer,
+    explain_memory,
     fetch_model,
     fingerprint_component,
     load_transformer,
@@ -42,11 +42,9 @@ from urae.train.checkpoint import (
     save_checkpoint,
 )
 from urae.train.config import TrainConfig
-from urae.train.guards import catch_stop, explain_memory, safe_attention
+from urae.train.guards import catch_stop, safe_attention
 from urae.train.optimizer import build_optimizer
 from urae.train.output import LOSS_FILE, LossLog, StepReport, clear_output, find_start
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def train(
     config.output_dir.mkdir(parents=True, exist_ok=True)
 
     transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
-    with explain_memory():
+    with _enough_memory():
         transformer.to(accelerator.device).requires_grad_(False)
     policy = config.policy or read_base_policy(inputs.model_path)
     apply_policy(transformer, policy)
@@ -139,7 +137,7 @@ def train(
                 record={"config": json.loads(metadata["urae.config"])},
             )
 
-    with explain_memory(), safe_attention(), catch_stop() as stop:
+    with _enough_memory(), safe_attention(), catch_stop() as stop:
         while step < config.steps:
             began = time.perf_counter()
             try:
@@ -253,6 +251,11 @@ def _check_inputs(config: TrainConfig) -> Inputs:
     for file in [*over, *([start] if start else [])]:
         check_fits(file, meta)
     return Inputs(model_path, samples, read_latent_scale(model_path), over, start, resumed)
+
+
+def _enough_memory() -> AbstractContextManager[None]:
+    remedy = "--batch-size 1, --gradient-checkpointing true, or features of a lower resolution"
+    return explain_memory("this step", remedy)
 
 
 def _build_accelerator(config: TrainConfig) -> Accelerator:
