@@ -172,22 +172,29 @@ def measure_forward(bench: Bench) -> dict[str, Any]:
 
         return attach
 
+    sizes = [(1024, 10), (2048, 5), (4096, 1)]
     cases = {
-        "stock, no adapter": (bare, [(1024, 10), (2048, 5), (4096, 2)]),
-        "stock, 2K LoRA": (stock, [(1024, 10), (2048, 5), (4096, 2)]),
-        "urae, 2K LoRA": (adapted(bench.lora), [(1024, 10), (2048, 5), (4096, 2)]),
-        "urae, 2K LoRA + 4K minor": (adapted(bench.lora, bench.minor), [(4096, 2)]),
+        "stock, no adapter": (bare, sizes),
+        "stock, 2K LoRA": (stock, sizes),
+        "urae, 2K LoRA": (adapted(bench.lora), sizes),
+        "urae, 2K LoRA + 4K minor": (adapted(bench.lora, bench.minor), [(4096, 1)]),
     }
     times: dict[str, dict[int, list[float]]] = {}
     peaks: dict[str, dict[int, float | None]] = {}
+
+    def time_case(name: str, attach: Callable[[], Any], sides: list[tuple[int, int]]) -> None:
+        with attach():
+            for side, count in sides:
+                reset_peak()
+                found = time_forwards(pipe.transformer, bench, side, count)
+                times.setdefault(name, {}).setdefault(side, []).extend(found)
+                peaks.setdefault(name, {})[side] = peak_gib()
+
     for _ in range(2):  # in turn twice, so that a warming GPU favours none
         for name, (attach, sides) in cases.items():
-            with attach():
-                for side, count in sides:
-                    reset_peak()
-                    found = time_forwards(pipe.transformer, bench, side, count)
-                    times.setdefault(name, {}).setdefault(side, []).extend(found)
-                    peaks.setdefault(name, {})[side] = peak_gib()
+            time_case(name, attach, sides)
+    pipe.transformer.compile_repeated_blocks()
+    time_case("urae, 2K LoRA, blocks compiled", adapted(bench.lora), sizes)
     return {
         name: {
             str(side): {
