@@ -18,6 +18,7 @@ STAGES = {
     "generate": {
         "load": ("urae.generate.job", "load_pipeline"),
         "adapt": ("urae.generate.job", "adapt"),
+        "encode": ("urae.generate.job", "_encode_prompts"),
         "place": ("urae.generate.job", "place"),
         "sample": ("diffusers.FluxPipeline", "__call__"),
         "decode": ("urae.generate.job", "decode"),

@@ -477,6 +477,26 @@ def test_frozen_stays_frozen_whatever_is_activated(load_pipe):
     assert {id(p) for p in trainable} == {id(p) for p in parameters}
 
 
+def test_what_trains_is_float32_and_computes_in_the_dtype_of_the_base(load_pipe):
+    transformer = load_pipe().transformer.to(torch.bfloat16)
+    name = "transformer_blocks.0.attn.to_q"
+    pair = LowRank(torch.randn(3, 64), torch.randn(64, 3))
+    initial = LowRank(torch.randn(3, 64), torch.randn(64, 3))
+    attach_frozen(transformer, "initial", {name: initial}, dtype=torch.float32)
+    parameters = attach_trainable(transformer, "trained", {name: pair})
+    layer = transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(5, 64).bfloat16()
+    wanted = layer.base_layer(x)
+    for down, up in (initial, pair):
+        wanted = wanted + x @ down.bfloat16().T @ up.bfloat16().T
+    found = layer(x)
+    assert torch.equal(found, wanted)
+    found.float().square().sum().backward()
+    assert [p.dtype for p in parameters] == [torch.float32] * 2
+    assert [p.grad.dtype for p in parameters] == [torch.float32] * 2
+    assert layer.lora_A["initial"].weight.dtype == torch.float32
+
+
 def test_file_metadata_brings_its_policy(load_pipe, expected, tmp_path):
     policy = ResolutionPolicy(3.0, time_shift=5.0, native_sequence_length=320)
     tensors = load_file(stages(expected, "dev")["2k"][0])

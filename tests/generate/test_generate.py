@@ -11,6 +11,7 @@ import urae
 from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
 from urae.generate.memory import choose_placement, needs_tiling
+from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
 
@@ -58,7 +59,8 @@ def test_a_picture_and_its_recipe(settings, expected):
     assert (record["steps"], record["guidance_scale"]) == ("2", "3.5")
     assert record["max_sequence_length"] == "512"
     assert json.loads(record["versions"])["urae"] == urae.__version__
-    assert (record["memory"], record["vae_tiling"]) == ("resident", "false")
+    how = [record[name] for name in ("memory", "vae_tiling", "compiled")]
+    assert how == ["resident", "false", "false"]
 
 
 def test_the_picture_is_that_of_the_adapted_pipeline(settings, expected, load_pipe):
@@ -270,6 +272,36 @@ def test_placement(load_pipe, monkeypatch):
     for free, wanted in ((2 * weights + 2**24, "resident"), (weights, "offload")):
         monkeypatch.setattr("urae.generate.memory.free_bytes", lambda _, free=free: free)
         assert choose_placement(pipe, 64, 64, gpu) == wanted
+
+
+def test_text_encoders_that_do_not_fit_run_on_the_cpu(settings, monkeypatch, caplog, tmp_path):
+    (wanted,) = generate(settings())
+    monkeypatch.setattr(job_module, "free_bytes", lambda _: 0)
+    (path,) = generate(settings(output_dir=tmp_path / "short"))
+    assert "they run on the CPU" in caplog.text
+    assert Image.open(path).tobytes() == Image.open(wanted).tobytes()
+
+
+def test_compiling_where_it_pays(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not pays_to_compile(cpu, 4096, 4096, 28, 1)
+    monkeypatch.setattr("urae.generate.speed.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
+    assert pays_to_compile(gpu, 4096, 4096, 28, 1)
+    assert not pays_to_compile(gpu, 2048, 2048, 28, 1)
+    assert pays_to_compile(gpu, 2048, 2048, 28, 4)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert not pays_to_compile(gpu, 4096, 4096, 28, 1)
+
+
+def test_a_job_compiles_the_blocks(settings, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(job_module, "pays_to_compile", lambda *_: True)
+    monkeypatch.setattr(job_module, "compile_blocks", compiled.append)
+    (path,) = generate(settings())
+    assert len(compiled) == 1
+    with Image.open(path) as image:
+        assert image.text["compiled"] == "true"
 
 
 def test_decoding_in_tiles_when_memory_is_short(settings, monkeypatch, load_pipe, tmp_path):

@@ -69,7 +69,7 @@ def attach_frozen(
         transformer: As in `attach`.
         name: Of the adapter; not in use yet.
         layers: Factors of scale 1.
-        dtype: To hold and compute them in; the base's unless given.
+        dtype: To hold them in; the base's unless given. They compute in the base's.
     """
     attach(transformer, name, layers)
     for path, layer in _lora_layers(transformer, name):
@@ -80,12 +80,16 @@ def attach_frozen(
             del linear.weight
             frozen = factor.to(weight.device, dtype or weight.dtype, copy=True)
             linear.register_buffer("weight", frozen)
+    _compute_in_input_dtype(transformer, name)
 
 
 def attach_trainable(
     transformer: FluxTransformer2DModel, name: str, layers: Mapping[str, LowRank]
 ) -> list[nn.Parameter]:
     """Attach factors to train, in float32 whatever the base's dtype, and freeze all else.
+
+    They compute in the base's dtype, as under autocast: their weights are rounded for each product,
+    the optimizer's own are not.
 
     Returns:
         The parameters to train.
@@ -103,6 +107,7 @@ def attach_trainable(
         state[f"{layer}.lora_A.weight"] = pair.down.float()
         state[f"{layer}.lora_B.weight"] = pair.up.float()
     set_peft_model_state_dict(transformer, state, name)
+    _compute_in_input_dtype(transformer, name)
     transformer.set_adapter([*active, name])
     for other in active:
         for parameter in adapter_parameters(transformer, other):
@@ -167,6 +172,21 @@ def _cast_to_compute(transformer: FluxTransformer2DModel, name: str) -> None:
     for _, layer in _lora_layers(transformer, name):
         layer.lora_A[name].to(dtype)
         layer.lora_B[name].to(dtype)
+
+
+class _InputDtypeLinear(nn.Linear):
+    """A linear layer that rounds its weight to its input's dtype for the product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def _compute_in_input_dtype(transformer: FluxTransformer2DModel, name: str) -> None:
+    # peft would cast activations up to the factors' float32 instead: slower, and they are large
+    for _, layer in _lora_layers(transformer, name):
+        layer.cast_input_dtype_enabled = False
+        layer.lora_A[name].__class__ = _InputDtypeLinear
+        layer.lora_B[name].__class__ = _InputDtypeLinear
 
 
 def _lora_layers(transformer: FluxTransformer2DModel, name: str) -> Iterator[tuple[str, LoraLayer]]:

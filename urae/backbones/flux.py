@@ -213,7 +213,10 @@ def encode_prompts(
         `prompt_embeds` (T5) and `pooled_prompt_embeds` (CLIP).
     """
     prompt_embeds, pooled_prompt_embeds, _ = pipe.encode_prompt(
-        prompt=prompts, prompt_2=None, max_sequence_length=max_sequence_length
+        prompt=prompts,
+        prompt_2=None,
+        max_sequence_length=max_sequence_length,
+        device=pipe.text_encoder_2.device,
     )
     return prompt_embeds, pooled_prompt_embeds
 

@@ -1,5 +1,6 @@
 """The generation job: prompts in, PNG files out."""
 
+import gc
 import logging
 import random
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxPipeline
@@ -19,6 +20,7 @@ from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_ad
 from urae.adapters.initial import check_order
 from urae.backbones.flux import (
     build_meta_transformer,
+    encode_prompts,
     explain_memory,
     fetch_model,
     load_pipeline,
@@ -26,12 +28,21 @@ from urae.backbones.flux import (
     pick_dtype,
 )
 from urae.generate.config import MAX_TEXT_TOKENS, GenerateConfig
-from urae.generate.memory import choose_placement, needs_tiling, place
+from urae.generate.memory import (
+    choose_placement,
+    free_bytes,
+    needs_tiling,
+    place,
+    weight_bytes,
+)
 from urae.generate.picture import picture_path, save_picture
+from urae.generate.speed import compile_blocks, pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.resolution import find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
+
+_TEXT_ACTIVATION_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,15 @@ class _Sampling:
     steps: int
     guidance_scale: float
     max_sequence_length: int
+
+
+class PromptEmbeds(NamedTuple):
+    """A prompt as the transformer reads it, by the pipeline's names."""
+
+    prompt_embeds: torch.Tensor
+    """T5 features, 1 x L x D."""
+    pooled_prompt_embeds: torch.Tensor
+    """CLIP features, 1 x P."""
 
 
 def generate(
@@ -85,9 +105,13 @@ def generate(
     if config.adapters or config.policy or _is_beyond_native(pipe, config):
         adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
+    embeds = _encode_prompts(pipe, config.prompts, sampling.max_sequence_length, device)
     placement = choose_placement(pipe, config.height, config.width, device, memory=config.memory)
     with _enough_memory(config, placement):
         place(pipe, placement, device)
+    compiled = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
+    if compiled:
+        compile_blocks(pipe.transformer)
     written = []
     for number, (path, prompt, image_seed) in enumerate(jobs, start=1):
 
@@ -99,9 +123,12 @@ def generate(
             return values
 
         with _enough_memory(config, placement):
-            image, tiled = _sample(pipe, prompt, image_seed, config, sampling, device, report)
+            image, tiled = _sample(
+                pipe, embeds[prompt], image_seed, config, sampling, device, report
+            )
         record = _describe(pipe, config, sampling, prompt, image_seed)
-        save_picture(path, image, {**record, "memory": placement, "vae_tiling": tiled})
+        how = {"memory": placement, "vae_tiling": tiled, "compiled": compiled}
+        save_picture(path, image, {**record, **how})
         written.append(path)
     return written
 
@@ -154,10 +181,38 @@ def _load_loras(pipe: FluxPipeline, loras: tuple[tuple[str, float], ...]) -> Non
     pipe.set_adapters(list(weights), list(weights.values()))
 
 
+def _encode_prompts(
+    pipe: FluxPipeline, prompts: tuple[str, ...], max_sequence_length: int, device: torch.device
+) -> dict[str, PromptEmbeds]:
+    """Encode each prompt, and let the text encoders go: sampling needs their room."""
+    encoders = (pipe.text_encoder, pipe.text_encoder_2)
+    fit = sum(map(weight_bytes, encoders)) + _TEXT_ACTIVATION_BYTES < free_bytes(device)
+    if not fit:
+        logger.warning("not enough GPU memory for the text encoders: they run on the CPU, slower")
+    for encoder in encoders:
+        encoder.to(device if fit else "cpu")
+    embeds = {
+        prompt: PromptEmbeds(
+            *(
+                tensor.to(device)
+                for tensor in encode_prompts(
+                    pipe, [prompt], max_sequence_length=max_sequence_length
+                )
+            )
+        )
+        for prompt in dict.fromkeys(prompts)
+    }
+    pipe.register_modules(text_encoder=None, text_encoder_2=None)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeds
+
+
 @torch.no_grad()
 def _sample(
     pipe: FluxPipeline,
-    prompt: str,
+    embeds: PromptEmbeds,
     seed: int,
     config: GenerateConfig,
     sampling: _Sampling,
@@ -165,12 +220,11 @@ def _sample(
     on_step_end: Callable[..., dict[str, Any]],
 ) -> tuple[Image.Image, bool]:
     latents = pipe(
-        prompt,
+        **embeds._asdict(),
         height=config.height,
         width=config.width,
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
-        max_sequence_length=sampling.max_sequence_length,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=on_step_end,
         output_type="latent",

@@ -1,0 +1,43 @@
+"""What makes sampling faster without changing what it computes."""
+
+import logging
+import shutil
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch.utils._triton import has_triton
+
+from urae.geometry import num_image_tokens
+
+logger = logging.getLogger(__name__)
+
+# compiled blocks save about 1e-5 s a token and step on an H200 (docs/performance.md); compiling
+# takes about as long as 2^20 of them save once its cache is warm
+_PAYS_FROM_TOKEN_STEPS = 2**20
+
+
+def pays_to_compile(
+    device: torch.device, height: int, width: int, steps: int, num_pictures: int
+) -> bool:
+    """Tell whether compiling the blocks saves more time than it takes.
+
+    Args:
+        device: Where the transformer runs; only a GPU is worth it.
+        height: Of a picture in pixels.
+        width: Of a picture in pixels.
+        steps: Denoising steps of a picture.
+        num_pictures: In this job.
+    """
+    if device.type != "cuda":
+        return False
+    if num_image_tokens(height, width) * steps * num_pictures < _PAYS_FROM_TOKEN_STEPS:
+        return False
+    if not has_triton() or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        logger.info("blocks are not compiled: that needs Triton and a C compiler")
+        return False
+    return True
+
+
+def compile_blocks(transformer: FluxTransformer2DModel) -> None:
+    """Compile the repeated blocks: faster, and about 2 GiB less at 4096 x 4096."""
+    transformer.compile_repeated_blocks()
