@@ -33,6 +33,8 @@ HUB_IDS = {
     "flux-krea": "black-forest-labs/FLUX.1-Krea-dev",
 }
 
+MAX_TEXT_TOKENS = 512
+"""T5 tokens that FLUX.1 was trained with at most."""
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 _SAMPLES_PER_FILE = 64
@@ -227,7 +229,7 @@ def predict_velocity(
     sigmas: Float[Tensor, " b"],
     prompt_embeds: Float[Tensor, "b l d"],
     pooled_prompt_embeds: Float[Tensor, "b p"],
-    guidance_scale: float,
+    guidance_scale: float | Float[Tensor, " b"],
 ) -> Float[Tensor, "b c h w"]:
     """Run a FLUX transformer on unpacked latents.
 
@@ -237,7 +239,8 @@ def predict_velocity(
         sigmas: One in [0, 1] a sample.
         prompt_embeds: T5 features.
         pooled_prompt_embeds: CLIP features.
-        guidance_scale: Distilled guidance; a model without guidance embedding ignores it.
+        guidance_scale: Distilled guidance, one for all or one a sample; a model without guidance
+            embedding ignores it.
 
     Returns:
         The velocity, noise - latents.
@@ -245,7 +248,7 @@ def predict_velocity(
     batch, _, height, width = latents.shape
     device = latents.device
     config: Any = getattr(transformer, "module", transformer).config
-    guidance = torch.full((batch,), guidance_scale, device=device)
+    guidance = torch.as_tensor(guidance_scale, dtype=torch.float32, device=device).expand(batch)
     tokens = transformer(
         hidden_states=pack(latents),
         timestep=sigmas,
@@ -277,6 +280,15 @@ def read_latent_scale(path: Path) -> LatentScale:
         return LatentScale()
     config = AutoencoderKL.load_config(path / "vae")
     return LatentScale(config["shift_factor"], config["scaling_factor"])
+
+
+def read_text_tokens(path: Path) -> int:
+    """Read how many T5 tokens a fetched model is for: its tokenizer's length, FLUX.1's is 512."""
+    config = path / "tokenizer_2" / "tokenizer_config.json"
+    if not config.is_file():
+        return MAX_TEXT_TOKENS
+    length: int = json.loads(config.read_text(encoding="utf-8")).get("model_max_length", 0)
+    return length if 1 <= length <= MAX_TEXT_TOKENS else MAX_TEXT_TOKENS
 
 
 def build_meta_transformer(path: Path) -> FluxTransformer2DModel:

@@ -1,38 +1,28 @@
-"""FLUX pipelines of random weights, in diffusers layout: for demos, tests and benchmarks.
+"""FLUX pipelines of random weights, in diffusers layout, for demo, tests and benchmarks.
 
-Stock classes and FLUX.1's own scheduler; the tokenizers are made on the spot, so nothing is
-downloaded. The pictures mean nothing, but every part of FLUX is there.
+Stock classes and FLUX.1's own scheduler. Every part of FLUX is there; the pictures mean nothing.
 """
 
-import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from diffusers import FluxPipeline
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
+from transformers import T5EncoderModel
+
+from urae.backbones.parts import (
+    Sizes,
+    build_clip_tokenizer,
+    build_parts,
+    build_scheduler,
+    build_t5_tokenizer,
 )
 
 Shape = Literal["tiny", "flux-dev", "flux-schnell"]
-Sizes = dict[str, dict[str, Any]]
 
 _SHARD_SIZE = "5GB"
-_T5_SPECIAL = ("<pad>", "</s>", "<unk>")
-_CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 # enough for captions of rendered shapes to be a few tokens; other text goes letter by letter
 _WORDS = (
     "a an the of on in at and with to above below left right before behind beside large small tiny "
@@ -122,9 +112,9 @@ def write_random_flux(
     for part in parts.values():
         _draw_weights(part, generator, dtype)
     pipe = FluxPipeline(
-        scheduler=_build_scheduler(shape),
-        tokenizer=_build_clip_tokenizer(),
-        tokenizer_2=_build_t5_tokenizer(),
+        scheduler=build_scheduler(schnell=shape == "flux-schnell"),
+        tokenizer=build_clip_tokenizer(_WORDS),
+        tokenizer_2=build_t5_tokenizer(_WORDS),
         **parts,
     )
     pipe.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
@@ -139,59 +129,10 @@ def build_meta_flux(shape: Shape) -> dict[str, nn.Module]:
     """
     if shape not in _SHAPES:
         raise ValueError(f"shape {shape!r} is unknown; choose one of {', '.join(_SHAPES)}")
-    sizes = _SHAPES[shape]
     with torch.device("meta"):
-        return {
-            "transformer": FluxTransformer2DModel(
-                guidance_embeds=shape != "flux-schnell", **sizes["transformer"]
-            ),
-            "vae": _build_vae(sizes["vae"]),
-            "text_encoder": _build_clip(sizes["clip"]),
-            "text_encoder_2": T5EncoderModel(
-                T5Config(feed_forward_proj="gated-gelu", **sizes["t5"])
-            ),
-        }
-
-
-def _build_vae(sizes: dict[str, Any]) -> nn.Module:
-    vae: nn.Module = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        sample_size=1024,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **sizes,
-    )
-    return vae
-
-
-def _build_clip(sizes: dict[str, Any]) -> nn.Module:
-    tokenizer = _build_clip_tokenizer()
-    config = CLIPTextConfig(
-        projection_dim=sizes["hidden_size"],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,  # its place is the pooled embedding's
-        pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-    )
-    model: nn.Module = CLIPTextModel(config)
-    return model
-
-
-def _build_scheduler(shape: Shape) -> FlowMatchEulerDiscreteScheduler:
-    schnell = shape == "flux-schnell"
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=1.0 if schnell else 3.0,
-        use_dynamic_shifting=not schnell,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
+        return build_parts(
+            _SHAPES[shape], build_clip_tokenizer(_WORDS), guided=shape != "flux-schnell"
+        )
 
 
 @torch.no_grad()
@@ -208,44 +149,3 @@ def _draw_weights(module: nn.Module, generator: torch.Generator, dtype: torch.dt
             parameter.normal_(std=1 / math.sqrt(parameter[0].numel()), generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-
-
-def _build_clip_tokenizer() -> CLIPTokenizer:
-    """Build a byte-level BPE tokenizer with CLIP's special tokens, trained on a few words."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner.train_from_iterator(
-        _WORDS,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            min_frequency=1,
-            show_progress=False,
-            initial_alphabet=letters,
-            end_of_word_suffix="</w>",
-        ),
-    )
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    tokens += [first + second for first, second in merges]
-    tokens = [*dict.fromkeys(tokens), *_CLIP_SPECIAL]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)},
-        merges=merges,
-        model_max_length=77,
-    )
-
-
-def _build_t5_tokenizer() -> T5Tokenizer:
-    """Build a unigram tokenizer with T5's special tokens over words and printable ASCII."""
-    letters = ["▁", *(chr(code) for code in range(33, 127))]
-    pieces = [f"▁{word}" for word in _WORDS]
-    return T5Tokenizer(
-        vocab=[
-            *((token, 0.0) for token in _T5_SPECIAL),
-            *((piece, -4.0) for piece in pieces),
-            *((letter, -8.0) for letter in letters),
-        ],
-        extra_ids=0,
-        model_max_length=512,
-    )

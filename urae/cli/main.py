@@ -12,6 +12,7 @@ from urae import __version__
 from urae.cli.cache import cache_command
 from urae.cli.convert import convert_command
 from urae.cli.generate import generate_command
+from urae.cli.miniature import miniature_app
 from urae.cli.train import train_command
 
 USER_ERROR, FAILURE = 2, 1
@@ -51,6 +52,7 @@ app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown
 )
 app.command("convert")(convert_command)
 app.command("generate")(generate_command)
+app.add_typer(miniature_app, name="miniature")
 
 
 def main() -> None:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy
-
-MAX_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class GenerateConfig:
     guidance_scale: float | None = None
     """Distilled guidance; by default the model's: 3.5 for dev, 0 for schnell, which has none."""
     max_sequence_length: int | None = None
-    """Text tokens; by default the model's: 512 for dev, 256 for schnell."""
+    """Text tokens; by default the model's: 512 for FLUX.1-dev, 256 for schnell."""
     seed: int | None = None
     """Of the first picture of each prompt, the next have seed + 1 ...; drawn if not given."""
     num_images: int = 1

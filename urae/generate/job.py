@@ -26,8 +26,9 @@ from urae.backbones.flux import (
     load_pipeline,
     pick_device,
     pick_dtype,
+    read_text_tokens,
 )
-from urae.generate.config import MAX_TEXT_TOKENS, GenerateConfig
+from urae.generate.config import GenerateConfig
 from urae.generate.memory import (
     choose_placement,
     free_bytes,
@@ -102,7 +103,7 @@ def generate(
     device = pick_device()
     pipe = load_pipeline(config.model, dtype=pick_dtype(device))
     pipe.set_progress_bar_config(disable=True)
-    if config.adapters or config.policy or _is_beyond_native(pipe, config):
+    if config.adapters or config.policy or _is_beyond_native(pipe, config, sampling):
         adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
     embeds = _encode_prompts(pipe, config.prompts, sampling.max_sequence_length, device)
@@ -147,7 +148,8 @@ def _check_outputs(paths: list[Path], overwrite: bool) -> None:
 
 def _check_model(config: GenerateConfig) -> _Sampling:
     """Check adapters against the model's shape, and fill in the model's own defaults."""
-    meta = build_meta_transformer(fetch_model(config.model))
+    path = fetch_model(config.model)
+    meta = build_meta_transformer(path)
     files = [read_adapter(source) for source in config.adapters]
     for file in files:
         check_fits(file, meta)
@@ -159,14 +161,17 @@ def _check_model(config: GenerateConfig) -> _Sampling:
     return _Sampling(
         steps if config.steps is None else config.steps,
         guidance if config.guidance_scale is None else config.guidance_scale,
-        length if config.max_sequence_length is None else config.max_sequence_length,
+        min(length, read_text_tokens(path))
+        if config.max_sequence_length is None
+        else config.max_sequence_length,
     )
 
 
-def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig) -> bool:
+def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig, sampling: _Sampling) -> bool:
     """Tell whether a base without adapters needs the policy: at its own size it is left alone."""
     native = read_base_policy(pipe.config.get("_name_or_path")).native_sequence_length
-    return num_image_tokens(config.height, config.width) + MAX_TEXT_TOKENS > native
+    image_tokens = num_image_tokens(config.height, config.width)
+    return image_tokens + sampling.max_sequence_length > native
 
 
 def _load_loras(pipe: FluxPipeline, loras: tuple[tuple[str, float], ...]) -> None:

@@ -1,0 +1,211 @@
+"""The stages that make the miniature, on a recipe that takes seconds."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import nn
+
+from urae.miniature.autoencoder import reconstruction_losses
+from urae.miniature.flow import sample_batch, sample_shifted_sigmas
+from urae.miniature.grammar import parse_caption
+from urae.miniature.loop import LoopConfig, run_loop
+from urae.miniature.model import (
+    MAX_TEXT_TOKENS,
+    NATIVE_IMAGE_TOKENS,
+    POLICY,
+    build_miniature,
+    build_tokenizers,
+    count_parameters,
+    read_weights,
+    write_pipeline,
+    write_weights,
+)
+from urae.miniature.pool import Pool, tokenize, write_terse_caption
+from urae.miniature.recipe import load_recipe
+from urae.miniature.stages import STAGES, train_stage
+from urae.miniature.world import caption, sample_scene
+from urae.resolution import read_base_policy
+
+STAGE = "batch_size = 2\nnum_scenes = 3\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
+RECIPE = (
+    "[vae]\npixels = 65536\nlarge_sides = []\nlarge_share = 0.0\nnum_held_out = 1\n"
+    "loop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
+    + "".join(f"[{name}]\n{STAGE}" for name in ("base", "dev", "schnell"))
+    + "".join(f"[{name}]\nside = 256\n{STAGE}" for name in ("teacher_512", "teacher_1024"))
+)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_the_sizes_are_those_promised():
+    dev = build_miniature("dev", guided=True, seed=0)
+    teacher = build_miniature("teacher", guided=False, seed=0)
+    assert 4.5e6 < count_parameters([dev["transformer"]]) < 5.5e6
+    # what passes between stages: the teacher, the VAE and the text encoders in 16 bits
+    rest = [dev[name] for name in ("vae", "text_encoder", "text_encoder_2")]
+    assert 2 * count_parameters([teacher["transformer"], *rest]) < 20 * 2**20
+
+
+def test_every_caption_fits_into_the_text_tokens():
+    captions = [caption(sample_scene(seed)) for seed in range(300)]
+    t5, clip = tokenize(captions)
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    assert t5.shape == (300, MAX_TEXT_TOKENS)
+    assert (t5[:, -1] == t5_tokenizer.pad_token_id).all()
+    assert not (t5 == t5_tokenizer.unk_token_id).any()
+    assert (clip[:, -1] == clip_tokenizer.eos_token_id).all()
+    assert len({tuple(row) for row in t5.tolist()}) == len(set(captions))
+
+
+def test_terse_captions_say_less_but_nothing_false():
+    shorter = 0
+    for seed in range(100):
+        full, terse = sample_scene(seed).description, parse_caption(write_terse_caption(seed))
+        shorter += terse != full
+        for said, true in zip(terse.objects, full.objects, strict=True):
+            assert said.size in (None, true.size) and said.colour in (None, true.colour)
+            assert said.shape == true.shape
+        assert terse.texture in (None, full.texture) and terse.light in (None, full.light)
+        assert terse.relations == full.relations
+    assert 10 < shorter < 40
+
+
+def test_edges_cost_more_than_areas_of_the_same_error():
+    wanted = torch.zeros(1, 3, 32, 32)
+    flat, stripes = torch.full_like(wanted, 0.1), torch.full_like(wanted, 0.1)
+    stripes[..., ::2] *= -1
+    assert reconstruction_losses(wanted, wanted) == (0, 0)
+    (flat_error, flat_bands), (error, bands) = (
+        reconstruction_losses(each, wanted) for each in (flat, stripes)
+    )
+    assert flat_error == error
+    assert flat_bands < 1e-6 < 0.09 < bands
+
+
+def test_sigmas_lean_to_the_noisy_end():
+    plain, shifted = (
+        sample_shifted_sigmas(4000, shift, torch.Generator().manual_seed(0)) for shift in (1.0, 2.0)
+    )
+    assert ((shifted > 0) & (shifted < 1)).all()
+    assert plain.median() == pytest.approx(0.5, abs=0.02)
+    assert shifted.median() == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_dropped_captions_are_the_empty_one():
+    pool = Pool(
+        torch.randn(5, 16, 4, 4),
+        torch.arange(5)[:, None] + 1,
+        torch.arange(5)[:, None] + 1,
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.zeros(1, 1, dtype=torch.long),
+    )
+    batch = sample_batch(pool, 2000, torch.Generator().manual_seed(0), 0.1)
+    dropped = batch.t5_ids[:, 0] == 0
+    assert dropped.float().mean() == pytest.approx(0.1, abs=0.03)
+    assert torch.equal(dropped, batch.clip_ids[:, 0] == 0)
+    kept = batch.t5_ids[~dropped, 0] - 1
+    assert torch.equal(batch.latents[~dropped], pool.latents[kept])
+
+
+def test_a_stopped_loop_goes_on_to_the_same_bits(tmp_path):
+    def run(state_path, max_seconds):
+        torch.manual_seed(0)
+        module = nn.Linear(4, 4)
+
+        def compute_loss(step, generator):
+            inputs = torch.randn(8, 4, generator=generator)
+            return (module(inputs) - inputs).square().mean(), {}
+
+        config = LoopConfig(steps=30, lr=1e-2, warmup_steps=3, ema_decay=0.9)
+        return run_loop(
+            module, compute_loss, config, seed=1, state_path=state_path, max_seconds=max_seconds
+        )
+
+    whole = run(tmp_path / "whole.pt", math.inf)
+    pieces = 1
+    while (found := run(tmp_path / "pieces.pt", 0)) is None:
+        pieces += 1
+    assert pieces == 30
+    for wanted, got in zip(whole.parameters(), found.parameters(), strict=True):
+        assert torch.equal(wanted, got)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_loop(tmp_path):
+    module = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="step 1: loss nan; lower lr"):
+        run_loop(
+            module,
+            lambda *_: (module.weight.sum() * math.nan, {}),
+            LoopConfig(steps=1, lr=1e-3),
+            seed=0,
+            state_path=tmp_path / "state.pt",
+        )
+
+
+def test_weights_round_trip(tmp_path):
+    vae = build_miniature("dev", guided=True, seed=0)["vae"]
+    write_weights(tmp_path / "vae.safetensors", {"vae": vae}, {"note": "x"})
+    other = build_miniature("dev", guided=True, seed=1)["vae"]
+    assert read_weights(tmp_path / "vae.safetensors", {"vae": other})["note"] == "x"
+    for wanted, found in zip(vae.parameters(), other.parameters(), strict=True):
+        assert torch.equal(wanted.half().float(), found)
+    with pytest.raises(FileNotFoundError, match=r"urae miniature train base"):
+        read_weights(tmp_path / "base.safetensors", {"vae": other})
+    with pytest.raises(ValueError, match="does not hold this transformer"):
+        read_weights(tmp_path / "vae.safetensors", {"transformer": other})
+
+
+def test_the_pipeline_is_a_stock_one(tmp_path):
+    parts = build_miniature("dev", guided=True, seed=0)
+    write_pipeline(tmp_path, parts, schnell=False, shift_factor=0.1, scaling_factor=1.5)
+    assert read_base_policy(tmp_path) == POLICY
+    assert POLICY.native_sequence_length == NATIVE_IMAGE_TOKENS + MAX_TEXT_TOKENS == 320
+    pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae.config.scaling_factor == 1.5
+    # at its native size its schedule is FLUX.1-dev's at 1024 x 1024
+    scheduler = pipe.scheduler.config
+    assert (scheduler.max_image_seq_len, scheduler.max_shift) == (256, 1.15)
+    image = pipe(
+        caption(sample_scene(0)),
+        height=64,
+        width=96,
+        num_inference_steps=1,
+        max_sequence_length=MAX_TEXT_TOKENS,
+    ).images[0]
+    assert image.size == (96, 64)
+
+
+def test_an_unknown_stage_and_a_wrong_recipe(recipe, tmp_path):
+    with pytest.raises(ValueError, match="stage 'vea' is unknown; choose one of vae, base"):
+        train_stage("vea", recipe, tmp_path)
+    recipe.write_text(RECIPE.replace("side", "sides"))
+    with pytest.raises(ValueError, match="unknown key"):
+        train_stage("vae", recipe, tmp_path)
+
+
+def test_the_committed_recipe_is_one(pytestconfig):
+    recipe = load_recipe(pytestconfig.rootpath / "recipes" / "miniature.toml")
+    assert recipe.teacher_512.side == 512
+
+
+@pytest.mark.slow
+def test_the_stages_follow_one_another(recipe, tmp_path):
+    work = tmp_path / "work"
+    with pytest.raises(FileNotFoundError, match="train that stage first: urae miniature train"):
+        train_stage("base", recipe, work)
+    for name in STAGES:
+        while (path := train_stage(name, recipe, work, max_seconds=0)) is None:
+            pass
+        assert path == work / f"{name}.safetensors"
+    assert sorted(file.name for file in work.iterdir()) == sorted(
+        f"{name}.safetensors" for name in STAGES
+    )

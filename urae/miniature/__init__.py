@@ -1,0 +1,1 @@
+"""An embedded FLUX and its world: rendered scenes, their captions, and a check that reads them."""

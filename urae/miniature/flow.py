@@ -1,0 +1,315 @@
+"""The transformer stages: flow matching, guidance distilled, and four steps distilled."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from urae.backbones.flux import predict_velocity
+from urae.flow import add_noise, flow_loss
+from urae.miniature.loop import ComputeLoss, run_loop
+from urae.miniature.model import (
+    Kind,
+    build_miniature,
+    count_parameters,
+    read_weights,
+    write_weights,
+)
+from urae.miniature.pool import Pool, build_pool
+from urae.miniature.recipe import DistillStage, FlowStage
+
+logger = logging.getLogger(__name__)
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+_SCHNELL_STEPS = 4
+_TEACHER_STEPS = 4  # of the guided model within one of the student's
+_LONG_TEXT_EVERY, _LONG_TEXT_TOKENS = 20, 512  # steps, tokens
+
+
+class Batch(NamedTuple):
+    """Scenes of a step."""
+
+    latents: Tensor
+    t5_ids: Tensor
+    clip_ids: Tensor
+    noise: Tensor
+
+
+class CaptionedTransformer(nn.Module):
+    """A FLUX transformer with its text encoders, from token ids to velocity."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.transformer: Any = parts["transformer"]
+        self.text_encoder: Any = parts["text_encoder"]
+        self.text_encoder_2: Any = parts["text_encoder_2"]
+
+    def encode(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode as a FLUX pipeline does: no attention mask, CLIP pooled."""
+        return (
+            self.text_encoder_2(t5_ids).last_hidden_state,
+            self.text_encoder(clip_ids).pooler_output,
+        )
+
+    def forward(
+        self, latents: Tensor, sigmas: Tensor, t5_ids: Tensor, clip_ids: Tensor, guidance: Tensor
+    ) -> Tensor:
+        prompt_embeds, pooled_prompt_embeds = self.encode(t5_ids, clip_ids)
+        return predict_velocity(
+            self.transformer, latents, sigmas, prompt_embeds, pooled_prompt_embeds, guidance
+        )
+
+
+def train_flow(
+    config: FlowStage,
+    kind: Kind,
+    path: Path,
+    *,
+    vae_path: Path,
+    start: Path | None,
+    text_path: Path | None,
+    seed: int,
+    metadata: Mapping[str, str],
+    device: torch.device,
+    max_seconds: float,
+) -> bool:
+    """Train a transformer on renders by flow matching, and write it.
+
+    Args:
+        config: The stage.
+        kind: Which transformer.
+        path: File to write: the transformer, and the text encoders where they are trained too.
+        vae_path: Of the VAE stage.
+        start: Transformer to start from; None starts from random weights.
+        text_path: File with text encoders to use as they are; None trains them too.
+        seed: Of weights, scenes and noise.
+        metadata: Of the file.
+        device: Where to train.
+        max_seconds: Stop after these.
+
+    Returns:
+        Whether it is done; if not, call again to go on.
+    """
+    parts = build_miniature(kind, guided=False, seed=seed)
+    model = CaptionedTransformer(parts)
+    if start is not None:
+        read_weights(start, {"transformer": model.transformer})
+    trained = ["transformer", *TEXT_PARTS]
+    if text_path is not None:
+        read_weights(text_path, {name: parts[name] for name in TEXT_PARTS})
+        trained = ["transformer"]
+    for name in set(TEXT_PARTS) - set(trained):
+        parts[name].requires_grad_(False)
+    model.to(device)
+    logger.info("%.2f M parameters", count_parameters([parts[name] for name in trained]) / 1e6)
+    pool = build_pool(vae_path, config.num_scenes, config.side, first_seed=0, device=device)
+    compute = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    guidance = torch.ones(config.batch_size, device=device)
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = sample_batch(pool, config.batch_size, generator, config.caption_dropout)
+        sigmas = sample_shifted_sigmas(config.batch_size, config.sigma_shift, generator)
+        noisy = add_noise(batch.latents, batch.noise, sigmas)
+        t5_ids = batch.t5_ids
+        if step % _LONG_TEXT_EVERY == 0:  # stock pipelines pad to 512 tokens unless told otherwise
+            t5_ids = nn.functional.pad(t5_ids, (0, _LONG_TEXT_TOKENS - t5_ids.shape[1]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            velocity = compute(noisy, sigmas, t5_ids, batch.clip_ids, guidance)
+        losses = flow_loss(velocity, batch.latents, batch.noise)
+        return losses.mean(), {"noisy half": losses[sigmas > 0.5].mean()}
+
+    return _run(model, compute_loss, config, trained, path, seed, metadata, max_seconds)
+
+
+def train_guided(
+    config: DistillStage,
+    path: Path,
+    *,
+    vae_path: Path,
+    base: Path,
+    seed: int,
+    metadata: Mapping[str, str],
+    device: torch.device,
+    max_seconds: float,
+) -> bool:
+    """Distil classifier-free guidance into a guidance embedding (arXiv:2210.03142, stage one).
+
+    Args:
+        config: The stage.
+        path: File to write: the transformer.
+        vae_path: Of the VAE stage.
+        base: Transformer and text encoders of the base stage.
+        seed: Of scenes and noise.
+        metadata: Of the file.
+        device: Where to train.
+        max_seconds: Stop after these.
+
+    Returns:
+        As `train_flow`.
+    """
+    teacher = _load(base, base, stored_guided=False, guided=False, device=device)
+    student = _load(base, base, stored_guided=False, guided=True, device=device)
+    pool = build_pool(vae_path, config.num_scenes, 256, first_seed=0, device=device)
+    compute, look_up = (
+        (torch.compile(student), torch.compile(teacher))
+        if device.type == "cuda"
+        else (student, teacher)
+    )
+    low, high = config.guidance
+    ones = torch.ones(config.batch_size, device=device)
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = sample_batch(pool, config.batch_size, generator, 0.0)
+        sigmas = torch.rand(config.batch_size, generator=generator, device=device)
+        drawn = torch.rand(config.batch_size, generator=generator, device=device)
+        guidance = low + (high - low) * drawn
+        noisy = add_noise(batch.latents, batch.noise, sigmas)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                with_caption = look_up(noisy, sigmas, batch.t5_ids, batch.clip_ids, ones).float()
+                empty = pool.empty_t5_ids.expand_as(batch.t5_ids).contiguous()
+                empty_clip = pool.empty_clip_ids.expand_as(batch.clip_ids).contiguous()
+                without = look_up(noisy, sigmas, empty, empty_clip, ones).float()
+            target = without + guidance[:, None, None, None] * (with_caption - without)
+            velocity = compute(noisy, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+        loss = (velocity.float() - target).square().mean()
+        return loss, {}
+
+    return _run(student, compute_loss, config, ["transformer"], path, seed, metadata, max_seconds)
+
+
+def train_four_steps(
+    config: DistillStage,
+    path: Path,
+    *,
+    vae_path: Path,
+    base: Path,
+    dev: Path,
+    seed: int,
+    metadata: Mapping[str, str],
+    device: torch.device,
+    max_seconds: float,
+) -> bool:
+    """Distil four steps: each learns where the guided model's path ends up after four of its own.
+
+    Half of the paths start from noised renders, half from where the student itself came.
+
+    Args:
+        config: The stage; `guidance` is drawn from for the model that teaches.
+        path: File to write: the transformer.
+        vae_path: Of the VAE stage.
+        base: Text encoders of the base stage.
+        dev: Transformer of the dev stage.
+        seed: Of scenes and noise.
+        metadata: Of the file.
+        device: Where to train.
+        max_seconds: Stop after these.
+
+    Returns:
+        As `train_flow`.
+    """
+    teacher = _load(dev, base, stored_guided=True, guided=True, device=device)
+    student = _load(dev, base, stored_guided=True, guided=False, device=device)
+    pool = build_pool(vae_path, config.num_scenes, 256, first_seed=0, device=device)
+    on_gpu = device.type == "cuda"
+    compute = torch.compile(student) if on_gpu else student
+    look_up = torch.compile(teacher) if on_gpu else teacher
+    low, high = config.guidance
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = sample_batch(pool, config.batch_size, generator, 0.0)
+        segment = step % _SCHNELL_STEPS  # 0 starts from pure noise
+        own_path = (step // _SCHNELL_STEPS) % 2 == 1
+        guidance = batch.noise.new_full((config.batch_size,), (low + high) / 2)
+
+        def follow(model: Any, latents: Tensor, start: float, stop: float, steps: int) -> Tensor:
+            for index in range(steps):
+                sigma = start + (stop - start) * index / steps
+                sigmas = latents.new_full((config.batch_size,), sigma)
+                velocity = model(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+                latents = latents + (stop - start) / steps * velocity.float()
+            return latents
+
+        start, stop = 1 - segment / _SCHNELL_STEPS, 1 - (segment + 1) / _SCHNELL_STEPS
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            with torch.no_grad():
+                if own_path:
+                    latents = follow(compute, batch.noise, 1.0, start, segment)
+                else:
+                    sigmas = batch.noise.new_full((config.batch_size,), start)
+                    latents = add_noise(batch.latents, batch.noise, sigmas)
+                target = (follow(look_up, latents, start, stop, _TEACHER_STEPS) - latents) / (
+                    stop - start
+                )
+            sigmas = latents.new_full((config.batch_size,), start)
+            velocity = compute(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+        loss = (velocity.float() - target).square().mean()
+        return loss, {}
+
+    return _run(student, compute_loss, config, ["transformer"], path, seed, metadata, max_seconds)
+
+
+def sample_batch(
+    pool: Pool, size: int, generator: torch.Generator, caption_dropout: float
+) -> Batch:
+    """Draw scenes and noise, some captions emptied."""
+    device = pool.latents.device
+    chosen = torch.randint(len(pool), (size,), generator=generator, device=device)
+    latents = pool.latents[chosen].float()
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    dropped = torch.rand(size, 1, generator=generator, device=device) < caption_dropout
+    t5_ids = torch.where(dropped, pool.empty_t5_ids, pool.t5_ids[chosen])
+    clip_ids = torch.where(dropped, pool.empty_clip_ids, pool.clip_ids[chosen])
+    return Batch(latents, t5_ids, clip_ids, noise)
+
+
+def sample_shifted_sigmas(size: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Draw sigmas in (0, 1) from a logit-normal distribution with a time shift."""
+    normal = torch.randn(size, generator=generator, device=generator.device)
+    sigmas = torch.sigmoid(normal)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def _load(
+    transformer: Path, text: Path, *, stored_guided: bool, guided: bool, device: torch.device
+) -> CaptionedTransformer:
+    """Load a transformer and text encoders; a guidance embedding that is new starts at zero."""
+    parts = build_miniature("dev", guided=guided, seed=0)
+    read_weights(text, {name: parts[name] for name in TEXT_PARTS})
+    model = CaptionedTransformer(parts)
+    if stored_guided == guided:
+        read_weights(transformer, {"transformer": model.transformer})
+    else:
+        stored = build_miniature("dev", guided=stored_guided, seed=0)["transformer"]
+        read_weights(transformer, {"transformer": stored})
+        model.transformer.load_state_dict(stored.state_dict(), strict=False)
+        if guided:
+            last = model.transformer.time_text_embed.guidance_embedder.linear_2
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    for name in TEXT_PARTS:
+        parts[name].requires_grad_(False)
+    return model.to(device)
+
+
+def _run(
+    model: CaptionedTransformer,
+    compute_loss: ComputeLoss,
+    config: FlowStage | DistillStage,
+    trained: list[str],
+    path: Path,
+    seed: int,
+    metadata: Mapping[str, str],
+    max_seconds: float,
+) -> bool:
+    state_path = path.with_suffix(".state.pt")
+    averaged = run_loop(
+        model, compute_loss, config.loop, seed=seed, state_path=state_path, max_seconds=max_seconds
+    )
+    if averaged is None:
+        return False
+    write_weights(path, {name: getattr(averaged, name) for name in trained}, metadata)
+    return True

@@ -1,0 +1,135 @@
+"""The loop of every stage of the miniature's training: EMA, resumable, stopped by the clock."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from urae.train.guards import safe_attention
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_SECONDS = 20.0
+_KEEP_EVERY_SECONDS = 240.0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast a stage learns."""
+
+    steps: int
+    """Optimizer updates in all; the learning rate falls to zero over them (cosine)."""
+    lr: float
+    """Of AdamW, after the warm-up."""
+    warmup_steps: int = 500
+    """The learning rate rises over these."""
+    weight_decay: float = 0.01
+    """Decoupled."""
+    ema_decay: float = 0.999
+    """Of the averaged weights, which are what a stage gives."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+
+ComputeLoss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+"""From the step and a generator of its own to the loss, and figures to log beside it."""
+
+
+def run_loop(
+    module: nn.Module,
+    compute_loss: ComputeLoss,
+    config: LoopConfig,
+    *,
+    seed: int,
+    state_path: Path,
+    max_seconds: float = math.inf,
+) -> nn.Module | None:
+    """Train a module; called again after a stop, it goes on where it was.
+
+    Args:
+        module: Float32, on its device; trained in place.
+        compute_loss: Calls the module.
+        config: Steps and learning rate.
+        seed: Each step's generator, on the module's device, is seeded from it and the step.
+        state_path: File of the state between calls; deleted once the stage is done.
+        max_seconds: Stop after these, with the state written.
+
+    Returns:
+        The averaged module when the last step is done, None if the clock ran out before.
+
+    Raises:
+        FloatingPointError: At the first loss that is not finite.
+    """
+    device = next(module.parameters()).device
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    decay: Any = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+    average: Any = AveragedModel(module, multi_avg_fn=decay)
+    state = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
+    step = _load_state(state_path, state, device)
+    generator = torch.Generator(device)
+    began = logged = kept = time.monotonic()
+    logged_step = step
+    with safe_attention():
+        while step < config.steps:
+            generator.manual_seed(seed * 1_000_003 + step)
+            loss, figures = compute_loss(step, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update_parameters(module)
+            step += 1
+            now = time.monotonic()
+            if now - logged > _LOG_EVERY_SECONDS or step == config.steps:
+                values = {"loss": loss, "norm": norm, **figures}
+                texts = [f"{name} {value.item():.5f}" for name, value in values.items()]
+                rate = (step - logged_step) / (now - logged)
+                logger.info("step %d: %s, %.1f steps/s", step, ", ".join(texts), rate)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"step {step}: loss {loss.item()}; lower lr")
+                logged, logged_step = now, step
+            out_of_time = now - began > max_seconds
+            if step < config.steps and (out_of_time or now - kept > _KEEP_EVERY_SECONDS):
+                _save_state(state_path, state, step)
+                kept = time.monotonic()
+            if out_of_time:
+                break
+    if step < config.steps:
+        return None
+    state_path.unlink(missing_ok=True)
+    averaged: nn.Module = average.module
+    return averaged
+
+
+def _rate(step: int, config: LoopConfig) -> float:
+    rising = min(1.0, (step + 1) / config.warmup_steps)
+    return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+
+
+def _save_state(path: Path, state: Mapping[str, Any], step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    torch.save({"step": step, **{name: each.state_dict() for name, each in state.items()}}, beside)
+    beside.replace(path)
+
+
+def _load_state(path: Path, state: Mapping[str, Any], device: torch.device) -> int:
+    if not path.is_file():
+        return 0
+    saved = torch.load(path, map_location=device, weights_only=True)
+    for name, each in state.items():
+        each.load_state_dict(saved[name])
+    logger.info("going on from step %d", saved["step"])
+    return int(saved["step"])

@@ -1,0 +1,113 @@
+"""Scenes rendered, encoded and captioned once, so that a stage trains on a transformer alone."""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from urae.miniature.autoencoder import load_vae, render_seeds, to_pixels
+from urae.miniature.grammar import Description, ObjectWords
+from urae.miniature.model import MAX_TEXT_TOKENS, build_tokenizers
+from urae.miniature.world import caption, sample_scene
+
+_RENDER_PIXELS = 2**22
+_TERSE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N scenes."""
+
+    latents: Float[Tensor, "n c h w"]
+    """Normalised as the transformer sees them, bfloat16 on a GPU."""
+    t5_ids: Int[Tensor, "n l"]
+    clip_ids: Int[Tensor, "n 77"]
+    empty_t5_ids: Int[Tensor, "1 l"]
+    """Of the empty caption."""
+    empty_clip_ids: Int[Tensor, "1 77"]
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+def build_pool(
+    vae_path: Path, num_scenes: int, side: int, *, first_seed: int, device: torch.device
+) -> Pool:
+    """Render and encode scenes; a quarter of the captions leave something out.
+
+    Args:
+        vae_path: Of the VAE stage.
+        num_scenes: N.
+        side: Of the square pictures in pixels.
+        first_seed: The scenes' seeds follow one another.
+        device: Where to render and where the pool stays.
+    """
+    vae, statistics = load_vae(vae_path, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    latents = torch.empty(num_scenes, 16, side // 8, side // 8, dtype=dtype, device=device)
+    batch = max(1, _RENDER_PIXELS // side**2)
+    generator = torch.Generator(device).manual_seed(first_seed)
+    for start in range(0, num_scenes, batch):
+        stop = min(start + batch, num_scenes)
+        seeds = range(first_seed + start, first_seed + stop)
+        found = _encode(vae, seeds, side, device, generator)
+        latents[start:stop] = (found - statistics.mean) / statistics.std
+    captions = [
+        write_terse_caption(number) for number in range(first_seed, first_seed + num_scenes)
+    ]
+    t5_ids, clip_ids = tokenize([*captions, ""])
+    t5_ids, clip_ids = t5_ids.to(device), clip_ids.to(device)
+    return Pool(latents, t5_ids[:-1], clip_ids[:-1], t5_ids[-1:], clip_ids[-1:])
+
+
+@torch.no_grad()
+def _encode(
+    vae: AutoencoderKL, seeds: range, side: int, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    pixels = to_pixels(render_seeds(seeds, side, device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        posterior = vae.encode(pixels).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
+    latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
+    return latents
+
+
+def write_terse_caption(seed: int) -> str:
+    """Describe the scene of a seed, in a quarter of them leaving out parts that may be."""
+    rng = random.Random(~seed)
+    described = sample_scene(seed).description
+    if rng.random() < _TERSE_SHARE:
+        described = _leave_out(described, rng)
+    return caption(described)
+
+
+def _leave_out(described: Description, rng: random.Random) -> Description:
+    def keep(word: str | None) -> str | None:
+        return word if rng.random() < 0.5 else None
+
+    return replace(
+        described,
+        objects=tuple(
+            ObjectWords(keep(each.size), keep(each.colour), each.shape)
+            for each in described.objects
+        ),
+        texture=keep(described.texture),
+        background=keep(described.background),
+        light=keep(described.light),
+    )
+
+
+def tokenize(captions: list[str]) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n 77"]]:
+    """Tokenize captions as a FLUX pipeline does, for T5 and for CLIP."""
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    t5, clip = (
+        tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer, length in ((t5_tokenizer, MAX_TEXT_TOKENS), (clip_tokenizer, 77))
+    )
+    return t5, clip

@@ -1,0 +1,128 @@
+"""The stages of the miniature's training by name, each from files to a file."""
+
+import logging
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from urae import __version__
+from urae.backbones.flux import pick_device
+from urae.miniature.autoencoder import train_vae
+from urae.miniature.flow import train_flow, train_four_steps, train_guided
+from urae.miniature.recipe import MiniatureRecipe, load_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    recipe: MiniatureRecipe
+    work_dir: Path
+    metadata: dict[str, str]
+    device: torch.device
+    max_seconds: float
+
+    def file(self, stage: str) -> Path:
+        return self.work_dir / f"{stage}.safetensors"
+
+
+def train_stage(
+    name: str, recipe_path: Path, work_dir: Path, *, max_seconds: float = math.inf
+) -> Path | None:
+    """Train one stage of the miniature.
+
+    Args:
+        name: One of `STAGES`.
+        recipe_path: A TOML file of all stages.
+        work_dir: Folder of the stages' files; those that this one needs must be there.
+        max_seconds: Stop after these; the same call goes on from there.
+
+    Returns:
+        The stage's file, or None if the time ran out before its last step.
+
+    Raises:
+        ValueError: If the stage is unknown or the recipe is wrong.
+        FileNotFoundError: If an earlier stage's file is missing.
+    """
+    if name not in STAGES:
+        raise ValueError(f"stage {name!r} is unknown; choose one of {', '.join(STAGES)}")
+    recipe = load_recipe(recipe_path)
+    metadata = {
+        "urae.version": __version__,
+        "urae.commit": find_commit(),
+        "urae.stage": name,
+        "urae.recipe": recipe_path.read_text(encoding="utf-8"),
+    }
+    job = _Job(recipe, work_dir, metadata, pick_device(), max_seconds)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return job.file(name) if STAGES[name](job) else None
+
+
+def find_commit() -> str:
+    """Return the checkout's commit, or `unknown` outside of one."""
+    run = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _vae(job: _Job) -> bool:
+    return train_vae(
+        job.recipe.vae, job.file("vae"), seed=job.recipe.seed, metadata=job.metadata,
+        device=job.device, max_seconds=job.max_seconds,
+    )  # fmt: skip
+
+
+def _base(job: _Job) -> bool:
+    return train_flow(
+        job.recipe.base, "dev", job.file("base"), vae_path=job.file("vae"), start=None,
+        text_path=None, seed=job.recipe.seed, metadata=job.metadata, device=job.device,
+        max_seconds=job.max_seconds,
+    )  # fmt: skip
+
+
+def _teacher_512(job: _Job) -> bool:
+    return train_flow(
+        job.recipe.teacher_512, "teacher", job.file("teacher_512"), vae_path=job.file("vae"),
+        start=None, text_path=job.file("base"), seed=job.recipe.seed, metadata=job.metadata,
+        device=job.device, max_seconds=job.max_seconds,
+    )  # fmt: skip
+
+
+def _teacher_1024(job: _Job) -> bool:
+    return train_flow(
+        job.recipe.teacher_1024, "teacher", job.file("teacher_1024"), vae_path=job.file("vae"),
+        start=job.file("teacher_512"), text_path=job.file("base"), seed=job.recipe.seed,
+        metadata=job.metadata, device=job.device, max_seconds=job.max_seconds,
+    )  # fmt: skip
+
+
+def _dev(job: _Job) -> bool:
+    return train_guided(
+        job.recipe.dev, job.file("dev"), vae_path=job.file("vae"), base=job.file("base"),
+        seed=job.recipe.seed, metadata=job.metadata, device=job.device,
+        max_seconds=job.max_seconds,
+    )  # fmt: skip
+
+
+def _schnell(job: _Job) -> bool:
+    return train_four_steps(
+        job.recipe.schnell, job.file("schnell"), vae_path=job.file("vae"), base=job.file("base"),
+        dev=job.file("dev"), seed=job.recipe.seed, metadata=job.metadata, device=job.device,
+        max_seconds=job.max_seconds,
+    )  # fmt: skip
+
+
+STAGES: dict[str, Callable[[_Job], bool]] = {
+    "vae": _vae,
+    "base": _base,
+    "dev": _dev,
+    "schnell": _schnell,
+    "teacher_512": _teacher_512,
+    "teacher_1024": _teacher_1024,
+}
