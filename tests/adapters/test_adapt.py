@@ -481,20 +481,34 @@ def test_what_trains_is_float32_and_computes_in_the_dtype_of_the_base(load_pipe)
     transformer = load_pipe().transformer.to(torch.bfloat16)
     name = "transformer_blocks.0.attn.to_q"
     pair = LowRank(torch.randn(3, 64), torch.randn(64, 3))
-    initial = LowRank(torch.randn(3, 64), torch.randn(64, 3))
-    attach_frozen(transformer, "initial", {name: initial}, dtype=torch.float32)
     parameters = attach_trainable(transformer, "trained", {name: pair})
     layer = transformer.transformer_blocks[0].attn.to_q
     x = torch.randn(5, 64).bfloat16()
-    wanted = layer.base_layer(x)
-    for down, up in (initial, pair):
-        wanted = wanted + x @ down.bfloat16().T @ up.bfloat16().T
     found = layer(x)
+    wanted = layer.base_layer(x) + x @ pair.down.bfloat16().T @ pair.up.bfloat16().T
     assert torch.equal(found, wanted)
     found.float().square().sum().backward()
     assert [p.dtype for p in parameters] == [torch.float32] * 2
     assert [p.grad.dtype for p in parameters] == [torch.float32] * 2
-    assert layer.lora_A["initial"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_subtracted_cancels_what_starts_equal(load_pipe, rel, dtype):
+    transformer = load_pipe().transformer.to(dtype)
+    name = "transformer_blocks.0.attn.to_q"
+    initial, other = (LowRank(torch.randn(3, 64), torch.randn(64, 3)) for _ in range(2))
+    parameters = attach_trainable(transformer, "trained", {name: initial}, {name: initial})
+    layer = transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(5, 64).to(dtype)
+    assert rel(layer(x), layer.base_layer(x)) < (1e-6 if dtype == torch.float32 else 1e-4)
+    with torch.no_grad():
+        for parameter, factor in zip(parameters, other, strict=True):
+            parameter.copy_(factor)
+    wanted = layer.base_layer(x) + (
+        x.float() @ (other.down.T @ other.up.T - initial.down.T @ initial.up.T)
+    )
+    assert rel(layer(x), wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert len([p for p in transformer.parameters() if p.requires_grad]) == 2
 
 
 def test_file_metadata_brings_its_policy(load_pipe, expected, tmp_path):

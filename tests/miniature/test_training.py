@@ -193,7 +193,7 @@ def test_an_unknown_stage_and_a_wrong_recipe(recipe, tmp_path):
 
 
 def test_the_committed_recipe_is_one(pytestconfig):
-    recipe = load_recipe(pytestconfig.rootpath / "recipes" / "miniature.toml")
+    recipe = load_recipe(pytestconfig.rootpath / "recipes" / "miniature" / "stages.toml")
     assert recipe.teacher_512.side == 512
 
 

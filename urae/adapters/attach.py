@@ -55,11 +55,7 @@ def attach(
 
 
 def attach_frozen(
-    transformer: FluxTransformer2DModel,
-    name: str,
-    layers: Mapping[str, LowRank],
-    *,
-    dtype: torch.dtype | None = None,
+    transformer: FluxTransformer2DModel, name: str, layers: Mapping[str, LowRank]
 ) -> None:
     """Attach factors that no optimizer and no activation of adapters can ever train.
 
@@ -69,27 +65,32 @@ def attach_frozen(
         transformer: As in `attach`.
         name: Of the adapter; not in use yet.
         layers: Factors of scale 1.
-        dtype: To hold them in; the base's unless given. They compute in the base's.
     """
     attach(transformer, name, layers)
-    for path, layer in _lora_layers(transformer, name):
-        for linear, factor in zip(
-            (layer.lora_A[name], layer.lora_B[name]), layers[path], strict=True
-        ):
+    for _, layer in _lora_layers(transformer, name):
+        for linear in (layer.lora_A[name], layer.lora_B[name]):
             weight = linear.weight.detach()
             del linear.weight
-            frozen = factor.to(weight.device, dtype or weight.dtype, copy=True)
-            linear.register_buffer("weight", frozen)
-    _compute_in_input_dtype(transformer, name)
+            linear.register_buffer("weight", weight)
 
 
 def attach_trainable(
-    transformer: FluxTransformer2DModel, name: str, layers: Mapping[str, LowRank]
+    transformer: FluxTransformer2DModel,
+    name: str,
+    layers: Mapping[str, LowRank],
+    initial: Mapping[str, LowRank] | None = None,
 ) -> list[nn.Parameter]:
     """Attach factors to train, in float32 whatever the base's dtype, and freeze all else.
 
-    They compute in the base's dtype, as under autocast: their weights are rounded for each product,
-    the optimizer's own are not.
+    They compute in the base's dtype, as under autocast: weights are rounded for each product, what
+    the optimizer holds is not.
+
+    Args:
+        transformer: As in `attach`.
+        name: Of the adapter; not in use yet.
+        layers: Factors A and B to start from, of scale 1.
+        initial: Factors A0 and B0 to subtract, frozen: the layer adds B A x - B0 A0 x, computed as
+            one product, so that what is equal cancels before any rounding.
 
     Returns:
         The parameters to train.
@@ -99,15 +100,19 @@ def attach_trainable(
     with _several_adapters():
         inject_adapter_in_model(_lora_config(layers), transformer, name)
     transformer._hf_peft_config_loaded = True
-    parameters = list(adapter_parameters(transformer, name))
-    for parameter in parameters:
+    for parameter in adapter_parameters(transformer, name):
         parameter.data = parameter.data.float()
     state = {}
     for layer, pair in layers.items():
         state[f"{layer}.lora_A.weight"] = pair.down.float()
         state[f"{layer}.lora_B.weight"] = pair.up.float()
     set_peft_model_state_dict(transformer, state, name)
-    _compute_in_input_dtype(transformer, name)
+    for path, layer in _lora_layers(transformer, name):
+        layer.cast_input_dtype_enabled = False  # activations are large, factors are small
+        down, up = (initial[path].down, -initial[path].up) if initial else (None, None)
+        layer.lora_A[name] = _TrainableFactor(layer.lora_A[name].weight, down, 0)
+        layer.lora_B[name] = _TrainableFactor(layer.lora_B[name].weight, up, 1)
+    parameters = list(adapter_parameters(transformer, name))
     transformer.set_adapter([*active, name])
     for other in active:
         for parameter in adapter_parameters(transformer, other):
@@ -174,19 +179,21 @@ def _cast_to_compute(transformer: FluxTransformer2DModel, name: str) -> None:
         layer.lora_B[name].to(dtype)
 
 
-class _InputDtypeLinear(nn.Linear):
-    """A linear layer that rounds its weight to its input's dtype for the product."""
+class _TrainableFactor(nn.Module):
+    """A float32 factor that computes in its input's dtype, beside a frozen one if there is one."""
+
+    beside: torch.Tensor
+
+    def __init__(self, weight: nn.Parameter, beside: torch.Tensor | None, dim: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.dim = dim
+        frozen = weight.detach().narrow(dim, 0, 0) if beside is None else beside
+        self.register_buffer("beside", frozen.to(weight.device, torch.float32), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(input, self.weight.to(input.dtype))
-
-
-def _compute_in_input_dtype(transformer: FluxTransformer2DModel, name: str) -> None:
-    # peft would cast activations up to the factors' float32 instead: slower, and they are large
-    for _, layer in _lora_layers(transformer, name):
-        layer.cast_input_dtype_enabled = False
-        layer.lora_A[name].__class__ = _InputDtypeLinear
-        layer.lora_B[name].__class__ = _InputDtypeLinear
+        weight = torch.cat([self.weight, self.beside], dim=self.dim)
+        return nn.functional.linear(input, weight.to(input.dtype))
 
 
 def _lora_layers(transformer: FluxTransformer2DModel, name: str) -> Iterator[tuple[str, LoraLayer]]:

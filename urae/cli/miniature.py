@@ -36,7 +36,7 @@ def train_command(
         "runs/miniature"
     ),
     recipe: Annotated[Path, typer.Option(help="TOML file of all stages.")] = Path(
-        "recipes/miniature.toml"
+        "recipes/miniature/stages.toml"
     ),
     max_minutes: Annotated[
         float, typer.Option(min=0.01, help="Stop after these; the same command goes on.")

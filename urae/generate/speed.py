@@ -11,9 +11,8 @@ from urae.geometry import num_image_tokens
 
 logger = logging.getLogger(__name__)
 
-# compiled blocks save about 1e-5 s a token and step on an H200 (docs/performance.md); compiling
-# takes about as long as 2^20 of them save once its cache is warm
-_PAYS_FROM_TOKEN_STEPS = 2**20
+# on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
+_PAYS_FROM_TOKEN_STEPS = 1_600_000
 
 
 def pays_to_compile(

@@ -60,7 +60,8 @@ def train_vae(
                 pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8,
                 generator=generator, device=device,
             )  # fmt: skip
-            reconstruction, mean, logvar = compute(pixels, moments_noise)
+            forward = compute if pixels.shape[-1] == 256 else model  # a compilation takes a minute
+            reconstruction, mean, logvar = forward(pixels, moments_noise)
         error, edges = reconstruction_losses(reconstruction.float(), pixels)
         mean, logvar = mean.float(), logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

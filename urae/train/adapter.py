@@ -95,9 +95,7 @@ def attach_for_training(
         initial = {
             name: LowRank(p.down.float().cpu(), p.up.float().cpu()) for name, p in initial.items()
         }
-        negative = {name: LowRank(p.down, -p.up) for name, p in initial.items()}
-        attach_frozen(transformer, "initial", negative, dtype=torch.float32)
-    parameters = attach_trainable(transformer, _NAME[config.kind], layers)
+    parameters = attach_trainable(transformer, _NAME[config.kind], layers, initial)
     return TrainingAdapter(transformer, _NAME[config.kind], initial, parameters, metadata)
 
 
