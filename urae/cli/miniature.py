@@ -3,12 +3,12 @@
 import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
 
-from urae.cli.terminal import Verbose, console
+from urae.cli.terminal import Verbose, console, quiet_progress_bars
 
 miniature_app = typer.Typer(no_args_is_help=True)
 
@@ -29,12 +29,22 @@ def miniature() -> None:
     """The miniature: a FLUX of 5 M parameters on rendered scenes."""
 
 
+class Source(StrEnum):
+    """Where training pictures come from."""
+
+    clean = "clean"
+    real = "real"
+    synthetic = "synthetic"
+
+
+Work = Annotated[Path, typer.Option(help="Folder of the stages' files.")]
+_WORK = Path("runs/miniature")
+
+
 @miniature_app.command("train")
 def train_command(
     stage: Annotated[Stage, typer.Argument(help="What to train; earlier stages must be done.")],
-    work: Annotated[Path, typer.Option(help="Folder of the stages' files.")] = Path(
-        "runs/miniature"
-    ),
+    work: Work = _WORK,
     recipe: Annotated[Path, typer.Option(help="TOML file of all stages.")] = Path(
         "recipes/miniature/stages.toml"
     ),
@@ -54,3 +64,77 @@ def train_command(
         console.print("[yellow]stopped:[/] run the same command to go on")
     else:
         console.print("[green]done:[/]", Text(str(path)))
+
+
+@miniature_app.command("data")
+def data_command(
+    source: Annotated[
+        Source, typer.Argument(help="Renders, the analogue of photographs, or the teacher's.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for `urae cache`; pictures there stay.")],
+    side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 512,
+    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 3000,
+    seed: Annotated[int, typer.Option(min=1, help="Of the set of scenes.")] = 1,
+    work: Work = _WORK,
+    verbose: Verbose = False,
+) -> None:
+    """Write captioned pictures to train an adapter on."""
+    from urae.backbones.flux import pick_device
+    from urae.miniature.sources import write_folder
+    from urae.miniature.stages import load_stage
+    from urae.miniature.synthetic import write_synthetic
+
+    if source is not Source.synthetic:
+        kind: Literal["clean", "real"] = "real" if source is Source.real else "clean"
+        write_folder(output, kind, range(count), seed, side, side)
+    else:
+        quiet_progress_bars()
+        stage = Stage.teacher_512 if side <= 512 else Stage.teacher_1024
+        pipe = load_stage(stage.value, work).to(pick_device())
+        pipe.set_progress_bar_config(disable=True)
+        write_synthetic(output, pipe, range(count), seed=seed, side=side)
+    console.print("[green]done:[/]", Text(f"{count} pictures in {output}"))
+
+
+@miniature_app.command("score")
+def score_command(
+    stage: Annotated[Stage, typer.Argument(help="A trained transformer.")],
+    work: Work = _WORK,
+    side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 256,
+    captions: Annotated[int, typer.Option(min=1, help="Held-out captions.")] = 500,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 24,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale; 0 for schnell.")] = 3.5,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that check pictures.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Generate pictures of held-out captions and print how many pass the scene check."""
+    import json
+
+    from urae.backbones.flux import pick_device
+    from urae.miniature.score import ScoreConfig, score_pipeline, summarize
+    from urae.miniature.stages import load_stage
+    from urae.storage import write_atomic
+
+    quiet_progress_bars()
+    pipe = load_stage(stage.value, work).to(pick_device())
+    pipe.set_progress_bar_config(disable=True)
+    config = ScoreConfig(side, captions, seeds, steps, guidance, workers)
+    found = summarize(score_pipeline(pipe, config))
+    console.print(Text(", ".join(f"{name} {value:.3f}" for name, value in found.items())))
+    if output:
+        write_atomic(output, json.dumps({"stage": stage.value, **found}, indent=1).encode())
+
+
+@miniature_app.command("export")
+def export_command(
+    output: Annotated[Path, typer.Argument(help="Folder for miniature-dev, miniature-schnell.")],
+    work: Work = _WORK,
+    verbose: Verbose = False,
+) -> None:
+    """Write the trained miniatures as pipelines in diffusers layout."""
+    from urae.miniature.stages import export_pipelines
+
+    for folder in export_pipelines(work, output):
+        console.print("[green]done:[/]", Text(str(folder)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from urae.miniature.loop import run_loop
-from urae.miniature.model import build_miniature, read_weights, write_weights
+from urae.miniature.model import HELD_OUT_SEED, build_miniature, read_weights, write_weights
 from urae.miniature.recipe import VaeStage
 from urae.miniature.render import render
 from urae.miniature.world import sample_scene
@@ -22,7 +22,6 @@ from urae.miniature.world import sample_scene
 logger = logging.getLogger(__name__)
 
 _PYRAMID_LEVELS = 3
-_HELD_OUT = 2**40  # first seed of scenes that no stage trains on
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def measure_psnr(vae: AutoencoderKL, side: int, count: int, device: torch.device
 
 
 def _held_out(side: int, count: int, device: torch.device) -> Iterator[Tensor]:
-    for number in range(_HELD_OUT, _HELD_OUT + count):
+    for number in range(HELD_OUT_SEED, HELD_OUT_SEED + count):
         yield to_pixels(render_seeds(range(number, number + 1), side, device))
 
 

@@ -32,6 +32,9 @@ NATIVE_IMAGE_TOKENS = num_image_tokens(NATIVE_SIDE, NATIVE_SIDE)
 POLICY = ResolutionPolicy(native_sequence_length=NATIVE_IMAGE_TOKENS + MAX_TEXT_TOKENS)
 """The reference's policy at the miniature's own native size."""
 
+HELD_OUT_SEED = 2**80
+"""First seed of scenes that nothing trains on."""
+
 _TRANSFORMER: dict[str, Any] = {
     "num_layers": 2,
     "num_single_layers": 4,
@@ -125,25 +128,31 @@ def read_weights(path: Path, parts: Mapping[str, nn.Module]) -> dict[str, str]:
     return metadata
 
 
-def write_pipeline(
-    folder: Path,
-    parts: Mapping[str, nn.Module],
-    *,
-    schnell: bool,
-    shift_factor: float,
-    scaling_factor: float,
-) -> None:
-    """Write a FLUX pipeline in diffusers layout, in float16, with its own resolution policy."""
+def build_pipeline(
+    parts: Mapping[str, nn.Module], *, schnell: bool, latent_mean: float, latent_std: float
+) -> FluxPipeline:
+    """Put models, tokenizers and scheduler together as a stock FLUX pipeline.
+
+    Args:
+        parts: As of `build_miniature`.
+        schnell: Whether its schedule is schnell's.
+        latent_mean: Of the VAE's latents; the pipeline shifts them by it.
+        latent_std: Of the VAE's latents; the pipeline divides them by it.
+    """
     clip_tokenizer, t5_tokenizer = build_tokenizers()
     vae: Any = parts["vae"]
-    vae.register_to_config(shift_factor=shift_factor, scaling_factor=scaling_factor)
-    pipe = FluxPipeline(
+    vae.register_to_config(shift_factor=latent_mean, scaling_factor=1 / latent_std)
+    return FluxPipeline(
         scheduler=build_scheduler(schnell=schnell, native_image_tokens=NATIVE_IMAGE_TOKENS),
         tokenizer=clip_tokenizer,
         tokenizer_2=t5_tokenizer,
-        **{name: part.half() for name, part in parts.items()},
+        **parts,
     )
-    pipe.save_pretrained(folder)
+
+
+def write_pipeline(folder: Path, pipe: FluxPipeline) -> None:
+    """Write a pipeline in diffusers layout, in float16, with the miniature's policy."""
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
     write_atomic(folder / BASE_POLICY_FILE, POLICY.to_json().encode())
 
 

@@ -1,7 +1,7 @@
 """Scenes rendered, encoded and captioned once, so that a stage trains on a transformer alone."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from urae.miniature.autoencoder import load_vae, render_seeds, to_pixels
-from urae.miniature.grammar import Description, ObjectWords
 from urae.miniature.model import MAX_TEXT_TOKENS, build_tokenizers
+from urae.miniature.sources import make_vague
 from urae.miniature.world import caption, sample_scene
 
 _RENDER_PIXELS = 2**22
@@ -81,24 +81,8 @@ def write_terse_caption(seed: int) -> str:
     rng = random.Random(~seed)
     described = sample_scene(seed).description
     if rng.random() < _TERSE_SHARE:
-        described = _leave_out(described, rng)
+        described = make_vague(described, rng)
     return caption(described)
-
-
-def _leave_out(described: Description, rng: random.Random) -> Description:
-    def keep(word: str | None) -> str | None:
-        return word if rng.random() < 0.5 else None
-
-    return replace(
-        described,
-        objects=tuple(
-            ObjectWords(keep(each.size), keep(each.colour), each.shape)
-            for each in described.objects
-        ),
-        texture=keep(described.texture),
-        background=keep(described.background),
-        light=keep(described.light),
-    )
 
 
 def tokenize(captions: list[str]) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n 77"]]:

@@ -1,5 +1,6 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
+import json
 import logging
 import math
 import subprocess
@@ -8,12 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import FluxPipeline
 
 from urae import __version__
 from urae.backbones.flux import pick_device
 from urae.miniature.autoencoder import train_vae
-from urae.miniature.flow import train_flow, train_four_steps, train_guided
+from urae.miniature.flow import TEXT_PARTS, train_flow, train_four_steps, train_guided
+from urae.miniature.model import (
+    Kind,
+    build_miniature,
+    build_pipeline,
+    read_weights,
+    write_pipeline,
+)
 from urae.miniature.recipe import MiniatureRecipe, load_recipe
+from urae.storage import read_tensors, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +70,55 @@ def train_stage(
     job = _Job(recipe, work_dir, metadata, pick_device(), max_seconds)
     work_dir.mkdir(parents=True, exist_ok=True)
     return job.file(name) if STAGES[name](job) else None
+
+
+def load_stage(name: str, work_dir: Path) -> FluxPipeline:
+    """Load a trained stage as a stock pipeline in float32, on the CPU.
+
+    Args:
+        name: A stage that trains a transformer. `base` and the teachers have no distilled guidance:
+            give them `true_cfg_scale` and an empty negative prompt.
+        work_dir: Of the stages' files.
+
+    Raises:
+        ValueError: If the stage has no transformer.
+        FileNotFoundError: If a file is missing.
+    """
+    if name not in STAGES or name == "vae":
+        raise ValueError(f"stage {name!r} is no transformer; choose one of {', '.join(STAGES)}")
+    kind: Kind = "teacher" if name.startswith("teacher") else "dev"
+    parts = build_miniature(kind, guided=name == "dev", seed=0)
+    vae = read_weights(work_dir / "vae.safetensors", {"vae": parts["vae"]})
+    read_weights(work_dir / "base.safetensors", {part: parts[part] for part in TEXT_PARTS})
+    transformer = {"transformer": parts["transformer"]}
+    read_weights(work_dir / f"{name}.safetensors", transformer)
+    return build_pipeline(
+        parts,
+        schnell=name == "schnell",
+        latent_mean=float(vae["latent_mean"]),
+        latent_std=float(vae["latent_std"]),
+    )
+
+
+def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
+    """Write `miniature-dev` and `miniature-schnell` in diffusers layout, as they ship.
+
+    Each folder's `recipe.json` says what its weights come from.
+
+    Raises:
+        FileNotFoundError: If a stage's file is missing.
+    """
+    folders = []
+    for name in ("dev", "schnell"):
+        folder = output_dir / f"miniature-{name}"
+        write_pipeline(folder, load_stage(name, work_dir))
+        record = {
+            stage: read_tensors(work_dir / f"{stage}.safetensors")[1]
+            for stage in ("vae", "base", "dev", name)
+        }
+        write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
+        folders.append(folder)
+    return folders
 
 
 def find_commit() -> str:
