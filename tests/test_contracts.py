@@ -21,7 +21,8 @@ LEVELS = [
     {"backbones"},
     {"adapters"},
     {"features", "generate"},
-    {"train"},
+    {"train", "evaluate"},
+    {"miniature"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

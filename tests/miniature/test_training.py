@@ -59,6 +59,15 @@ def test_the_sizes_are_those_promised():
     assert 2 * count_parameters([teacher["transformer"], *rest]) < 20 * 2**20
 
 
+def test_blocks_begin_as_the_identity():
+    transformer = build_miniature("dev", guided=True, seed=0)["transformer"]
+    hidden, text = torch.randn(1, 6, 192), torch.randn(1, 4, 192)
+    positions = transformer.pos_embed(torch.zeros(10, 3))
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        found_text, found = block(hidden, text, torch.randn(1, 192), positions)
+        assert torch.equal(found, hidden) and torch.equal(found_text, text)
+
+
 def test_every_caption_fits_into_the_text_tokens():
     captions = [caption(sample_scene(seed)) for seed in range(300)]
     t5, clip = tokenize(captions)

@@ -90,7 +90,18 @@ def build_miniature(kind: Kind, *, guided: bool, seed: int) -> dict[str, nn.Modu
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sizes = _TEACHER if kind == "teacher" else _SIZES
-        return build_parts(sizes, build_tokenizers()[0], guided=guided)
+        parts = build_parts(sizes, build_tokenizers()[0], guided=guided)
+    _silence(parts["transformer"])
+    return parts
+
+
+def _silence(transformer: nn.Module) -> None:
+    """Let every block begin as the identity, as in DiT (arXiv:2212.09748, section 3.2)."""
+    for name, module in transformer.named_modules():
+        if name == "proj_out" or name.endswith(("norm.linear", "norm1.linear", "_context.linear")):
+            assert isinstance(module, nn.Linear)
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def write_weights(path: Path, parts: Mapping[str, nn.Module], metadata: Mapping[str, str]) -> None:

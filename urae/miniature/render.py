@@ -55,27 +55,19 @@ LIGHT_FROM = {"even": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), 
 
 @dataclass(frozen=True)
 class View:
-    """Which point of the scene each pixel shows, in pixels of a picture of the whole scene."""
+    """What each pixel of a picture shows: a point of the scene, in pixels from its top left."""
 
     x: Field
     y: Field
-
-
-def view_all(height: int, width: int, device: torch.device | str = "cpu") -> View:
-    """Return the view of the whole scene (1 x H x W): pixel centres at 0.5, 1.5 and so on."""
-    y, x = (torch.arange(side, device=device) + 0.5 for side in (height, width))
-    return View(x.expand(1, height, width), y[:, None].expand(1, height, width))
+    height: int
+    """Of the whole scene, in pixels."""
+    width: int
 
 
 def render(
-    scenes: Sequence[Scene],
-    height: int,
-    width: int,
-    *,
-    device: torch.device | str = "cpu",
-    view: View | None = None,
+    scenes: Sequence[Scene], height: int, width: int, *, device: torch.device | str = "cpu"
 ) -> UInt8[Tensor, "b 3 h w"]:
-    """Render scenes as 8-bit sRGB, on `device`.
+    """Render whole scenes as 8-bit sRGB, on `device`.
 
     Devices agree up to rounding: a channel differs by one level here and there.
 
@@ -84,16 +76,29 @@ def render(
         height: In pixels, a multiple of 16 as for all of FLUX's pictures.
         width: The same.
         device: Where to render.
-        view: What a camera shows of each scene (B or 1 x H x W, on `device`); default: the whole.
 
     Raises:
         ValueError: If there is no scene, or FLUX has no such size.
     """
     check_size(height, width)
+    y, x = (torch.arange(side, device=device) + 0.5 for side in (height, width))
+    x, y = x.expand(1, height, width), y[:, None].expand(1, height, width)
+    return render_view(scenes, View(x, y, height, width))
+
+
+def render_view(scenes: Sequence[Scene], view: View) -> UInt8[Tensor, "b 3 h w"]:
+    """Render what a camera shows of scenes, on the view's device, as `render` does.
+
+    Args:
+        scenes: At least one.
+        view: One for all of them, or for each its own.
+
+    Raises:
+        ValueError: If there is no scene.
+    """
     if not scenes:
         raise ValueError("there is no scene to render; give at least one")
-    view = view or view_all(height, width, device)
-    x, y = (each.expand(len(scenes), height, width) for each in (view.x, view.y))
+    x, y = (each.expand(len(scenes), -1, -1) for each in (view.x, view.y))
     picture = _paint_background(scenes, x, y)
     for n in range(MAX_OBJECTS):
         for shape in SHAPES:
@@ -104,9 +109,9 @@ def render(
             ]
             if rows:
                 objects = [scenes[row].objects[n] for row in rows]
-                colours, coverage = _paint_objects(objects, x[rows], y[rows], height, width)
+                colours, coverage = _paint_objects(objects, x[rows], y[rows], view)
                 picture[rows] = torch.lerp(picture[rows], colours, coverage[:, None])
-    picture *= _light_up(scenes, x / width, y / height)[:, None]
+    picture *= _light_up(scenes, x / view.width, y / view.height)[:, None]
     return (picture + 0.5).clamp(0, 255).to(torch.uint8)
 
 
@@ -131,12 +136,12 @@ def _sample_phase(seed: int) -> tuple[float, float]:
 
 
 def _paint_objects(
-    objects: Sequence[SceneObject], x: Field, y: Field, height: int, width: int
+    objects: Sequence[SceneObject], x: Field, y: Field, view: View
 ) -> tuple[Float[Tensor, "b 3 h w"], Field]:
     """Return the colours and the coverage of one object for each picture, all of one shape."""
-    radius = _column(x, [each.extent * min(height, width) / 2 for each in objects])
-    x = x - _column(x, [each.x * width for each in objects])
-    y = y - _column(y, [each.y * height for each in objects])
+    radius = _column(x, [each.extent * min(view.height, view.width) / 2 for each in objects])
+    x = x - _column(x, [each.x * view.width for each in objects])
+    y = y - _column(y, [each.y * view.height for each in objects])
     distance = SIGNED_DISTANCES[objects[0].shape](x, y, radius)
     coverage = (0.5 - distance).clamp(0, 1)
     inside_rim = (0.5 - distance - RIM_PIXELS).clamp(0, 1)
