@@ -9,6 +9,7 @@ import itertools
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from urae.cli.main import app
+from urae.miniature.check import SceneReport
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "urae"
@@ -148,7 +150,7 @@ def jobs(monkeypatch, tmp_path):
     calls = {}
 
     def stand_in(name, result):
-        def job(config, **_):
+        def job(config, *_, **__):
             calls[name] = config
             return result
 
@@ -159,6 +161,16 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
     monkeypatch.setattr("urae.adapters.convert.convert", stand_in("convert", Path("out")))
     monkeypatch.setattr("urae.generate.generate", stand_in("generate", [Path("a.png")]))
+    for name, result in {
+        "stages.train_stage": Path("vae.safetensors"),
+        "stages.export_pipelines": [Path("miniature-dev")],
+        "stages.load_stage": SimpleNamespace(
+            to=lambda _: SimpleNamespace(set_progress_bar_config=lambda **_: None)
+        ),
+        "score.score_pipeline": [SceneReport(*[True] * 9)],
+        "sources.write_folder": None,
+    }.items():
+        monkeypatch.setattr(f"urae.miniature.{name}", stand_in("miniature", result))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "prompts.txt").write_text("a lighthouse\n")
     monkeypatch.chdir(tmp_path)
@@ -196,12 +208,9 @@ def test_make_targets_and_scripts_exist():
 
 def test_options_in_prose_exist():
     command = typer.main.get_command(app)
-    known = {
-        name
-        for each in command.commands.values()
-        for parameter in each.params
-        for name in parameter.opts
-    }
+    commands = [*command.commands.values()]
+    commands += [sub for each in commands for sub in getattr(each, "commands", {}).values()]
+    known = {name for each in commands for parameter in each.params for name in parameter.opts}
     from urae.config import describe_fields
     from urae.train import TrainConfig
 
