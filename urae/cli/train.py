@@ -1,17 +1,93 @@
 """`urae train`: a recipe and a folder of features to an adapter."""
 
 import os
+import time
+from collections import deque
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars, set_up_logging
+from urae.cli.terminal import Verbose, console, quiet_progress_bars, set_up_logging
 from urae.config import build_config, describe_fields, override, read_toml
 
+if TYPE_CHECKING:
+    from urae.train import StepReport
+
 _OWN_OPTIONS = {"data_dir", "output_dir", "resume", "overwrite"}
+_RECORD_SECTION = "record"  # of a run.toml: what the run was made from, no part of the recipe
+_SECONDS_BETWEEN_LINES = 60.0
+_STEPS_IN_MEAN = 50
+_PANEL_WIDTH = 80
+
+
+class Display:
+    """What a run shows: a live panel on a terminal, else a plain line a minute."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self._recent: deque[StepReport] = deque(maxlen=_STEPS_IN_MEAN)
+        self._last_line = time.monotonic()
+        self._live = Live(Spinner("dots", "loading"), console=console, transient=True)
+        if console.is_terminal and os.environ.get("RANK", "0") == "0":
+            self._live.start()
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def show(self, report: "StepReport") -> None:
+        """Take in a step; called after each."""
+        self._recent.append(report)
+        if self._live.is_started:
+            self._live.update(self._build_panel(report))
+        elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            figures = ", ".join(f"{name} {value}" for name, value in self.describe(report))
+            console.print(f"step {report.step} of {self.num_steps}: {figures}", soft_wrap=True)
+
+    def describe(self, report: "StepReport") -> list[tuple[str, str]]:
+        """Name the figures of a step; loss and pace are means over the last steps."""
+        count = len(self._recent)
+        loss = sum(each.loss for each in self._recent) / count
+        pace = sum(each.seconds for each in self._recent) / count
+        figures = [
+            ("loss", f"{loss:.4f}"),
+            ("s/step", f"{pace:.2f}"),
+            ("ETA", format_seconds(pace * (self.num_steps - report.step))),
+        ]
+        if report.memory_gib is not None:
+            figures.append(("GPU", f"{report.memory_gib:.1f} GiB"))
+        return [*figures, ("size", f"{report.width} x {report.height}")]
+
+    def summarize(self) -> str:
+        """Say the last figures in brackets; nothing if there was no step."""
+        if not self._recent:
+            return ""
+        figures = dict(self.describe(self._recent[-1]))
+        return f" (loss {figures['loss']}, {figures['s/step']} s/step)"
+
+    def _build_panel(self, report: "StepReport") -> Panel:
+        table = Table.grid(expand=True)
+        cells = [("step", f"{report.step} of {self.num_steps}"), *self.describe(report)]
+        table.add_row(*[Text(name, style="dim") for name, _ in cells])
+        table.add_row(*[Text(value) for _, value in cells])
+        bar = ProgressBar(total=self.num_steps, completed=report.step)
+        width = min(_PANEL_WIDTH, console.width)
+        return Panel(Group(table, bar), title="train", title_align="left", width=width)
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as 1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _list_fields(wanted: bool) -> None:
@@ -34,7 +110,7 @@ def train_command(
     data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
@@ -52,31 +128,26 @@ def train_command(
     if str(recipe).startswith("-"):
         raise ValueError(f"the recipe comes first: urae train RECIPE {recipe} ...")
     settings: dict[str, Any] = read_toml(recipe)
+    settings.pop(_RECORD_SECTION, None)
     override(settings, context.args)
     for name in sorted(_OWN_OPTIONS & settings.keys()):
         option = name.removesuffix("_dir").replace("_", "-")
         raise ValueError(f"{name} is no field to override; it is given as --{option}")
     settings |= {"data_dir": data, "output_dir": output, "resume": resume, "overwrite": overwrite}
-    from urae.train import StepReport, TrainConfig, train
+    from urae.train import TrainConfig, train
 
     config = build_config(TrainConfig, settings, str(recipe))
     quiet_progress_bars()
-    with build_progress("loss", "pace") as bar:
-        task = bar.add_task("loading", total=config.steps, loss="", pace="")
-        last = ""
-
-        def show(report: StepReport) -> None:
-            nonlocal last
-            loss, pace = f"loss {report.loss:.4f}", f"{report.seconds:.2f} s/step"
-            bar.update(task, description="train", completed=report.step, loss=loss, pace=pace)
-            last = f"({loss}, {pace})"
-
-        result = train(config, on_step=show)
+    display = Display(config.steps)
+    try:
+        result = train(config, on_step=display.show)
+    finally:
+        display.close()
     if os.environ.get("RANK", "0") != "0":
         return  # one process speaks for all
     if result.finished:
-        text = f"{result.step} steps, adapter {result.adapter_path} {last}"
-        console.print("[green]done:[/]", Text(text))
+        text = f"{result.step} steps, adapter {result.adapter_path}{display.summarize()}"
+        console.print("[green]done:[/]", Text(text), soft_wrap=True)
     else:
         text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
-        console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"))
+        console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"), soft_wrap=True)

@@ -1,11 +1,14 @@
 """Checkpoints: a folder that is there whole or not at all, and resumes bitwise.
 
 `checkpoint-000200/` holds the adapter as a loadable LoRA file, the optimizer's state, both as
-safetensors, and the run's record. Noise and order follow from the seed and the step alone, so
-there is no random state to save.
+safetensors, and the run's record with the SHA-256 of each file. Noise and order follow from the
+seed and the number of batches alone, so there is no random state to save.
 """
 
+import errno
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,8 +23,9 @@ from urae.adapters.files import LORA_FILE_NAME, read_adapter
 from urae.storage import read_tensors, write_atomic, write_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+PLAIN_FILE = "plain_lora_weights.safetensors"
 STATE_FILE = "state.json"
-PARTIAL_PATTERN = ".checkpoint-*.partial"
+_PARTIAL = ".{}.partial"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -34,67 +38,105 @@ class Checkpoint:
 
     @property
     def adapter_path(self) -> Path:
+        """The adapter to use: averaged, where the run averages."""
         return self.path / LORA_FILE_NAME
+
+    @property
+    def trained_path(self) -> Path:
+        """The weights that training goes on from."""
+        plain = self.path / PLAIN_FILE
+        return plain if plain.exists() else self.adapter_path
 
     def discard(self) -> None:
         """Delete the checkpoint; a kill on the way leaves what does not count as one."""
-        (self.path / STATE_FILE).unlink()
-        shutil.rmtree(self.path)
+        partial = self.path.with_name(_PARTIAL.format(self.path.name))
+        shutil.rmtree(partial, ignore_errors=True)
+        self.path.rename(partial)
+        shutil.rmtree(partial)
+
+    def set_aside(self) -> Path:
+        """Rename a damaged checkpoint, so that it is kept but counts no more."""
+        path = self.path.with_name(f"damaged-{self.path.name}")
+        number = 2
+        while path.exists():
+            path = self.path.with_name(f"damaged-{self.path.name}-{number}")
+            number += 1
+        return self.path.rename(path)
 
 
 def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """List a run's whole checkpoints, oldest first."""
+    """List a run's checkpoints, oldest first; whether they are whole is not looked at."""
     found = []
     for path in output_dir.glob("checkpoint-*") if output_dir.is_dir() else []:
-        match = _NAME.match(path.name)
-        if match and (path / STATE_FILE).is_file():
+        if (match := _NAME.match(path.name)) and path.is_dir():
             found.append(Checkpoint(path, int(match[1])))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def clear_partial(output_dir: Path) -> None:
+    """Delete what a killed run left of a checkpoint that it was writing or deleting."""
+    for path in output_dir.glob(_PARTIAL.format("checkpoint-*")):
+        shutil.rmtree(path)
 
 
 def save_checkpoint(
     output_dir: Path,
     step: int,
     *,
-    write_adapter: Callable[[Path], None],
+    write_weights: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
+    keep: int,
 ) -> Checkpoint:
-    """Write a checkpoint beside its place, then move it there; one that is there stays.
+    """Write a checkpoint beside its place, move it there, then delete the oldest beyond `keep`.
+
+    One that is there stays as it is.
 
     Args:
         output_dir: The run's folder.
         step: Optimizer steps done.
-        write_adapter: Called with the path of the adapter file to write.
+        write_weights: Called with the folder to write the adapter's files into.
         optimizer: Its state is saved with full precision.
         record: The run's config and what else must fit on resuming; JSON.
+        keep: Checkpoints to keep, this one included.
 
     Raises:
         OSError: If the disk is full or not writable; earlier checkpoints stay as they are.
     """
     final = output_dir / f"checkpoint-{step:06d}"
-    partial = output_dir / PARTIAL_PATTERN.replace("*", f"{step:06d}")
-    if (final / STATE_FILE).is_file():
+    partial = output_dir / _PARTIAL.format(final.name)
+    if final.is_dir():
         return Checkpoint(final, step)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_adapter(partial / LORA_FILE_NAME)
+        write_weights(partial)
         tensors, plain = _flatten(optimizer.state_dict())
         write_tensors(partial / OPTIMIZER_FILE, tensors, {"urae.optimizer": json.dumps(plain)})
-        state = json.dumps({"step": step, **record}, indent=1)
-        write_atomic(partial / STATE_FILE, state.encode())
-        shutil.rmtree(final, ignore_errors=True)  # without its state file it is none
+        files = {path.name: _digest_file(path) for path in sorted(partial.iterdir())}
+        state = {"step": step, "files": files, **record}
+        state["sha256"] = _digest_record(state)
+        write_atomic(partial / STATE_FILE, json.dumps(state, indent=1).encode())
+        _sync_folder(partial)
         partial.rename(final)
+        _sync_folder(output_dir)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(
             error.errno,
-            f"checkpoint of step {step} could not be written ({error.strerror}); earlier "
-            "checkpoints are whole: free some space, then go on with --resume",
+            f"checkpoint of step {step} could not be written ({reason}); {_remedy(output_dir)}",
             str(final),
         ) from error
+    for checkpoint in find_checkpoints(output_dir)[:-keep]:
+        checkpoint.discard()
     return Checkpoint(final, step)
+
+
+def _remedy(output_dir: Path) -> str:
+    if before := find_checkpoints(output_dir):
+        return f"that of step {before[-1].step} is whole: free some space, then go on with --resume"
+    return "there is none before it: free some space, then start again"
 
 
 def load_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -102,15 +144,35 @@ def load_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         ValueError: If it is damaged.
+        OSError: If it cannot be read.
+    """
+    record: dict[str, Any] = json.loads((checkpoint.path / STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.pop("sha256", None) != _digest_record(record):
+        raise ValueError("checksum differs")
+    return record
+
+
+def find_damage(checkpoint: Checkpoint) -> str | None:
+    """Compare each file of a checkpoint with its checksum.
+
+    Returns:
+        The first file that is not as it was written and why, None if all are.
     """
     try:
-        record: dict[str, Any] = json.loads((checkpoint.path / STATE_FILE).read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint {checkpoint.path} is damaged ({error}); delete that folder to resume from "
-            "the one before"
-        ) from error
-    return record
+        record = load_record(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"{STATE_FILE}: {reason}"
+    if record["step"] != checkpoint.step:
+        return f"{STATE_FILE}: it is of step {record['step']}"
+    for name, wanted in record["files"].items():
+        try:
+            found = _digest_file(checkpoint.path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != wanted:
+            return f"{name}: checksum differs"
+    return None
 
 
 def check_same_origin(checkpoint: Checkpoint | None, origin_hash: str) -> None:
@@ -162,3 +224,24 @@ def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 
 def _as_number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest_record(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, before anything is deleted that they replace."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,14 @@ from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_AT_LEAST_ONE = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "validate_every",
+)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -87,7 +95,7 @@ class TrainConfig:
     batch_size: int = 1
     """Samples of one size a step and device."""
     gradient_accumulation: int = 1
-    """Batches a step."""
+    """Batches a step and device."""
     guidance_scale: float = 1.0
     """Guidance fed to a guidance-distilled base; 1 is crucial (section 3.3)."""
     original_caption_share: float = 0.2
@@ -98,6 +106,14 @@ class TrainConfig:
     """Recompute activations in the backward pass: slower, in far less memory."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep; older ones are deleted once a new one is whole."""
+    ema_decay: float | None = None
+    """Average the adapter's weights with this decay, 0.99 or more; the average is the result."""
+    num_validation: int = 0
+    """Samples held out of training, on which the loss is measured at fixed noises."""
+    validate_every: int = 200
+    """Steps between measurements of the held-out samples."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Experiment tracker, through accelerate."""
     resume: bool = False
@@ -111,9 +127,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_side("resolution", self.resolution)
-        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.num_validation < 0:
+            raise ValueError(f"num_validation {self.num_validation} must be 0 or more")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay {self.ema_decay} must be above 0 and below 1; 0.999 is usual"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^63 - 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):

@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,39 +12,31 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from urae.adapters.files import LORA_FILE_NAME, AdapterFile, check_fits, read_adapter
+from urae.adapters.files import LORA_FILE_NAME
 from urae.backbones.flux import (
-    LatentScale,
-    build_meta_transformer,
     explain_memory,
-    fetch_model,
     fingerprint_component,
     load_transformer,
     pick_dtype,
-    predict_velocity,
-    read_latent_scale,
 )
 from urae.config import flatten
-from urae.features.dataset import Sample, batch_for_step, check_cache, list_samples
-from urae.features.store import fingerprint_encoders
-from urae.flow import add_noise, flow_loss
-from urae.geometry import PATCH
+from urae.features.dataset import Sample, batch_for_step
 from urae.resolution import apply_policy, read_base_policy
-from urae.train.adapter import attach_for_training, check_rank, read_adapters
-from urae.train.batch import Batch, sample_batch
-from urae.train.checkpoint import (
-    Checkpoint,
-    check_same_origin,
-    find_checkpoints,
-    load_optimizer,
-    save_checkpoint,
-)
+from urae.train.adapter import attach_for_training
+from urae.train.batch import sample_batch
+from urae.train.checkpoint import check_same_origin, find_checkpoints
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop, safe_attention
-from urae.train.optimizer import build_optimizer
-from urae.train.output import LOSS_FILE, LossLog, StepReport, clear_output, find_start
+from urae.train.inputs import Inputs, check_inputs
+from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
+from urae.train.output import Curves, StepReport, prepare_output
+from urae.train.ranks import explain_lost_rank, warn_of_other_batch
+from urae.train.record import write_run
+from urae.train.state import build_state
+from urae.train.validate import measure_loss
 
 
 @dataclass(frozen=True)
@@ -58,15 +50,18 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads, checked."""
+class Accumulated:
+    """What the batches of one step gave on this device, beside their gradients."""
 
-    model_path: Path
+    loss: Float[Tensor, ""]
+    """Mean over the batches."""
+    levels: Float[Tensor, "2 levels"]
+    """Sum and number of the samples' losses at each noise level."""
     samples: list[Sample]
-    scale: LatentScale
-    over: list[AdapterFile]
-    start: AdapterFile | None
-    resumed: Checkpoint | None
+
+    @property
+    def stems(self) -> str:
+        return ", ".join(sample.stem for sample in self.samples)
 
 
 def train(
@@ -89,10 +84,11 @@ def train(
         FloatingPointError: At the first non-finite loss or gradient, with its step and samples;
             the state before it is saved.
         MemoryError: If the GPU's memory does not suffice for a step.
+        ConnectionError: If another process of the run is lost.
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
     accelerator = _build_accelerator(config)
-    inputs = _check_inputs(config)
+    inputs = check_inputs(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
 
     transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
@@ -103,12 +99,10 @@ def train(
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     adapter = attach_for_training(
-        transformer, config.adapter, inputs.over, inputs.start, config.seed
+        transformer, config.adapter, inputs.over, inputs.initial, config.seed
     )
-    check_same_origin(inputs.resumed, adapter.origin_hash)
-    optimizer = build_optimizer(adapter.parameters, config.optimizer)
-    if inputs.resumed:
-        load_optimizer(inputs.resumed, optimizer)
+    check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
+    state = build_state(adapter, config, inputs)
     model = accelerator.prepare_model(transformer.train())
 
     metadata = {
@@ -117,89 +111,104 @@ def train(
         "urae.base_revision": fingerprint_component(inputs.model_path, "transformer"),
         "urae.config": json.dumps(flatten(asdict(config))),
     }
-    step = inputs.resumed.step if inputs.resumed else 0
-    log = None
+    batches_per_step = config.gradient_accumulation * accelerator.num_processes
+    record = {
+        "batches_per_step": batches_per_step,
+        "data_hash": inputs.data_hash,
+        "config": flatten(asdict(config)),
+    }
+    curves = None
     if accelerator.is_main_process:
-        if not inputs.resumed:
-            clear_output(config.output_dir)
-        log = LossLog(config.output_dir / LOSS_FILE, step)
+        warn_of_other_batch(inputs.start, batches_per_step)
+        prepare_output(config.output_dir, inputs.start)
+        write_run(config, inputs, policy, accelerator)
+        curves = Curves(config.output_dir, state.step, validates=bool(inputs.held_out))
     _start_tracker(accelerator, config)
 
     def save() -> None:
         if accelerator.is_main_process:
-            save_checkpoint(
-                config.output_dir,
-                step,
-                write_adapter=lambda path: adapter.write(
-                    path, {**metadata, "urae.step": str(step)}
-                ),
-                optimizer=optimizer,
-                record={"config": json.loads(metadata["urae.config"])},
-            )
+            state.save(config, metadata, record)
 
-    with _enough_memory(), safe_attention(), catch_stop() as stop:
-        while step < config.steps:
+    def validate() -> None:
+        with _saved_on_failure(save), state.averaged():
+            losses = measure_loss(transformer, inputs.held_out, config, inputs.scale, accelerator)
+        if curves is not None:
+            curves.write_validation(state.step, losses.tolist())
+        accelerator.log({"validation_loss": losses.mean().item()}, step=state.step)
+
+    with explain_lost_rank(), _enough_memory(), safe_attention(), catch_stop() as stop:
+        if inputs.held_out and state.step == 0:
+            validate()
+        while state.step < config.steps:
             began = time.perf_counter()
-            try:
-                loss, stems = accumulate(model, inputs, step, config, accelerator)
-            except Exception:
-                save()  # the step has changed nothing yet
-                raise
-            norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
-            shared = torch.stack([loss, norm, loss.new_tensor(float(stop.is_set()))])
-            mean_loss, grad_norm, stopping = accelerator.reduce(shared, "mean").tolist()
-            if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-                save()
-                raise FloatingPointError(
-                    f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}, on samples "
-                    f"{', '.join(stems)} of rank {accelerator.process_index}; the state before "
-                    f"this step is saved in {config.output_dir}"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            report = StepReport(step, mean_loss, grad_norm, time.perf_counter() - began)
-            if log is not None:
-                log.write(report)
+            with _saved_on_failure(save):  # the step has changed nothing yet
+                done = accumulate(model, inputs, state.num_batches, config, accelerator)
+                norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
+                sums = torch.stack([done.loss, norm, done.loss.new_tensor(float(stop.is_set()))])
+                sums = torch.cat([sums, done.levels.flatten()])
+                loss, grad_norm, stopping, *levels = accelerator.reduce(sums, "mean").tolist()
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise FloatingPointError(
+                        f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}, on "
+                        f"samples {done.stems} of rank {accelerator.process_index}; the state "
+                        f"before this step is saved in {config.output_dir}"
+                    )
+            state.advance(batches_per_step)
+            report = StepReport(
+                step=state.step,
+                loss=loss,
+                grad_norm=grad_norm,
+                seconds=time.perf_counter() - began,
+                level_losses=mean_levels(levels),
+                height=done.samples[-1].height,
+                width=done.samples[-1].width,
+                memory_gib=_peak_memory(accelerator.device),
+            )
+            if curves is not None:
+                curves.write_step(report)
                 if on_step is not None:
                     on_step(report)
-            accelerator.log({"loss": mean_loss, "grad_norm": grad_norm}, step=step)
-            if stopping or step == config.steps or step % config.checkpoint_every == 0:
+            accelerator.log({"loss": loss, "grad_norm": grad_norm}, step=state.step)
+            finished = state.step == config.steps
+            if inputs.held_out and (finished or state.step % config.validate_every == 0):
+                validate()
+            if finished or stopping or state.step % config.checkpoint_every == 0:
                 save()
             if stopping:
                 break
-    finished = step == config.steps
-    path = config.output_dir / LORA_FILE_NAME
-    if finished and accelerator.is_main_process:
-        adapter.write(path, {**metadata, "urae.step": str(step)})
-    accelerator.wait_for_everyone()
-    if not finished:
-        path = find_checkpoints(config.output_dir)[-1].adapter_path
+        finished = state.step == config.steps
+        if finished and accelerator.is_main_process:
+            state.write_adapter(config.output_dir, metadata)
+        accelerator.wait_for_everyone()
+    folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
     accelerator.end_training()
-    return TrainResult(step, path, finished)
+    return TrainResult(state.step, folder / LORA_FILE_NAME, finished)
 
 
 def accumulate(
-    model: nn.Module, inputs: Inputs, step: int, config: TrainConfig, accelerator: Accelerator
-) -> tuple[torch.Tensor, list[str]]:
+    model: nn.Module,
+    inputs: Inputs,
+    num_batches: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> Accumulated:
     """Add up the gradients of one step on this device.
 
-    Returns:
-        The mean loss of its batches, and the samples' names.
+    Args:
+        model: The transformer in training, as prepared for the devices.
+        inputs: Samples and latent scale.
+        num_batches: Batches that the run, on all devices, has trained on before.
+        config: Of the run.
+        accelerator: Knows the devices.
     """
-    stems: list[str] = []
+    chosen_samples: list[Sample] = []
     losses = torch.zeros(config.gradient_accumulation, device=accelerator.device)
+    levels = torch.zeros(2, NUM_LEVELS, device=accelerator.device)
     for index in range(config.gradient_accumulation):
-        chosen = batch_for_step(
-            inputs.samples,
-            config.batch_size,
-            seed=config.seed,
-            step=step * config.gradient_accumulation + index,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-        )
-        samples = [inputs.samples[number] for number in chosen.indices]
-        stems += [sample.stem for sample in samples]
+        number = num_batches + index * accelerator.num_processes + accelerator.process_index
+        chosen = batch_for_step(inputs.samples, config.batch_size, seed=config.seed, step=number)
+        samples = [inputs.samples[at] for at in chosen.indices]
+        chosen_samples += samples
         batch = sample_batch(
             samples,
             chosen.counters,
@@ -210,47 +219,27 @@ def accumulate(
         )
         last = index == config.gradient_accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = compute_loss(model, batch, config.guidance_scale)
+            each = compute_losses(model, batch, config.guidance_scale)
+            loss = each.mean()
             accelerator.backward(loss / config.gradient_accumulation)
         losses[index] = loss.detach()
-    return losses.mean(), stems
+        levels += sum_levels(each, batch.sigmas)
+    return Accumulated(losses.mean(), levels, chosen_samples)
 
 
-def compute_loss(model: nn.Module, batch: Batch, guidance_scale: float) -> torch.Tensor:
-    """Return the mean flow-matching loss of a batch (velocity MSE, no weighting)."""
-    dtype = next(model.parameters()).dtype
-    noisy = add_noise(batch.latents, batch.noise, batch.sigmas)
-    velocity = predict_velocity(
-        model,
-        noisy.to(dtype),
-        batch.sigmas,
-        batch.prompt_embeds.to(dtype),
-        batch.pooled_prompt_embeds.to(dtype),
-        guidance_scale,
-    )
-    return flow_loss(velocity, batch.latents, batch.noise).mean()
+@contextmanager
+def _saved_on_failure(save: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        save()
+        raise
 
 
-def _check_inputs(config: TrainConfig) -> Inputs:
-    """Find and check everything that a run reads, before any weights load."""
-    resumed = find_start(config)
-    samples = list_samples(config.data_dir)
-    model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
-    meta = build_meta_transformer(model_path)
-    check_cache(
-        samples,
-        latent_channels=meta.config.in_channels // PATCH**2,
-        t5_dim=meta.config.joint_attention_dim,
-        clip_dim=meta.config.pooled_projection_dim,
-        resolution=config.resolution,
-        fingerprints=fingerprint_encoders(model_path),
-    )
-    check_rank(config.adapter, meta)
-    over, start = read_adapters(config.adapter)
-    start = read_adapter(resumed.adapter_path) if resumed else start
-    for file in [*over, *([start] if start else [])]:
-        check_fits(file, meta)
-    return Inputs(model_path, samples, read_latent_scale(model_path), over, start, resumed)
+def _peak_memory(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def _enough_memory() -> AbstractContextManager[None]:

@@ -1,23 +1,39 @@
-"""A run's folder: what may be there when it starts, and its loss file."""
+"""A run's folder: what may be there when it starts, and the curves that it writes."""
 
 import csv
 import io
-import shutil
-from dataclasses import asdict, dataclass
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from urae.adapters.files import LORA_FILE_NAME
 from urae.config import flatten
 from urae.storage import write_atomic
-from urae.train.checkpoint import PARTIAL_PATTERN, Checkpoint, find_checkpoints, load_record
+from urae.train.checkpoint import (
+    Checkpoint,
+    clear_partial,
+    find_checkpoints,
+    find_damage,
+    load_record,
+)
 from urae.train.config import TrainConfig
+from urae.train.loss import NUM_LEVELS
+
+logger = logging.getLogger(__name__)
 
 LOSS_FILE = "loss.csv"
+VALIDATION_FILE = "validation.csv"
+
+_LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 
 # fields that may change between an interrupted run and its continuation
 _FREE_FIELDS = {
-    "data_dir", "output_dir", "steps", "checkpoint_every", "tracker", "resume", "overwrite",
-    "gradient_checkpointing",
+    "data_dir", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "validate_every",
+    "tracker", "resume", "overwrite", "gradient_checkpointing",
+    "gradient_accumulation",  # the order of samples does not depend on it
     "model", "adapter.over",  # compared by their weights, wherever they lie now
 }  # fmt: skip
 
@@ -33,18 +49,42 @@ class StepReport:
     grad_norm: float
     """Before clipping."""
     seconds: float
+    level_losses: tuple[float | None, ...]
+    """Mean over the samples with sigma in each quarter, least noise first; None where none was."""
+    height: int
+    """In pixels, of the main process's last batch."""
+    width: int
+    memory_gib: float | None
+    """The most GPU memory that tensors took so far on the main process's device; None on a CPU."""
 
 
-def find_start(config: TrainConfig) -> Checkpoint | None:
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: anew, or from its last whole checkpoint."""
+
+    checkpoint: Checkpoint | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    """What was saved with the checkpoint."""
+    damaged: tuple[tuple[Checkpoint, str], ...] = ()
+    """Newer checkpoints and what is wrong with them."""
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that the run, on all devices, has trained on."""
+        return int(self.record.get("num_batches", 0))
+
+
+def find_start(config: TrainConfig) -> Start:
     """Find the checkpoint that a run resumes from, without changing anything.
-
-    Returns:
-        The newest one, or None for a run that starts anew.
 
     Raises:
         FileExistsError: If the folder holds a run and the config says nothing about it.
         FileNotFoundError: If there is nothing to resume from.
-        ValueError: If the checkpoint was made with other settings, or has more steps.
+        ValueError: If no checkpoint is whole, or it was made with other settings or more steps.
     """
     checkpoints = find_checkpoints(config.output_dir)
     done = (config.output_dir / LORA_FILE_NAME).exists()
@@ -54,50 +94,101 @@ def find_start(config: TrainConfig) -> Checkpoint | None:
                 f"{config.output_dir} holds a run already; go on with --resume, start anew with "
                 "--overwrite, or choose another --output"
             )
-        return None
+        return Start()
     if not checkpoints:
-        raise FileNotFoundError(f"{config.output_dir} holds no whole checkpoint to resume from")
-    newest = checkpoints[-1]
-    if newest.step > config.steps:
-        raise ValueError(
-            f"{newest.path} has more steps than the {config.steps} asked for; set --steps higher, "
-            "or take that checkpoint as it is"
+        raise FileNotFoundError(
+            f"{config.output_dir} holds no whole checkpoint to resume from; start without --resume"
         )
-    before, now = load_record(newest)["config"], flatten(asdict(config))
+    start = _find_last_whole(checkpoints)
+    assert start.checkpoint is not None
+    if start.step > config.steps:
+        raise ValueError(
+            f"{start.checkpoint.path} has more steps than the {config.steps} asked for; set "
+            "--steps higher, or take that checkpoint as it is"
+        )
+    _check_same_settings(start.checkpoint, start.record["config"], flatten(asdict(config)))
+    return start
+
+
+def _find_last_whole(checkpoints: list[Checkpoint]) -> Start:
+    damaged: list[tuple[Checkpoint, str]] = []
+    for checkpoint in reversed(checkpoints):
+        reason = find_damage(checkpoint)
+        if reason is None:
+            return Start(checkpoint, load_record(checkpoint), tuple(damaged))
+        damaged.append((checkpoint, reason))
+    newest, reason = damaged[0]
+    raise ValueError(
+        f"none of the {len(damaged)} checkpoints in {newest.path.parent} is whole (newest: "
+        f"{newest.path.name}, {reason}); copy one back from a backup, or start anew with "
+        "--overwrite"
+    )
+
+
+def _check_same_settings(
+    checkpoint: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
     for name in sorted((now.keys() | before.keys()) - _FREE_FIELDS):
         if before.get(name) != now.get(name):
             raise ValueError(
-                f"{newest.path} was made with {name} = {before.get(name)}, but the run now says "
-                f"{now.get(name)}; resume with the settings it began with"
+                f"{checkpoint.path} was made with {name} = {before.get(name)}, but the run now "
+                f"says {now.get(name)}; resume with the settings it began with"
             )
-    return newest
 
 
-def clear_output(output_dir: Path) -> None:
-    """Delete an earlier run's checkpoints, whole and partial, and its adapter."""
-    for checkpoint in find_checkpoints(output_dir):
-        checkpoint.discard()
-    for partial in output_dir.glob(PARTIAL_PATTERN):
-        shutil.rmtree(partial)
-    (output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
+def prepare_output(output_dir: Path, start: Start) -> None:
+    """Make a run's folder ready: an earlier run goes, damaged checkpoints are set aside."""
+    clear_partial(output_dir)
+    if start.checkpoint is None:
+        for checkpoint in find_checkpoints(output_dir):
+            checkpoint.discard()
+        (output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
+    for checkpoint, reason in start.damaged:
+        aside = checkpoint.set_aside()
+        logger.warning(
+            f"{checkpoint.path} is damaged ({reason}); it is kept as {aside.name}, and the run "
+            f"goes on from step {start.step}"
+        )
 
 
-class LossLog:
-    """A CSV file of every step; on resuming, steps after the checkpoint are dropped."""
+class Curves:
+    """The run's CSV files; on resuming, rows after the checkpoint are dropped."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        rows: list[list[str]] = []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdecimal()]
-        text = io.StringIO(newline="")
-        kept = [row for row in rows if int(row[0]) <= step]
-        csv.writer(text).writerows([["step", "loss", "grad_norm", "seconds"], *kept])
-        write_atomic(path, text.getvalue().encode())
+    def __init__(self, output_dir: Path, step: int, *, validates: bool) -> None:
+        self._losses = output_dir / LOSS_FILE
+        self._validation = output_dir / VALIDATION_FILE
+        _start_csv(self._losses, ["step", "loss", "grad_norm", "seconds", *_LEVELS], step)
+        if validates:
+            _start_csv(self._validation, ["step", "loss", *_LEVELS], step)
 
-    def write(self, report: StepReport) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(
-                [report.step, report.loss, report.grad_norm, f"{report.seconds:.4f}"]
-            )
+    def write_step(self, report: StepReport) -> None:
+        row = [report.step, report.loss, report.grad_norm, f"{report.seconds:.4f}"]
+        _append_row(self._losses, [*row, *report.level_losses])
+
+    def write_validation(self, step: int, level_losses: Sequence[float]) -> None:
+        mean = sum(level_losses) / len(level_losses)
+        _append_row(self._validation, [step, mean, *level_losses])
+
+
+def _start_csv(path: Path, columns: list[str], step: int) -> None:
+    rows: list[list[str]] = []
+    if step and path.exists():
+        with path.open(newline="", errors="replace") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(columns)]
+    kept = [row for row in rows if row[0].isdecimal() and int(row[0]) <= step]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *kept])
+    write_atomic(path, text.getvalue().encode())
+
+
+def _append_row(path: Path, row: Sequence[object]) -> None:
+    try:
+        with path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"a row of {path.name} could not be written ({os.strerror(error.errno or 0)}); free "
+            "some space, then go on with --resume from the last checkpoint",
+            str(path),
+        ) from error

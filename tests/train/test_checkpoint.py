@@ -1,0 +1,269 @@
+"""Checkpoints: kept, checked, set aside when damaged, and safe from a full disk."""
+
+import csv
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from urae.cli.main import main
+from urae.train import TrainConfig, train
+from urae.train import loop as loop_module
+from urae.train.checkpoint import find_checkpoints, find_damage
+
+FILES = ["pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def steps_of(output_dir: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in find_checkpoints(output_dir)]
+
+
+def flip(path: Path, at: float = 0.7) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 0x10
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.fixture
+def interrupted(settings) -> TrainConfig:
+    """A run with the checkpoints of steps 1, 2 and 3, to be resumed."""
+    train(settings(steps=3, checkpoint_every=1))
+    (settings().output_dir / FILES[0]).unlink()
+    return settings(resume=True, checkpoint_every=1)
+
+
+@pytest.fixture
+def whole(settings, tmp_path) -> Path:
+    return train(settings(output_dir=tmp_path / "whole")).adapter_path
+
+
+def test_the_newest_are_kept(settings):
+    config = settings(steps=5, checkpoint_every=1, keep_checkpoints=2)
+    train(config)
+    assert steps_of(config.output_dir) == [4, 5]
+    assert not list(config.output_dir.glob(".*"))
+
+
+def test_an_old_checkpoint_goes_only_once_the_new_one_is_whole(settings, monkeypatch):
+    seen = []
+
+    def discard(checkpoint):
+        newest = find_checkpoints(settings().output_dir)[-1]
+        seen.append((checkpoint.step, newest.step, find_damage(newest)))
+
+    monkeypatch.setattr("urae.train.checkpoint.Checkpoint.discard", discard)
+    train(settings(steps=3, checkpoint_every=1, keep_checkpoints=1))
+    assert seen == [(1, 2, None), (1, 3, None), (2, 3, None)]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flip", "truncate", "miss"])
+def test_a_damaged_checkpoint_is_set_aside(interrupted, whole, caplog, name, damage):
+    newest = find_checkpoints(interrupted.output_dir)[-1].path
+    damage(newest / name)
+    resumed = train(interrupted)
+    assert f"{newest} is damaged ({name}: " in caplog.text
+    assert "kept as damaged-checkpoint-000003, and the run goes on from step 2" in caplog.text
+    assert (interrupted.output_dir / "damaged-checkpoint-000003").is_dir()
+    assert steps_of(interrupted.output_dir) == [2, 3, 4]  # it does not count against those kept
+    assert same(resumed.adapter_path, whole)
+    with (interrupted.output_dir / "loss.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+
+
+def test_every_flipped_byte_of_a_record_is_seen(interrupted):
+    newest = find_checkpoints(interrupted.output_dir)[-1]
+    path = newest.path / "state.json"
+    before = path.read_bytes()
+    record = json.loads(before)
+    for at in range(len(before)):
+        path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        if find_damage(newest) is None:  # a space became another one
+            assert json.loads(path.read_bytes()) == record
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another(interrupted):
+    newest = find_checkpoints(interrupted.output_dir)[-1].path
+    newest.rename(newest.with_name("checkpoint-000004"))
+    found = find_checkpoints(interrupted.output_dir)[-1]
+    assert find_damage(found) == "state.json: it is of step 3"
+
+
+def test_damage_twice_is_kept_twice(interrupted):
+    for _ in range(2):
+        flip(find_checkpoints(interrupted.output_dir)[-1].path / FILES[1])
+        train(replace(interrupted, steps=3))
+    aside = sorted(path.name for path in interrupted.output_dir.glob("damaged-*"))
+    assert aside == ["damaged-checkpoint-000003", "damaged-checkpoint-000003-2"]
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(interrupted):
+    for checkpoint in find_checkpoints(interrupted.output_dir):
+        flip(checkpoint.path / FILES[1])
+    with pytest.raises(
+        ValueError,
+        match=r"none of the 3 checkpoints in .* is whole \(newest: checkpoint-000003, "
+        r"optimizer.safetensors: checksum differs\); copy one back .* --overwrite",
+    ):
+        train(interrupted)
+    assert steps_of(interrupted.output_dir) == [1, 2, 3]
+
+
+def test_a_torn_row_of_the_curve_does_not_stay(interrupted):
+    path = interrupted.output_dir / "loss.csv"
+    path.write_text(path.read_text() + "1")
+    train(interrupted)
+    with path.open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4]
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_no_space_at_any_write_of_a_checkpoint(settings, whole, monkeypatch, number):
+    """The disk fills at the first, second, ... flush after the step 1 is saved."""
+    fsync, config, count = os.fsync, settings(checkpoint_every=1), []
+
+    def fill(descriptor):
+        if (config.output_dir / "checkpoint-000001").exists():
+            count.append(descriptor)
+            if len(count) > number + 1:  # the first is of the folder itself
+                raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(
+        OSError,
+        match=r"of step \d could not be written \(No space left .* that of step \d is whole",
+    ):
+        train(config)
+    checkpoints = find_checkpoints(config.output_dir)
+    assert [find_damage(checkpoint) for checkpoint in checkpoints] == [None] * len(checkpoints)
+    assert not list(config.output_dir.glob(".*"))
+    monkeypatch.undo()
+    assert same(train(replace(config, resume=True)).adapter_path, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(settings, whole, small_disk):
+    config = settings(output_dir=small_disk / "run", checkpoint_every=1)
+    filler = small_disk / "filler"
+    failures = []
+    for room in range(0, 120, 8):  # in KiB; a checkpoint has about 100
+        shutil.rmtree(config.output_dir, ignore_errors=True)
+        filler.unlink(missing_ok=True)
+        train(replace(config, steps=1))
+        free = shutil.disk_usage(small_disk).free
+        filler.write_bytes(bytes(max(0, free - room * 1024)))
+        try:
+            train(replace(config, steps=2, resume=True))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            failures.append(str(error))
+        checkpoints = find_checkpoints(config.output_dir)
+        assert [find_damage(checkpoint) for checkpoint in checkpoints] == [None] * len(checkpoints)
+        assert checkpoints[0].step == 1
+    assert sum("that of step 1 is whole: free some space" in text for text in failures) > 3
+    filler.unlink()
+    assert same(train(replace(config, resume=True)).adapter_path, whole)
+
+
+def test_the_command_says_so_and_ends_with_code_1(settings, monkeypatch, capsys):
+    """A limit on the size of files stands for the full disk."""
+    config = settings(steps=1, checkpoint_every=1)
+    train(config)
+    options = ["--data", config.data_dir, "--output", config.output_dir, "--steps", 2, "--resume"]
+    arguments = ["urae", "train", config.output_dir / "run.toml", *options]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.value.code == 1
+    assert (
+        "error: checkpoint of step 2 could not be written (File too large); that of step 1 is "
+        "whole: free some space, then go on with --resume" in capsys.readouterr().err
+    )
+    assert steps_of(config.output_dir) == [1]
+
+
+def test_a_curve_that_cannot_be_written(settings, monkeypatch):
+    (settings().output_dir).mkdir()
+
+    def fill(report):
+        path = settings().output_dir / "loss.csv"
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"a row of loss.csv could not be written \(No space left"):
+        train(settings(), on_step=fill)
+
+
+# --- the order of samples -------------------------------------------------------------------------
+
+
+def test_the_order_of_samples_goes_on_with_other_batches_a_step(settings, monkeypatch, caplog):
+    numbers, choose = [], loop_module.batch_for_step
+
+    def record(*arguments, **options):
+        numbers.append(options["step"])
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(loop_module, "batch_for_step", record)
+    train(settings(steps=2, gradient_accumulation=3))
+    assert not caplog.records
+    train(settings(steps=6, resume=True))
+    assert "a step now takes 1 batches over all devices, before it took 3;" in caplog.text
+    assert numbers == list(range(10))
+
+
+def test_other_features_are_refused(settings, tmp_path):
+    data_dir = shutil.copytree(settings().data_dir, tmp_path / "data")
+    train(settings(steps=1, data_dir=data_dir))
+    moved = data_dir.rename(tmp_path / "moved")
+    train(settings(steps=2, data_dir=moved, resume=True))
+    for path in moved.glob("image_3*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"are not those that .*checkpoint-000002 was made with"):
+        train(settings(steps=3, data_dir=moved, resume=True))
+    result = train(
+        settings(
+            steps=1,
+            data_dir=moved,
+            output_dir=tmp_path / "other",
+            adapter=replace(settings().adapter, init=str(settings().output_dir)),
+        )
+    )
+    assert result.finished

@@ -1,0 +1,84 @@
+"""Held-out samples, the loss on them, and the loss at each noise level."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from urae.features.dataset import list_samples
+from urae.train import loop as loop_module
+from urae.train import train
+from urae.train.checkpoint import find_checkpoints
+from urae.train.loss import mean_levels, sum_levels
+from urae.train.validate import hold_out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_held_out_samples_do_not_train(settings, monkeypatch):
+    trained, choose = set(), loop_module.batch_for_step
+
+    def record(samples, *arguments, **options):
+        chosen = choose(samples, *arguments, **options)
+        trained.update(samples[index].stem for index in chosen.indices)
+        return chosen
+
+    monkeypatch.setattr(loop_module, "batch_for_step", record)
+    config = settings(steps=6, num_validation=1)
+    train(config)
+    samples = list_samples(config.data_dir)
+    _, held_out = hold_out(samples, 1, config.seed)
+    assert trained == {sample.stem for sample in samples} - {held_out[0].stem}
+
+
+def test_all_held_out_is_refused(settings):
+    with pytest.raises(ValueError, match="num_validation 4 must be below 4, the number of samples"):
+        train(settings(num_validation=4))
+
+
+def test_measuring_changes_nothing_and_repeats(settings, tmp_path):
+    often = settings(num_validation=2, validate_every=1)
+    seldom = replace(often, validate_every=100, output_dir=tmp_path / "seldom")
+    assert same(train(often).adapter_path, train(seldom).adapter_path)
+    dense, sparse = (rows(c.output_dir / "validation.csv") for c in (often, seldom))
+    assert [row["step"] for row in dense] == ["0", "1", "2", "3", "4"]
+    assert [row["step"] for row in sparse] == ["0", "4"]
+    assert [dense[0], dense[4]] == sparse  # to the last digit
+    assert float(dense[0]["loss"]) == pytest.approx(
+        sum(float(dense[0][f"loss_q{number}"]) for number in range(1, 5)) / 4
+    )
+
+
+def test_the_curve_resumes(settings, tmp_path):
+    config = settings(num_validation=1, validate_every=1, checkpoint_every=2, ema_decay=0.9)
+    whole = replace(config, output_dir=tmp_path / "whole")
+    train(whole)
+    train(replace(config, steps=3))
+    find_checkpoints(config.output_dir)[-1].discard()
+    train(replace(config, resume=True))
+    resumed = rows(config.output_dir / "validation.csv")
+    assert resumed == rows(whole.output_dir / "validation.csv")
+    assert len(resumed) == 5
+
+
+def test_the_loss_of_each_noise_level(settings):
+    losses, sigmas = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.25, 0.251, 0.001, 1.0])
+    sums = sum_levels(losses, sigmas)
+    assert mean_levels(sums.flatten().tolist()) == (2.5, 2.0, None, 8.0)
+    config = settings(gradient_accumulation=3)
+    train(config)
+    for row in rows(config.output_dir / "loss.csv"):
+        found = [float(row[f"loss_q{number}"]) for number in range(1, 5) if row[f"loss_q{number}"]]
+        assert 1 <= len(found) <= 3
+        assert min(found) <= float(row["loss"]) <= max(found)

@@ -1,0 +1,114 @@
+"""What a run reads, found and checked before any weights load."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from urae.adapters.files import AdapterFile, check_fits, read_adapter
+from urae.backbones.flux import (
+    LatentScale,
+    build_meta_transformer,
+    fetch_model,
+    read_latent_scale,
+)
+from urae.features.dataset import Sample, check_cache, list_samples
+from urae.features.store import fingerprint_encoders
+from urae.geometry import PATCH
+from urae.train.adapter import check_rank, read_adapters
+from urae.train.config import TrainConfig
+from urae.train.output import Start, find_start
+from urae.train.validate import hold_out
+
+_EDGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked."""
+
+    model_path: Path
+    samples: list[Sample]
+    """To train on."""
+    held_out: list[Sample]
+    """To validate with."""
+    data_hash: str
+    scale: LatentScale
+    over: list[AdapterFile]
+    initial: AdapterFile | None
+    """The adapter's weights to go on from, None for fresh ones."""
+    average: AdapterFile | None
+    """Its averaged weights to go on from, where the resumed run averages."""
+    start: Start
+
+
+def check_inputs(config: TrainConfig) -> Inputs:
+    """Find and check everything that a run reads, before any weights load.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: Says what does not fit.
+    """
+    start = find_start(config)
+    samples = list_samples(config.data_dir)
+    train_samples, held_out = hold_out(samples, config.num_validation, config.seed)
+    model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
+    meta = build_meta_transformer(model_path)
+    check_cache(
+        samples,
+        latent_channels=meta.config.in_channels // PATCH**2,
+        t5_dim=meta.config.joint_attention_dim,
+        clip_dim=meta.config.pooled_projection_dim,
+        resolution=config.resolution,
+        fingerprints=fingerprint_encoders(model_path),
+    )
+    data_hash = fingerprint_samples(samples)
+    check_rank(config.adapter, meta)
+    over, initial = read_adapters(config.adapter)
+    average = None
+    if checkpoint := start.checkpoint:
+        _check_same_data(start, config, data_hash)
+        initial = read_adapter(checkpoint.trained_path)
+        average = read_adapter(checkpoint.adapter_path) if config.ema_decay else None
+    for file in [*over, *([initial] if initial else [])]:
+        check_fits(file, meta)
+    return Inputs(
+        model_path,
+        train_samples,
+        held_out,
+        data_hash,
+        read_latent_scale(model_path),
+        over,
+        initial,
+        average,
+        start,
+    )
+
+
+def fingerprint_samples(samples: Sequence[Sample]) -> str:
+    """Identify the features of a run without reading them whole.
+
+    Returns:
+        SHA-256 over the name, size, beginning (which holds what `urae cache` says of the file's
+        origin) and end of each file, 64 hex digits.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        for path in (sample.latent_path, *sample.embed_paths.values()):
+            with path.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                digest.update(f"{path.name}:{size}\n".encode())
+                for begin in (0, max(0, size - _EDGE_BYTES)):
+                    stream.seek(begin)
+                    digest.update(stream.read(_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def _check_same_data(start: Start, config: TrainConfig, data_hash: str) -> None:
+    assert start.checkpoint is not None
+    if start.record["data_hash"] != data_hash:
+        raise ValueError(
+            f"the features in {config.data_dir} are not those that {start.checkpoint.path} was "
+            "made with, and the order of samples follows from them; bring those back, or begin "
+            f"another --output from its weights: --adapter.init {start.checkpoint.path}"
+        )

@@ -1,0 +1,144 @@
+"""`run.toml`: everything that a run was made from, and a recipe that makes it again."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import urae
+from urae.backbones.flux import fingerprint_component, pick_dtype
+from urae.config import describe_fields
+from urae.resolution import ResolutionPolicy
+from urae.storage import write_atomic
+from urae.train.config import TrainConfig
+from urae.train.inputs import Inputs
+
+RUN_FILE = "run.toml"
+RECORD_SECTION = "record"
+
+_OPTIONS = ("data_dir", "output_dir", "resume", "overwrite")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+_HEADER = """\
+# A recipe: `urae train` takes it like any other, and leaves [record] out.
+# Fields that are not here are absent (none).
+"""
+_RECORD_COMMENT = "What the run was made from; no part of the recipe."
+
+
+def write_run(
+    config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy, accelerator: Accelerator
+) -> None:
+    """Write `run.toml` into the run's folder, whole or not at all.
+
+    Args:
+        config: Of the run.
+        inputs: What it reads.
+        policy: The one in effect, the recipe's or the base's own.
+        accelerator: Knows the devices.
+    """
+    recipe = asdict(config)
+    options = {name: recipe.pop(name) for name in _OPTIONS}
+    record = {
+        **options,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed_from_step": inputs.start.step if inputs.start.checkpoint else None,
+        "base": {
+            "path": inputs.model_path.resolve(),
+            "revision": fingerprint_component(inputs.model_path, "transformer"),
+        },
+        "data": {
+            "path": config.data_dir.resolve(),
+            "hash": inputs.data_hash,
+            "num_train": len(inputs.samples),
+            "num_validation": len(inputs.held_out),
+        },
+        "devices": {
+            "num_ranks": accelerator.num_processes,
+            "device": _name_device(accelerator.device),
+            "dtype": str(pick_dtype(accelerator.device)).removeprefix("torch."),
+            "cuda": torch.version.cuda,
+        },
+        "versions": {
+            "urae": urae.__version__,
+            "commit": find_commit(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in _packages(config)},
+        },
+        "policy": asdict(policy),
+    }
+    comments = {name: text for name, _, text in describe_fields(TrainConfig)}
+    comments[RECORD_SECTION] = _RECORD_COMMENT
+    text = _HEADER + format_toml({**recipe, RECORD_SECTION: record}, comments)
+    write_atomic(config.output_dir / RUN_FILE, text.encode(errors="replace"))
+
+
+def format_toml(settings: Mapping[str, Any], comments: Mapping[str, str], section: str = "") -> str:
+    """Write nested settings as TOML; what is None is left out.
+
+    Args:
+        settings: Numbers, texts, paths, tuples of texts, and sections of them.
+        comments: By dotted name, for the line above.
+        section: Dotted name of the section that `settings` are.
+    """
+    prefix = f"{section}." if section else ""
+    lines, sections = [], []
+    for name, value in settings.items():
+        text = comments.get(prefix + name)
+        comment = f"# {text}\n" if text else ""
+        if isinstance(value, Mapping):
+            inner = format_toml(value, comments, prefix + name)
+            sections.append(f"\n{comment}[{prefix}{name}]\n{inner}")
+        elif value is not None:
+            lines.append(f"{comment}{name} = {_format_value(value)}\n")
+    return "".join(lines + sections)
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_format_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    # a text of JSON is one of TOML, but for this control character
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def find_commit() -> str | None:
+    """Return the commit of the clone that this package runs from, None if it is installed."""
+    root = Path(urae.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # a clone without git is as good
+        return None
+    return done.stdout.strip() or None
+
+
+def _packages(config: TrainConfig) -> list[str]:
+    return [*_PACKAGES, *(["prodigyopt"] if config.optimizer.name == "prodigy" else [])]
+
+
+def _name_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

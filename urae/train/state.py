@@ -1,0 +1,94 @@
+"""What a run changes as it goes: weights, their average, optimizer and counters."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from urae.adapters.attach import read_factors
+from urae.adapters.files import LORA_FILE_NAME
+from urae.train.adapter import TrainingAdapter
+from urae.train.average import Average
+from urae.train.checkpoint import PLAIN_FILE, load_optimizer, save_checkpoint
+from urae.train.config import TrainConfig
+from urae.train.inputs import Inputs
+from urae.train.optimizer import build_optimizer
+
+
+@dataclass
+class TrainingState:
+    """All that goes on from step to step; a checkpoint holds the whole of it."""
+
+    adapter: TrainingAdapter
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    """Of the adapter's weights, where the recipe wants one."""
+    step: int
+    """Optimizer steps done."""
+    num_batches: int
+    """Batches that the run, on all devices, has trained on: its place in the order of samples."""
+
+    def advance(self, num_batches: int) -> None:
+        """Take the step whose gradients are there, from so many batches over all devices."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.num_batches += num_batches
+        if self.average is not None:
+            self.average.update(self.step)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the weights that the run is for in place: the average, where there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def write_adapter(self, folder: Path, metadata: Mapping[str, str]) -> Path:
+        """Write the adapter that the run is for into a folder."""
+        path = folder / LORA_FILE_NAME
+        with self.averaged():
+            self.adapter.write(path, {**metadata, "urae.step": str(self.step)})
+        return path
+
+    def save(
+        self, config: TrainConfig, metadata: Mapping[str, str], record: dict[str, Any]
+    ) -> None:
+        """Save a checkpoint, unless that of this step is there.
+
+        Args:
+            config: Says where, and how many are kept.
+            metadata: Of the adapter's files.
+            record: What else must fit on resuming.
+        """
+
+        def write_weights(folder: Path) -> None:
+            self.write_adapter(folder, metadata)
+            if self.average is not None:
+                plain = {**metadata, "urae.step": str(self.step)}
+                self.adapter.write(folder / PLAIN_FILE, plain)
+
+        save_checkpoint(
+            config.output_dir,
+            self.step,
+            write_weights=write_weights,
+            optimizer=self.optimizer,
+            record={"num_batches": self.num_batches, **record},
+            keep=config.keep_checkpoints,
+        )
+
+
+def build_state(adapter: TrainingAdapter, config: TrainConfig, inputs: Inputs) -> TrainingState:
+    """Build the state that a run starts with, fresh or from its checkpoint."""
+    optimizer = build_optimizer(adapter.parameters, config.optimizer)
+    start = inputs.start
+    if start.checkpoint is not None:
+        load_optimizer(start.checkpoint, optimizer)
+    average = None
+    if config.ema_decay is not None:
+        weights = None
+        if inputs.average is not None:
+            layers = read_factors(adapter.transformer, adapter.name)  # in the parameters' order
+            weights = [factor for name in layers for factor in inputs.average.layers[name]]
+        average = Average(adapter.parameters, config.ema_decay, weights)
+    return TrainingState(adapter, optimizer, average, start.step, start.num_batches)

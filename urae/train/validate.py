@@ -1,0 +1,74 @@
+"""Validation: the loss on held-out samples, always with the same captions, noises and sigmas."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from urae.backbones.flux import LatentScale
+from urae.features.dataset import Sample
+from urae.train.batch import sample_batch
+from urae.train.config import TrainConfig
+from urae.train.loss import NUM_LEVELS, compute_losses
+
+_FIRST_COUNTER = 2**62  # no training sample has it
+
+
+def hold_out(
+    samples: Sequence[Sample], num_validation: int, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Split samples into those to train on and those to validate with.
+
+    Raises:
+        ValueError: If none is left to train on.
+    """
+    if num_validation >= len(samples):
+        raise ValueError(
+            f"num_validation {num_validation} must be below {len(samples)}, the number of samples"
+        )
+    numbers = range(len(samples))
+    held = set(random.Random(f"urae validation {seed}").sample(numbers, num_validation))
+    return (
+        [samples[number] for number in numbers if number not in held],
+        [samples[number] for number in sorted(held)],
+    )
+
+
+@torch.no_grad()
+def measure_loss(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    config: TrainConfig,
+    scale: LatentScale,
+    accelerator: Accelerator,
+) -> Float[Tensor, " levels"]:
+    """Return the mean loss at the middle of each quarter of the noise levels.
+
+    Args:
+        model: The transformer itself, not its wrapper for several devices.
+        samples: Held out; shared out among the devices.
+        config: Of the run.
+        scale: Of the VAE's latents.
+        accelerator: Sums over the devices.
+    """
+    device = accelerator.device
+    sums = torch.zeros(NUM_LEVELS, device=device)
+    for number in range(accelerator.process_index, len(samples), accelerator.num_processes):
+        batch = sample_batch(
+            [samples[number]],
+            [_FIRST_COUNTER + number],
+            seed=config.seed,
+            original_caption_share=config.original_caption_share,
+            scale=scale,
+            device=device,
+        )
+        for level in range(NUM_LEVELS):
+            sigmas = torch.full((1,), (level + 0.5) / NUM_LEVELS, device=device)
+            at_level = replace(batch, sigmas=sigmas)
+            sums[level] += compute_losses(model, at_level, config.guidance_scale)[0]
+    total: Tensor = accelerator.reduce(sums, "sum")
+    return total / len(samples)
