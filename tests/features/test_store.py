@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from urae.features.store import (
     LATENT_KEYS,
     Status,
+    checksum,
     embed_path,
     find_status,
     fingerprint_encoders,
@@ -26,7 +27,11 @@ def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "a_latent_code.safetensors"
     write_features(path, TENSORS, {"resolution": "64"})
     header = read_header(path)
-    assert header.metadata == {"urae_features": "1", "resolution": "64"}
+    assert header.metadata == {
+        "urae_features": "1",
+        "crc32": checksum(TENSORS),
+        "resolution": "64",
+    }
     assert header.shapes == {"mean": (16, 4, 6), "std": (16, 4, 6)}
     tensors = read_features(path, LATENT_KEYS)
     assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
@@ -53,6 +58,18 @@ def test_truncated_features_are_named(tmp_path, size):
     for read in (read_header, lambda path: read_features(path, LATENT_KEYS)):
         with pytest.raises(ValueError, match=r"a_latent_code\.safetensors cannot be used.*delete"):
             read(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "a_latent_code.safetensors"
+    write_features(path, TENSORS, {})
+    data = bytearray(path.read_bytes())
+    data[-2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="its bytes have changed since it was written; delete"):
+        read_features(path, LATENT_KEYS)
+    save_file(TENSORS, path)  # the reference's have no checksum
+    read_features(path, LATENT_KEYS)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

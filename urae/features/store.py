@@ -8,6 +8,7 @@ folder. The metadata is ours: it says what a file was made from.
 """
 
 import hashlib
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -29,6 +30,7 @@ EMBED_KEYS = ("caption_feature_t5", "caption_feature_clip")
 FORMAT_KEY = "urae_features"
 FORMAT_VERSION = "1"
 """Raised when the way features are made changes: older files are then made again."""
+CHECKSUM_KEY = "crc32"
 
 
 class Status(Enum):
@@ -132,12 +134,16 @@ def read_features(path: Path, keys: Collection[str]) -> dict[str, Tensor]:
         keys: Those that must be there.
 
     Raises:
-        ValueError: If the file is truncated or corrupt, lacks a key or is not finite.
+        ValueError: If the file is truncated or corrupt, lacks a key, is not finite, or does not
+            have the checksum that it was written with.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _corrupt(path, str(error)) from error
+    wanted = (read_header(path).metadata or {}).get(CHECKSUM_KEY)
+    if wanted is not None and wanted != checksum(tensors):
+        raise _corrupt(path, "its bytes have changed since it was written")
     for key in keys:
         if key not in tensors:
             raise _corrupt(path, f"it has no {key!r}, only {', '.join(tensors) or 'nothing'}")
@@ -160,7 +166,16 @@ def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
                 "overflows in this dtype or its weights are damaged"
             )
     cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    write_atomic(path, save(cpu, {FORMAT_KEY: FORMAT_VERSION, **metadata}))
+    ours = {FORMAT_KEY: FORMAT_VERSION, CHECKSUM_KEY: checksum(cpu)}
+    write_atomic(path, save(cpu, {**ours, **metadata}))
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the CRC-32 of some tensors' bytes, by name: cheap beside reading them."""
+    found = 0
+    for key in sorted(tensors):
+        found = zlib.crc32(tensors[key].contiguous().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def digest(data: bytes | str) -> str:
