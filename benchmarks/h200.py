@@ -396,7 +396,7 @@ def describe_picture(path: Path) -> dict[str, Any]:
     Image.MAX_IMAGE_PIXELS = None
     with Image.open(path) as image:
         contrast = sum(ImageStat.Stat(image.resize((256, 256))).stddev) / 3
-        text = {key: str(image.info.get(key)) for key in ("memory", "vae_tiling", "compiled")}
+        text = {key: str(image.info.get(key)) for key in ("memory", "compiled")}
         return {"pixels": list(image.size), "contrast": round(contrast, 1), **text}
 
 

@@ -104,8 +104,7 @@ def table_generate(result: dict[str, Any]) -> list[str]:
         seconds, peaks = entry["seconds"], entry["peaks_gib"]
         stages = [seconds.get(stage) for stage in ("load", "sample", "decode")]
         peak = [peaks.get(stage) for stage in ("sample", "decode")]
-        where = f"{entry['memory']}{', tiled' if entry['vae_tiling'] == 'true' else ''}"
-        where += ", compiled" if entry["compiled"] == "true" else ""
+        where = f"{entry['memory']}{', compiled' if entry['compiled'] == 'true' else ''}"
         label = f"{width} x {height}, {name}"
         rows.append([label, entry["steps"], where, entry["total_seconds"], *stages, *peak])
     header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]

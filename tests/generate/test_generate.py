@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import urae
 from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
-from urae.generate.memory import choose_placement, needs_tiling
+from urae.generate.memory import choose_placement, decode_bytes
 from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
@@ -59,8 +59,7 @@ def test_a_picture_and_its_recipe(settings, expected):
     assert (record["steps"], record["guidance_scale"]) == ("2", "3.5")
     assert record["max_sequence_length"] == "512"
     assert json.loads(record["versions"])["urae"] == urae.__version__
-    how = [record[name] for name in ("memory", "vae_tiling", "compiled")]
-    assert how == ["resident", "false", "false"]
+    assert (record["memory"], record["compiled"]) == ("resident", "false")
 
 
 def test_the_picture_is_that_of_the_adapted_pipeline(settings, expected, load_pipe):
@@ -304,10 +303,25 @@ def test_a_job_compiles_the_blocks(settings, monkeypatch):
         assert image.text["compiled"] == "true"
 
 
-def test_decoding_in_tiles_when_memory_is_short(settings, monkeypatch, load_pipe, tmp_path):
-    pipe = load_pipe()
-    monkeypatch.setattr("urae.generate.memory.free_bytes", lambda _: 2**20)
-    assert needs_tiling(pipe, 4096, 4096, torch.device("cpu"))
-    (path,) = generate(settings(height=256, width=256, steps=1))
-    with Image.open(path) as image:
-        assert image.text["vae_tiling"] == "true"
+def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_path):
+    (whole,) = generate(settings(height=256, width=256, steps=1))
+    plans = []
+    monkeypatch.setattr(job_module, "decode_bytes", lambda _: 3 * 2**20)
+    run = job_module.vae.plan_decode
+    monkeypatch.setattr(
+        "urae.backbones.vae.plan_decode", lambda *a, **k: plans.append(run(*a, **k)) or plans[-1]
+    )
+    (path,) = generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "short"))
+    assert [plan.whole for plan in plans] == [False]
+    found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
+    assert abs(found - wanted).max() <= 1  # on the edge between two 8-bit levels
+    monkeypatch.setattr(job_module, "decode_bytes", lambda _: 2**10)
+    with pytest.raises(MemoryError, match="decoding 256 x 256 pixels takes at least"):
+        generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_decoding_takes_twelve_gib_of_a_gpu_at_most(monkeypatch):
+    monkeypatch.setattr("urae.generate.memory.usable_bytes", lambda _: 100 * 2**30)
+    assert decode_bytes(torch.device("cuda")) == 12 * 2**30
+    assert decode_bytes(torch.device("cpu")) == 100 * 2**30

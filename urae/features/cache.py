@@ -210,14 +210,12 @@ class _Job:
         except ImageError as error:
             self._skip(source, error)
             return
-        tiled = self.encoders.needs_tiling(*bucket)
         with explain_memory(f"encoding {source.image.name}", "a lower --resolution"):
-            mean, std = self.encoders.encode_image(fit(image, bucket), tiled=tiled)
+            mean, std = self.encoders.encode_image(fit(image, bucket))
         facts = {
             "model": self.config.model,
             "height": str(bucket[0]),
             "width": str(bucket[1]),
-            "vae_tiling": str(tiled).lower(),
         }
         write_features(source.latent_path, {"mean": mean, "std": std}, identity | facts)
         self.report.latents.encoded += 1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -19,10 +20,7 @@ from urae.backbones.flux import (
     pick_device,
     pick_dtype,
 )
-
-# FLUX's VAE peaks at 24.3 GiB when it encodes 4096 x 4096 whole in bfloat16
-_ENCODE_BYTES_PER_PIXEL = 1600
-_ALWAYS_WHOLE_PIXELS = 2048 * 2048
+from urae.backbones.vae import encode, usable_bytes
 
 
 class Encoders:
@@ -66,24 +64,20 @@ class Encoders:
 
     @torch.no_grad()
     def encode_image(
-        self, image: Image.Image, *, tiled: bool = False
+        self, image: Image.Image
     ) -> tuple[Float[Tensor, "c h w"], Float[Tensor, "c h w"]]:
         """Encode a picture to the mean and standard deviation of its latents.
 
+        What does not fit into the free memory whole is split, to the same result.
+
         Args:
             image: 8-bit RGB, sides multiples of 16.
-            tiled: Encode in stock diffusers' tiles: little memory, but not exact.
+
+        Raises:
+            MemoryError: If it does not fit split either.
         """
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         pixels = pixels.to(self.device).float().div(127.5).sub(1).to(self.dtype)
-        self._vae.use_tiling = tiled
-        latents = self._vae.encode(pixels).latent_dist
+        moments = encode(self._vae, pixels, max_bytes=usable_bytes(self.device))
+        latents = DiagonalGaussianDistribution(moments)
         return latents.mean[0], latents.std[0]
-
-    def needs_tiling(self, height: int, width: int) -> bool:
-        """Tell whether a picture above 2048 x 2048 is too large for the GPU's free memory."""
-        if self.device.type != "cuda" or height * width <= _ALWAYS_WHOLE_PIXELS:
-            return False
-        reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        free = torch.cuda.mem_get_info()[0] + reusable
-        return free < _ENCODE_BYTES_PER_PIXEL * height * width

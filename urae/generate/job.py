@@ -18,6 +18,7 @@ from urae import __version__
 from urae.adapters.adapt import adapt
 from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
 from urae.adapters.initial import check_order
+from urae.backbones import vae
 from urae.backbones.flux import (
     build_meta_transformer,
     encode_prompts,
@@ -31,8 +32,8 @@ from urae.backbones.flux import (
 from urae.generate.config import GenerateConfig
 from urae.generate.memory import (
     choose_placement,
+    decode_bytes,
     free_bytes,
-    needs_tiling,
     place,
     weight_bytes,
 )
@@ -124,11 +125,9 @@ def generate(
             return values
 
         with _enough_memory(config, placement):
-            image, tiled = _sample(
-                pipe, embeds[prompt], image_seed, config, sampling, device, report
-            )
+            image = _sample(pipe, embeds[prompt], image_seed, config, sampling, device, report)
         record = _describe(pipe, config, sampling, prompt, image_seed)
-        how = {"memory": placement, "vae_tiling": tiled, "compiled": compiled}
+        how = {"memory": placement, "compiled": compiled}
         save_picture(path, image, {**record, **how})
         written.append(path)
     return written
@@ -223,7 +222,7 @@ def _sample(
     sampling: _Sampling,
     device: torch.device,
     on_step_end: Callable[..., dict[str, Any]],
-) -> tuple[Image.Image, bool]:
+) -> Image.Image:
     latents = pipe(
         **embeds._asdict(),
         height=config.height,
@@ -239,10 +238,8 @@ def _sample(
 
 def decode(
     pipe: FluxPipeline, tokens: torch.Tensor, height: int, width: int, device: torch.device
-) -> tuple[Image.Image, bool]:
-    """Decode packed latents into a picture, in tiles if memory is short.
-
-    Stock tiling is not exact: each tile has its own normalisation and attention.
+) -> Image.Image:
+    """Decode packed latents into a picture, exactly, in stripes where memory is short.
 
     Args:
         pipe: Its VAE decodes.
@@ -251,22 +248,18 @@ def decode(
         width: In pixels.
         device: Where the VAE runs.
 
-    Returns:
-        The picture, and whether it was decoded in tiles.
+    Raises:
+        MemoryError: If there is no way within what is free.
     """
     latents = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    tiled = needs_tiling(pipe, height, width, device)
-    if tiled:
-        logger.warning("not enough memory to decode %d x %d whole: in tiles", width, height)
-        pipe.vae.enable_tiling()
-    pixels = pipe.vae.decode(latents.to(device, pipe.vae.dtype), return_dict=False)[0]
-    pipe.vae.disable_tiling()
+    latents = latents.to(device, pipe.vae.dtype)
+    pixels = vae.decode(pipe.vae, latents, max_bytes=decode_bytes(device))
     pipe.maybe_free_model_hooks()
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-    return image, tiled
+    return image
 
 
 def _describe(

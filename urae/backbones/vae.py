@@ -1,0 +1,252 @@
+"""Exact encoding and decoding of large pictures in little memory, by any stock `AutoencoderKL`.
+
+Stock tiling gives each tile its own normalisation and attention, so its pictures differ from whole
+ones. Here the picture's maps are split into stripes of rows with what their convolutions reach
+beyond them, group norms take statistics of the whole picture, and attention sees all of it: the
+result is that of the unsplit model to rounding. The stock modules do the computing; nothing in the
+VAE is replaced. `vae_plan` decides where to split.
+"""
+
+from collections.abc import Iterator
+
+import psutil
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from urae.backbones.vae_chain import Unit, find_source_rows, scale_rows, split_rows
+from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
+
+_USABLE = 0.9  # of what is free, for what allocators lose between blocks
+
+Moments = tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]
+
+
+@torch.no_grad()
+def decode(
+    vae: AutoencoderKL, latents: Float[Tensor, "b c h w"], *, max_bytes: int | None = None
+) -> Float[Tensor, "b 3 height width"]:
+    """Decode latents into pixels, split as far as `max_bytes` demands.
+
+    Args:
+        vae: Unchanged afterwards; its own tiling and slicing are not used.
+        latents: As the VAE's encoder makes them (not those of the transformer), in its dtype and
+            on the device where it is to run.
+        max_bytes: What may be allocated beside the weights and the latents; None: any amount.
+
+    Returns:
+        Pixels in about [-1, 1].
+
+    Raises:
+        MemoryError: If there is no way within `max_bytes`.
+    """
+    batch, _, rows, columns = latents.shape
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    plan = plan_decode(
+        vae, factor * rows, factor * columns,
+        max_bytes=max_bytes, batch=batch, device=latents.device, dtype=latents.dtype,
+    )  # fmt: skip
+    pixels: Tensor = apply_forward_hook(_decode)(vae, latents, plan)
+    return pixels
+
+
+@torch.no_grad()
+def encode(
+    vae: AutoencoderKL, pixels: Float[Tensor, "b 3 height width"], *, max_bytes: int | None = None
+) -> Float[Tensor, "b moments h w"]:
+    """Encode pixels into the moments of their latents, split as far as `max_bytes` demands.
+
+    Args:
+        vae: Unchanged afterwards; its own tiling and slicing are not used.
+        pixels: In [-1, 1], in the VAE's dtype and on the device where it is to run.
+        max_bytes: What may be allocated beside the weights and the pixels; None: any amount.
+
+    Returns:
+        Means, then log variances, as `DiagonalGaussianDistribution` of diffusers takes them.
+
+    Raises:
+        MemoryError: If there is no way within `max_bytes`.
+    """
+    batch, _, height, width = pixels.shape
+    plan = plan_encode(
+        vae, height, width,
+        max_bytes=max_bytes, batch=batch, device=pixels.device, dtype=pixels.dtype,
+    )  # fmt: skip
+    moments: Tensor = apply_forward_hook(_encode)(vae, pixels, plan)
+    return moments
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Return what memory of a device can be counted on: nine tenths of what is free."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(_USABLE * (torch.cuda.mem_get_info(device)[0] + unused))
+    return int(_USABLE * psutil.virtual_memory().available)
+
+
+# run by accelerate's hook, which brings an offloaded VAE to the device
+def _decode(vae: AutoencoderKL, latents: Tensor, plan: VaePlan) -> Tensor:
+    if not plan.whole:
+        return _run_segments(plan.segments, latents)
+    quant = vae.post_quant_conv
+    pixels: Tensor = vae.decoder(latents if quant is None else quant(latents))
+    return pixels
+
+
+def _encode(vae: AutoencoderKL, pixels: Tensor, plan: VaePlan) -> Tensor:
+    if not plan.whole:
+        return _run_segments(plan.segments, pixels)
+    moments: Tensor = vae.encoder(pixels)
+    return moments if vae.quant_conv is None else vae.quant_conv(moments)
+
+
+# --- segments -------------------------------------------------------------------------------------
+
+
+def _run_segments(segments: tuple[Segment, ...], kept: Tensor) -> Tensor:
+    for segment in segments:
+        if segment.stripes == 1:
+            kept = _run(segment.ops, kept)
+        elif segment.ops[0].kind == "attention":
+            _attend(segment.ops[0].module, kept, segment.stripes)
+        else:
+            kept = _run_stripes(segment, kept)
+    return kept
+
+
+def _run_stripes(segment: Segment, kept: Tensor) -> Tensor:
+    """Make the map after a segment from the one before it."""
+    ops, stripes = segment.ops, segment.stripes
+    moments: list[Moments] = []  # of the norms in it, one after the other
+    for index, op in enumerate(ops):
+        if op.kind == "norm":
+            moments.append(_find_moments(ops[:index], op.module, kept, stripes, moments))
+    made = kept if segment.in_place else kept.new_empty(len(kept), *segment.shape)
+    waiting = made[:, :, :0]
+    start = 0
+    for first, last in split_rows(segment.shape.rows, stripes):
+        rows = _run_rows(ops, kept, first, last, moments)
+        made[:, :, start:first] = waiting
+        start, waiting = first, rows
+    made[:, :, start:] = waiting
+    return made
+
+
+def _run_rows(
+    ops: Unit, kept: Tensor, first: int, last: int, moments: list[Moments]
+) -> Float[Tensor, "b c rows w"]:
+    """Make rows `first` to `last` - 1 of what operations make of a map."""
+    start, stop = find_source_rows(ops, first, last)
+    start = max(start, 0)
+    rows = _run(ops, kept[:, :, start:stop].contiguous(), moments)
+    offset = scale_rows(ops, start)
+    return rows[:, :, first - offset : last - offset]
+
+
+def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tensor:
+    """Run the stock modules on a map, or on rows of it and with the whole map's moments.
+
+    Each convolution pads with zeros, so that away from the picture's border its outermost rows are
+    wrong, and one row more with each further convolution: they are those to be cut off.
+    """
+    skips: list[Tensor] = []
+    given: Iterator[Moments] | None = None if moments is None else iter(moments)
+    for op in ops:
+        if op.kind == "branch":
+            skips.append(rows)
+        elif op.kind == "join":
+            rows += skips.pop() if op.module is None else op.module(skips.pop())
+        elif op.kind == "norm" and given is not None:
+            rows = _normalize(op.module, rows, next(given))
+        else:
+            rows = op.module(rows)
+    return rows
+
+
+# --- group norms ----------------------------------------------------------------------------------
+
+
+def _find_moments(
+    ops: Unit, norm: nn.GroupNorm, kept: Tensor, stripes: int, moments: list[Moments]
+) -> Moments:
+    """Find mean and variance of each group of what operations make of a map, in float32.
+
+    Each channel of each stripe has its own mean and variance; the group's variance is their mean
+    plus the variance of the means, so no large sums cancel.
+    """
+    batch, stripe_moments, heights = len(kept), [], []
+    for first, last in split_rows(scale_rows(ops, kept.shape[2]), stripes):
+        stripe_moments.append(_find_channel_moments(_run_rows(ops, kept, first, last, moments)))
+        heights.append(last - first)
+    shares = torch.tensor(heights, device=kept.device) / sum(heights)
+    # each b x groups x channels of a group x stripes
+    found = torch.stack(stripe_moments, dim=-1)
+    variances, means = found.reshape(2, batch, norm.num_groups, -1, len(heights))
+    mean = (means * shares).sum(3).mean(2)
+    variances = variances + (means - mean[:, :, None, None]).square()
+    return mean, (variances * shares).sum(3).mean(2)
+
+
+def _find_channel_moments(rows: Float[Tensor, "b c h w"]) -> Float[Tensor, "2 b c"]:
+    """Find variance and mean of each channel, in float32.
+
+    A few channels at a time: a float32 copy of all would be the largest map.
+    """
+    parts = (torch.var_mean(part.float(), (2, 3), correction=0) for part in rows.chunk(8, dim=1))
+    return torch.cat([torch.stack(part) for part in parts], dim=2)
+
+
+def _normalize(norm: nn.GroupNorm, rows: Tensor, moments: Moments) -> Tensor:
+    """Apply a group norm with given moments.
+
+    It is a batch norm of known statistics, with the rows of our channels for its channels: they are
+    many enough to occupy a GPU.
+    """
+    batch, channels, height, width = rows.shape
+    repeats = channels // norm.num_groups * height
+    mean, variance = (values.repeat_interleave(repeats, dim=1).flatten() for values in moments)
+    affine = (norm.weight, norm.bias)
+    weight, bias = (values.float().repeat_interleave(height).repeat(batch) for values in affine)
+    normalized = torch.batch_norm(
+        rows.reshape(1, -1, width), weight, bias, mean, variance,
+        training=False, momentum=0.0, eps=norm.eps, cudnn_enabled=False,
+    )  # fmt: skip
+    return normalized.view_as(rows)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def _attend(attention: Attention, kept: Tensor, stripes: int) -> None:
+    """Run the middle block's attention in place: all keys and values, queries in stripes."""
+    batch, channels, height, width = kept.shape
+    moments = _find_moments((), attention.group_norm, kept, stripes, [])
+    keys, values = (kept.new_empty(batch, height * width, channels) for _ in range(2))
+
+    def read(first: int, last: int) -> Float[Tensor, "b tokens c"]:
+        rows = _normalize(attention.group_norm, kept[:, :, first:last].contiguous(), moments)
+        return rows.flatten(2).transpose(1, 2)
+
+    def split_heads(tokens: Float[Tensor, "b tokens c"]) -> Float[Tensor, "b heads tokens d"]:
+        return tokens.view(batch, -1, attention.heads, channels // attention.heads).transpose(1, 2)
+
+    def answer(query: Float[Tensor, "b tokens c"]) -> Float[Tensor, "b c tokens"]:
+        q, k, v = map(split_heads, (query, keys, values))
+        found = F.scaled_dot_product_attention(q, k, v)
+        made: Tensor = attention.to_out[0](found.transpose(1, 2).flatten(2))
+        return made.transpose(1, 2)
+
+    for first, last in split_rows(height, stripes):
+        place = slice(first * width, last * width)
+        tokens = read(first, last)
+        keys[:, place] = attention.to_k(tokens)
+        values[:, place] = attention.to_v(tokens)
+        del tokens
+    for first, last in split_rows(height, stripes):
+        found = answer(attention.to_q(read(first, last)))
+        kept[:, :, first:last] += found.view(batch, channels, last - first, width)
+        del found
