@@ -156,6 +156,15 @@ def test_metadata_says_what_a_file_was_made_from(cached, base_dev):
     }
 
 
+def test_the_model_says_how_many_text_tokens(cached_copy, settings, base_dev, tmp_path):
+    model = shutil.copytree(base_dev, tmp_path / "short")
+    path = model / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 24}))
+    cache(settings(cached_copy, model=str(model), max_sequence_length=None))
+    embeds = read_header(cached_copy / "image_0_prompt_embed.safetensors")
+    assert embeds.shapes["caption_feature_t5"][0] == 24
+
+
 def test_a_second_run_does_nothing_and_loads_nothing(cached, settings, monkeypatch):
     refuse_to_load(monkeypatch)
     before = features_of(cached)

@@ -22,7 +22,9 @@ def cache_command(
     resolution: Annotated[
         int, typer.Option(help="Side of the square whose tokens are the budget of a picture.")
     ] = 2048,
-    max_sequence_length: Annotated[int, typer.Option(help="Text tokens.")] = 512,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="Text tokens [dim](the model's: 512 for FLUX.1)[/].")
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(

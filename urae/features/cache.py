@@ -5,7 +5,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from urae.backbones.flux import explain_memory, fetch_model
+from urae.backbones.flux import (
+    MAX_TEXT_TOKENS,
+    explain_memory,
+    fetch_model,
+    read_text_tokens,
+)
 from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
@@ -27,7 +32,6 @@ from urae.features.store import (
 from urae.geometry import check_side
 from urae.storage import write_atomic
 
-MAX_SEQUENCE_LENGTH = 512
 WORK_DIR = ".urae"
 REPORT_NAME = "cache_report.json"
 
@@ -45,18 +49,20 @@ class CacheConfig:
     """`flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder or a single file."""
     resolution: int
     """Side in pixels of the square whose tokens are every picture's budget; a multiple of 16."""
-    max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    """Tokens that T5's embeddings are padded or cut to, 1 to 512 (FLUX.1-schnell: 256)."""
+    max_sequence_length: int | None = None
+    """Tokens that T5's embeddings are padded or cut to, 1 to 512; by default the model's own: 512
+    for FLUX.1 (schnell was trained with 256)."""
     overwrite: bool = False
     """Make features again that carry no metadata: the reference implementation's."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         check_side("resolution", self.resolution)
-        if not 1 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
+        length = self.max_sequence_length
+        if length is not None and not 1 <= length <= MAX_TEXT_TOKENS:
             raise ValueError(
-                f"max_sequence_length {self.max_sequence_length} is outside 1 to "
-                f"{MAX_SEQUENCE_LENGTH}, what FLUX was trained with; try {MAX_SEQUENCE_LENGTH}"
+                f"max_sequence_length {length} is outside 1 to {MAX_TEXT_TOKENS}, what FLUX was "
+                f"trained with; try {MAX_TEXT_TOKENS}"
             )
 
 
@@ -109,7 +115,8 @@ def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheRepo
     sources, skips = find_sources(config.data_dir)
     model_path = fetch_model(config.model, without=["transformer"])
     encoders = Encoders(model_path)
-    job = _Job(config, encoders, fingerprint_encoders(model_path))
+    text_tokens = config.max_sequence_length or read_text_tokens(model_path)
+    job = _Job(config, encoders, fingerprint_encoders(model_path), text_tokens)
     job.report.skipped += skips
     progress = progress or _no_progress
 
@@ -137,9 +144,12 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 class _Job:
     """One run: what makes a file up to date, what is due, and the report."""
 
-    def __init__(self, config: CacheConfig, encoders: Encoders, prints: Fingerprints) -> None:
+    def __init__(
+        self, config: CacheConfig, encoders: Encoders, prints: Fingerprints, text_tokens: int
+    ) -> None:
         self.config = config
         self.encoders = encoders
+        self.text_tokens = text_tokens
         self.report = CacheReport()
         # The content's hash is added file by file
         common = {FORMAT_KEY: FORMAT_VERSION, "dtype": name_dtype(encoders.dtype)}
@@ -149,7 +159,7 @@ class _Job:
         }
         self.embed_identity = common | {
             "text_encoders": prints.text_encoders,
-            "max_sequence_length": str(config.max_sequence_length),
+            "max_sequence_length": str(text_tokens),
         }
 
     def plan(
@@ -192,7 +202,7 @@ class _Job:
             self.report.embeds.shared += 1
             return
         with explain_memory("the text encoders", "closing what else uses the GPU"):
-            t5, clip = self.encoders.encode_caption(caption, self.config.max_sequence_length)
+            t5, clip = self.encoders.encode_caption(caption, self.text_tokens)
         tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
         write_features(path, tensors, identity | {"model": self.config.model})
         self.report.embeds.encoded += 1
