@@ -12,7 +12,7 @@ from urae.features.sources import find_sources
 from urae.miniature.autoencoder import reconstruction_losses
 from urae.miniature.flow import sample_batch, sample_shifted_sigmas
 from urae.miniature.grammar import parse_caption
-from urae.miniature.loop import LoopConfig, run_loop
+from urae.miniature.loop import LoopConfig, StageRun, run_loop
 from urae.miniature.model import (
     MAX_TEXT_TOKENS,
     NATIVE_IMAGE_TOKENS,
@@ -146,7 +146,7 @@ def test_dropped_captions_are_the_empty_one():
 
 
 def test_a_stopped_loop_goes_on_to_the_same_bits(tmp_path):
-    def run(state_path, max_seconds):
+    def train(name, max_seconds):
         torch.manual_seed(0)
         module = nn.Linear(4, 4)
 
@@ -155,13 +155,12 @@ def test_a_stopped_loop_goes_on_to_the_same_bits(tmp_path):
             return (module(inputs) - inputs).square().mean(), {}
 
         config = LoopConfig(steps=30, lr=1e-2, warmup_steps=3, ema_decay=0.9)
-        return run_loop(
-            module, compute_loss, config, seed=1, state_path=state_path, max_seconds=max_seconds
-        )
+        run = StageRun(tmp_path, 1, {}, torch.device("cpu"), max_seconds)
+        return run_loop(module, compute_loss, config, name, run)
 
-    whole = run(tmp_path / "whole.pt", math.inf)
+    whole = train("whole", math.inf)
     pieces = 1
-    while (found := run(tmp_path / "pieces.pt", 0)) is None:
+    while (found := train("pieces", 0)) is None:
         pieces += 1
     assert pieces == 30
     for wanted, got in zip(whole.parameters(), found.parameters(), strict=True):
@@ -176,8 +175,8 @@ def test_a_loss_that_is_not_finite_stops_the_loop(tmp_path):
             module,
             lambda *_: (module.weight.sum() * math.nan, {}),
             LoopConfig(steps=1, lr=1e-3),
-            seed=0,
-            state_path=tmp_path / "state.pt",
+            "vae",
+            StageRun(tmp_path, 0, {}, torch.device("cpu"), math.inf),
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from urae.miniature.loop import run_loop
+from urae.miniature.loop import StageRun, run_loop
 from urae.miniature.model import HELD_OUT_SEED, build_miniature, read_weights, write_weights
 from urae.miniature.recipe import VaeStage
 from urae.miniature.render import render
@@ -32,32 +32,24 @@ class LatentStatistics:
     std: float
 
 
-def train_vae(
-    config: VaeStage,
-    path: Path,
-    *,
-    seed: int,
-    metadata: Mapping[str, str],
-    device: torch.device,
-    max_seconds: float,
-) -> bool:
+def train_vae(config: VaeStage, run: StageRun) -> bool:
     """Train the VAE and write it, with the statistics of its latents.
 
     Returns:
         Whether it is done; if not, call again to go on.
     """
-    vae: Any = build_miniature("dev", guided=True, seed=seed)["vae"]
-    vae.to(device, memory_format=torch.channels_last)
+    vae: Any = build_miniature("dev", guided=True, seed=run.seed)["vae"]
+    vae.to(run.device, memory_format=torch.channels_last)
     model = _Reconstruction(vae)
-    compute = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    compute = torch.compile(model, dynamic=False) if run.on_gpu else model
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = _sample_pixels(config, seed, step, device)
+        pixels = _sample_pixels(config, run.seed, step, run.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with run.autocast():
             moments_noise = torch.randn(
                 pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8,
-                generator=generator, device=device,
+                generator=generator, device=run.device,
             )  # fmt: skip
             forward = compute if pixels.shape[-1] == 256 else model  # a compilation takes a minute
             reconstruction, mean, logvar = forward(pixels, moments_noise)
@@ -67,19 +59,16 @@ def train_vae(
         loss = error + config.edge_weight * edges + config.kl_weight * divergence
         return loss, {"error": error, "edges": edges, "kl": divergence}
 
-    state_path = path.with_suffix(".state.pt")
-    averaged: Any = run_loop(
-        model, compute_loss, config.loop, seed=seed, state_path=state_path, max_seconds=max_seconds
-    )
+    averaged: Any = run_loop(model, compute_loss, config.loop, "vae", run)
     if averaged is None:
         return False
     vae = averaged.vae
-    statistics = measure_latents(vae, config.num_held_out, device)
+    statistics = measure_latents(vae, config.num_held_out, run.device)
     record = {"latent_mean": str(statistics.mean), "latent_std": str(statistics.std)}
     for side in (256, *config.large_sides):
-        record[f"psnr_{side}"] = f"{measure_psnr(vae, side, config.num_held_out, device):.2f}"
+        record[f"psnr_{side}"] = f"{measure_psnr(vae, side, config.num_held_out, run.device):.2f}"
     logger.info("vae done: %s", record)
-    write_weights(path, {"vae": vae}, {**metadata, **record})
+    write_weights(run.file("vae"), {"vae": vae}, {**run.metadata, **record})
     return True
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from urae.backbones.flux import predict_velocity
 from urae.flow import add_noise, flow_loss
-from urae.miniature.loop import ComputeLoss, run_loop
+from urae.miniature.loop import ComputeLoss, StageRun, run_loop
 from urae.miniature.model import (
+    NATIVE_SIDE,
     Kind,
     build_miniature,
     count_parameters,
@@ -66,48 +66,40 @@ class CaptionedTransformer(nn.Module):
 def train_flow(
     config: FlowStage,
     kind: Kind,
-    path: Path,
+    stage: str,
+    run: StageRun,
     *,
-    vae_path: Path,
-    start: Path | None,
-    text_path: Path | None,
-    seed: int,
-    metadata: Mapping[str, str],
-    device: torch.device,
-    max_seconds: float,
+    start: str | None = None,
+    text: str | None = None,
 ) -> bool:
     """Train a transformer on renders by flow matching, and write it.
 
     Args:
         config: The stage.
         kind: Which transformer.
-        path: File to write: the transformer, and the text encoders where they are trained too.
-        vae_path: Of the VAE stage.
-        start: Transformer to start from; None starts from random weights.
-        text_path: File with text encoders to use as they are; None trains them too.
-        seed: Of weights, scenes and noise.
-        metadata: Of the file.
-        device: Where to train.
-        max_seconds: Stop after these.
+        stage: Its name: the file has the transformer, and text encoders where they are trained too.
+        run: As of every stage.
+        start: Stage whose transformer to start from; None starts from random weights.
+        text: Stage whose text encoders to use as they are; None trains them too.
 
     Returns:
         Whether it is done; if not, call again to go on.
     """
-    parts = build_miniature(kind, guided=False, seed=seed)
+    parts = build_miniature(kind, guided=False, seed=run.seed)
     model = CaptionedTransformer(parts)
     if start is not None:
-        read_weights(start, {"transformer": model.transformer})
+        read_weights(run.file(start), {"transformer": model.transformer})
     trained = ["transformer", *TEXT_PARTS]
-    if text_path is not None:
-        read_weights(text_path, {name: parts[name] for name in TEXT_PARTS})
+    if text is not None:
+        read_weights(run.file(text), {name: parts[name] for name in TEXT_PARTS})
         trained = ["transformer"]
     for name in set(TEXT_PARTS) - set(trained):
         parts[name].requires_grad_(False)
-    model.to(device)
+    model.to(run.device)
     logger.info("%.2f M parameters", count_parameters([parts[name] for name in trained]) / 1e6)
-    pool = build_pool(vae_path, config.num_scenes, config.side, first_seed=0, device=device)
-    compute = torch.compile(model, dynamic=False) if device.type == "cuda" else model
-    guidance = torch.ones(config.batch_size, device=device)
+    pool = _build_pool(config.num_scenes, config.side, run)
+    compute = torch.compile(model, dynamic=False) if run.on_gpu else model
+    guidance = torch.ones(config.batch_size, device=run.device)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = sample_batch(pool, config.batch_size, generator, config.caption_dropout)
@@ -116,58 +108,34 @@ def train_flow(
         t5_ids = batch.t5_ids
         if step % _LONG_TEXT_EVERY == 0:  # stock pipelines pad to 512 tokens unless told otherwise
             t5_ids = nn.functional.pad(t5_ids, (0, _LONG_TEXT_TOKENS - t5_ids.shape[1]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with run.autocast():
             velocity = compute(noisy, sigmas, t5_ids, batch.clip_ids, guidance)
         losses = flow_loss(velocity, batch.latents, batch.noise)
         return losses.mean(), {"noisy half": losses[sigmas > 0.5].mean()}
 
-    return _run(model, compute_loss, config, trained, path, seed, metadata, max_seconds)
+    return _run(model, compute_loss, config, trained, stage, run)
 
 
-def train_guided(
-    config: DistillStage,
-    path: Path,
-    *,
-    vae_path: Path,
-    base: Path,
-    seed: int,
-    metadata: Mapping[str, str],
-    device: torch.device,
-    max_seconds: float,
-) -> bool:
+def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     """Distil classifier-free guidance into a guidance embedding (arXiv:2210.03142, stage one).
 
-    Args:
-        config: The stage.
-        path: File to write: the transformer.
-        vae_path: Of the VAE stage.
-        base: Transformer and text encoders of the base stage.
-        seed: Of scenes and noise.
-        metadata: Of the file.
-        device: Where to train.
-        max_seconds: Stop after these.
-
-    Returns:
-        As `train_flow`.
+    It learns from the base stage's transformer. Arguments and result as of `train_flow`.
     """
-    teacher = _load(base, base, stored_guided=False, guided=False, device=device)
-    student = _load(base, base, stored_guided=False, guided=True, device=device)
-    pool = build_pool(vae_path, config.num_scenes, 256, first_seed=0, device=device)
-    compute, look_up = (
-        (torch.compile(student), torch.compile(teacher))
-        if device.type == "cuda"
-        else (student, teacher)
-    )
+    teacher = _load("base", run, stored_guided=False, guided=False)
+    student = _load("base", run, stored_guided=False, guided=True)
+    pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
+    compute = torch.compile(student) if run.on_gpu else student
+    look_up = torch.compile(teacher) if run.on_gpu else teacher
     low, high = config.guidance
-    ones = torch.ones(config.batch_size, device=device)
+    ones = torch.ones(config.batch_size, device=run.device)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = sample_batch(pool, config.batch_size, generator, 0.0)
-        sigmas = torch.rand(config.batch_size, generator=generator, device=device)
-        drawn = torch.rand(config.batch_size, generator=generator, device=device)
+        sigmas = torch.rand(config.batch_size, generator=generator, device=run.device)
+        drawn = torch.rand(config.batch_size, generator=generator, device=run.device)
         guidance = low + (high - low) * drawn
         noisy = add_noise(batch.latents, batch.noise, sigmas)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with run.autocast():
             with torch.no_grad():
                 with_caption = look_up(noisy, sigmas, batch.t5_ids, batch.clip_ids, ones).float()
                 empty = pool.empty_t5_ids.expand_as(batch.t5_ids).contiguous()
@@ -178,45 +146,21 @@ def train_guided(
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
-    return _run(student, compute_loss, config, ["transformer"], path, seed, metadata, max_seconds)
+    return _run(student, compute_loss, config, ["transformer"], stage, run)
 
 
-def train_four_steps(
-    config: DistillStage,
-    path: Path,
-    *,
-    vae_path: Path,
-    base: Path,
-    dev: Path,
-    seed: int,
-    metadata: Mapping[str, str],
-    device: torch.device,
-    max_seconds: float,
-) -> bool:
+def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
     """Distil four steps: each learns where the guided model's path ends up after four of its own.
 
-    Half of the paths start from noised renders, half from where the student itself came.
-
-    Args:
-        config: The stage; `guidance` is drawn from for the model that teaches.
-        path: File to write: the transformer.
-        vae_path: Of the VAE stage.
-        base: Text encoders of the base stage.
-        dev: Transformer of the dev stage.
-        seed: Of scenes and noise.
-        metadata: Of the file.
-        device: Where to train.
-        max_seconds: Stop after these.
-
-    Returns:
-        As `train_flow`.
+    Half of the paths start from noised renders, half from where the student itself came. It learns
+    from the dev stage's transformer, at the middle of the stage's guidance. Arguments and result as
+    of `train_flow`.
     """
-    teacher = _load(dev, base, stored_guided=True, guided=True, device=device)
-    student = _load(dev, base, stored_guided=True, guided=False, device=device)
-    pool = build_pool(vae_path, config.num_scenes, 256, first_seed=0, device=device)
-    on_gpu = device.type == "cuda"
-    compute = torch.compile(student) if on_gpu else student
-    look_up = torch.compile(teacher) if on_gpu else teacher
+    teacher = _load("dev", run, stored_guided=True, guided=True)
+    student = _load("dev", run, stored_guided=True, guided=False)
+    pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
+    compute = torch.compile(student) if run.on_gpu else student
+    look_up = torch.compile(teacher) if run.on_gpu else teacher
     low, high = config.guidance
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -234,7 +178,7 @@ def train_four_steps(
             return latents
 
         start, stop = 1 - segment / _SCHNELL_STEPS, 1 - (segment + 1) / _SCHNELL_STEPS
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+        with run.autocast():
             with torch.no_grad():
                 if own_path:
                     latents = follow(compute, batch.noise, 1.0, start, segment)
@@ -249,7 +193,7 @@ def train_four_steps(
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
-    return _run(student, compute_loss, config, ["transformer"], path, seed, metadata, max_seconds)
+    return _run(student, compute_loss, config, ["transformer"], stage, run)
 
 
 def sample_batch(
@@ -273,18 +217,20 @@ def sample_shifted_sigmas(size: int, shift: float, generator: torch.Generator) -
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def _load(
-    transformer: Path, text: Path, *, stored_guided: bool, guided: bool, device: torch.device
-) -> CaptionedTransformer:
-    """Load a transformer and text encoders; a guidance embedding that is new starts at zero."""
+def _build_pool(num_scenes: int, side: int, run: StageRun) -> Pool:
+    return build_pool(run.file("vae"), num_scenes, side, first_seed=0, device=run.device)
+
+
+def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> CaptionedTransformer:
+    """Load a stage's transformer and the base's text encoders; a new guidance embedding is zero."""
     parts = build_miniature("dev", guided=guided, seed=0)
-    read_weights(text, {name: parts[name] for name in TEXT_PARTS})
+    read_weights(run.file("base"), {name: parts[name] for name in TEXT_PARTS})
     model = CaptionedTransformer(parts)
     if stored_guided == guided:
-        read_weights(transformer, {"transformer": model.transformer})
+        read_weights(run.file(stage), {"transformer": model.transformer})
     else:
         stored = build_miniature("dev", guided=stored_guided, seed=0)["transformer"]
-        read_weights(transformer, {"transformer": stored})
+        read_weights(run.file(stage), {"transformer": stored})
         model.transformer.load_state_dict(stored.state_dict(), strict=False)
         if guided:
             last = model.transformer.time_text_embed.guidance_embedder.linear_2
@@ -292,7 +238,7 @@ def _load(
             nn.init.zeros_(last.bias)
     for name in TEXT_PARTS:
         parts[name].requires_grad_(False)
-    return model.to(device)
+    return model.to(run.device)
 
 
 def _run(
@@ -300,16 +246,13 @@ def _run(
     compute_loss: ComputeLoss,
     config: FlowStage | DistillStage,
     trained: list[str],
-    path: Path,
-    seed: int,
-    metadata: Mapping[str, str],
-    max_seconds: float,
+    stage: str,
+    run: StageRun,
 ) -> bool:
-    state_path = path.with_suffix(".state.pt")
-    averaged = run_loop(
-        model, compute_loss, config.loop, seed=seed, state_path=state_path, max_seconds=max_seconds
-    )
+    averaged = run_loop(model, compute_loss, config.loop, stage, run)
     if averaged is None:
         return False
-    write_weights(path, {name: getattr(averaged, name) for name in trained}, metadata)
+    write_weights(
+        run.file(stage), {name: getattr(averaged, name) for name in trained}, run.metadata
+    )
     return True

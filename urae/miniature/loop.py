@@ -38,28 +38,48 @@ class LoopConfig:
     """Gradients are clipped to this norm."""
 
 
+@dataclass(frozen=True)
+class StageRun:
+    """What every stage is given beside its own settings."""
+
+    work_dir: Path
+    """Folder of the stages' files."""
+    seed: int
+    """Of weights, scenes and noise."""
+    metadata: Mapping[str, str]
+    """Of the file that the stage writes."""
+    device: torch.device
+    max_seconds: float
+    """Stop after these; the same call goes on."""
+
+    def file(self, stage: str) -> Path:
+        """Return a stage's file."""
+        return self.work_dir / f"{stage}.safetensors"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def autocast(self) -> torch.autocast:
+        """Compute in bfloat16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu)
+
+
 ComputeLoss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
 """From the step and a generator of its own to the loss, and figures to log beside it."""
 
 
 def run_loop(
-    module: nn.Module,
-    compute_loss: ComputeLoss,
-    config: LoopConfig,
-    *,
-    seed: int,
-    state_path: Path,
-    max_seconds: float = math.inf,
+    module: nn.Module, compute_loss: ComputeLoss, config: LoopConfig, stage: str, run: StageRun
 ) -> nn.Module | None:
     """Train a module; called again after a stop, it goes on where it was.
 
     Args:
-        module: Float32, on its device; trained in place.
+        module: Float32, on the run's device; trained in place.
         compute_loss: Calls the module.
         config: Steps and learning rate.
-        seed: Each step's generator, on the module's device, is seeded from it and the step.
-        state_path: File of the state between calls; deleted once the stage is done.
-        max_seconds: Stop after these, with the state written.
+        stage: Name of the stage; its state between calls is a file until the stage is done.
+        run: Each step's generator is seeded from its seed and the step.
 
     Returns:
         The averaged module when the last step is done, None if the clock ran out before.
@@ -67,22 +87,22 @@ def run_loop(
     Raises:
         FloatingPointError: At the first loss that is not finite.
     """
-    device = next(module.parameters()).device
+    state_path = run.file(stage).with_suffix(".state.pt")
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
+        fused=run.on_gpu,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     decay: Any = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
     average: Any = AveragedModel(module, multi_avg_fn=decay)
     state = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
-    step = _load_state(state_path, state, device)
-    generator = torch.Generator(device)
+    step = _load_state(state_path, state, run.device)
+    generator = torch.Generator(run.device)
     began = logged = kept = time.monotonic()
     logged_step = step
     with safe_attention():
         while step < config.steps:
-            generator.manual_seed(seed * 1_000_003 + step)
+            generator.manual_seed(run.seed * 1_000_003 + step)
             loss, figures = compute_loss(step, generator)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
@@ -100,7 +120,7 @@ def run_loop(
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"step {step}: loss {loss.item()}; lower lr")
                 logged, logged_step = now, step
-            out_of_time = now - began > max_seconds
+            out_of_time = now - began > run.max_seconds
             if step < config.steps and (out_of_time or now - kept > _KEEP_EVERY_SECONDS):
                 _save_state(state_path, state, step)
                 kept = time.monotonic()

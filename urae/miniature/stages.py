@@ -5,16 +5,15 @@ import logging
 import math
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import FluxPipeline
 
 from urae import __version__
 from urae.backbones.flux import pick_device
 from urae.miniature.autoencoder import train_vae
 from urae.miniature.flow import TEXT_PARTS, train_flow, train_four_steps, train_guided
+from urae.miniature.loop import StageRun
 from urae.miniature.model import (
     Kind,
     build_miniature,
@@ -28,16 +27,20 @@ from urae.storage import read_tensors, write_atomic
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Job:
-    recipe: MiniatureRecipe
-    work_dir: Path
-    metadata: dict[str, str]
-    device: torch.device
-    max_seconds: float
+Train = Callable[[MiniatureRecipe, StageRun], bool]
 
-    def file(self, stage: str) -> Path:
-        return self.work_dir / f"{stage}.safetensors"
+STAGES: dict[str, Train] = {
+    "vae": lambda recipe, run: train_vae(recipe.vae, run),
+    "base": lambda recipe, run: train_flow(recipe.base, "dev", "base", run),
+    "dev": lambda recipe, run: train_guided(recipe.dev, "dev", run),
+    "schnell": lambda recipe, run: train_four_steps(recipe.schnell, "schnell", run),
+    "teacher_512": lambda recipe, run: train_flow(
+        recipe.teacher_512, "teacher", "teacher_512", run, text="base"
+    ),
+    "teacher_1024": lambda recipe, run: train_flow(
+        recipe.teacher_1024, "teacher", "teacher_1024", run, start="teacher_512", text="base"
+    ),
+}
 
 
 def train_stage(
@@ -67,9 +70,9 @@ def train_stage(
         "urae.stage": name,
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
-    job = _Job(recipe, work_dir, metadata, pick_device(), max_seconds)
+    run = StageRun(work_dir, recipe.seed, metadata, pick_device(), max_seconds)
     work_dir.mkdir(parents=True, exist_ok=True)
-    return job.file(name) if STAGES[name](job) else None
+    return run.file(name) if STAGES[name](recipe, run) else None
 
 
 def load_stage(name: str, work_dir: Path) -> FluxPipeline:
@@ -128,60 +131,3 @@ def find_commit() -> str:
         return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _vae(job: _Job) -> bool:
-    return train_vae(
-        job.recipe.vae, job.file("vae"), seed=job.recipe.seed, metadata=job.metadata,
-        device=job.device, max_seconds=job.max_seconds,
-    )  # fmt: skip
-
-
-def _base(job: _Job) -> bool:
-    return train_flow(
-        job.recipe.base, "dev", job.file("base"), vae_path=job.file("vae"), start=None,
-        text_path=None, seed=job.recipe.seed, metadata=job.metadata, device=job.device,
-        max_seconds=job.max_seconds,
-    )  # fmt: skip
-
-
-def _teacher_512(job: _Job) -> bool:
-    return train_flow(
-        job.recipe.teacher_512, "teacher", job.file("teacher_512"), vae_path=job.file("vae"),
-        start=None, text_path=job.file("base"), seed=job.recipe.seed, metadata=job.metadata,
-        device=job.device, max_seconds=job.max_seconds,
-    )  # fmt: skip
-
-
-def _teacher_1024(job: _Job) -> bool:
-    return train_flow(
-        job.recipe.teacher_1024, "teacher", job.file("teacher_1024"), vae_path=job.file("vae"),
-        start=job.file("teacher_512"), text_path=job.file("base"), seed=job.recipe.seed,
-        metadata=job.metadata, device=job.device, max_seconds=job.max_seconds,
-    )  # fmt: skip
-
-
-def _dev(job: _Job) -> bool:
-    return train_guided(
-        job.recipe.dev, job.file("dev"), vae_path=job.file("vae"), base=job.file("base"),
-        seed=job.recipe.seed, metadata=job.metadata, device=job.device,
-        max_seconds=job.max_seconds,
-    )  # fmt: skip
-
-
-def _schnell(job: _Job) -> bool:
-    return train_four_steps(
-        job.recipe.schnell, job.file("schnell"), vae_path=job.file("vae"), base=job.file("base"),
-        dev=job.file("dev"), seed=job.recipe.seed, metadata=job.metadata, device=job.device,
-        max_seconds=job.max_seconds,
-    )  # fmt: skip
-
-
-STAGES: dict[str, Callable[[_Job], bool]] = {
-    "vae": _vae,
-    "base": _base,
-    "dev": _dev,
-    "schnell": _schnell,
-    "teacher_512": _teacher_512,
-    "teacher_1024": _teacher_1024,
-}
