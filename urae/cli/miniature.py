@@ -53,7 +53,7 @@ def train_command(
     ] = math.inf,
     verbose: Verbose = False,
 ) -> None:
-    """Train one stage; a GPU is wanted (docs/miniature.md says how long each takes)."""
+    """Train one stage; a GPU is wanted."""
     import logging
 
     from urae.miniature.stages import train_stage
