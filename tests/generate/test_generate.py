@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -296,7 +297,9 @@ def test_compiling_where_it_pays(monkeypatch):
 def test_a_job_compiles_the_blocks(settings, monkeypatch):
     compiled = []
     monkeypatch.setattr(job_module, "pays_to_compile", lambda *_: True)
-    monkeypatch.setattr(job_module, "compile_blocks", compiled.append)
+    monkeypatch.setattr(
+        FluxTransformer2DModel, "compile_repeated_blocks", lambda self: compiled.append(self)
+    )
     (path,) = generate(settings())
     assert len(compiled) == 1
     with Image.open(path) as image:

@@ -38,7 +38,7 @@ from urae.generate.memory import (
     weight_bytes,
 )
 from urae.generate.picture import picture_path, save_picture
-from urae.generate.speed import compile_blocks, pays_to_compile
+from urae.generate.speed import pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.resolution import find_policy, read_base_policy
 
@@ -113,7 +113,7 @@ def generate(
         place(pipe, placement, device)
     compiled = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
     if compiled:
-        compile_blocks(pipe.transformer)
+        pipe.transformer.compile_repeated_blocks()
     written = []
     for number, (path, prompt, image_seed) in enumerate(jobs, start=1):
 

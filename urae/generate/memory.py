@@ -17,7 +17,7 @@ Placement = Literal["resident", "offload"]
 
 # stock blocks took 6.5 GiB beyond the weights for 66,048 tokens of 3072 channels in bfloat16
 _TOKEN_CHANNEL_BYTES = 36
-# decoding 4096^2 whole takes 38 GiB; within 12 it is 1.3 times the work, a second of a minute's job
+# decoding 4096^2 whole takes 38 GiB; within 12 it is 1.3 times the work by plan
 _DECODE_BYTES = 12 * 2**30
 
 

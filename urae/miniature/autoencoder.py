@@ -51,7 +51,7 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
                 pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8,
                 generator=generator, device=run.device,
             )  # fmt: skip
-            forward = compute if pixels.shape[-1] == 256 else model  # a compilation takes a minute
+            forward = compute if pixels.shape[-1] == 256 else model  # each size compiles anew
             reconstruction, mean, logvar = forward(pixels, moments_noise)
         error, edges = reconstruction_losses(reconstruction.float(), pixels)
         mean, logvar = mean.float(), logvar.float()

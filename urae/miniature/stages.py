@@ -1,7 +1,6 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
 import json
-import logging
 import math
 import subprocess
 from collections.abc import Callable
@@ -23,9 +22,6 @@ from urae.miniature.model import (
 )
 from urae.miniature.recipe import MiniatureRecipe, load_recipe
 from urae.storage import read_tensors, write_atomic
-
-logger = logging.getLogger(__name__)
-
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
 
