@@ -51,6 +51,9 @@ def train_command(
     max_minutes: Annotated[
         float, typer.Option(min=0.01, help="Stop after these; the same command goes on.")
     ] = math.inf,
+    commit: Annotated[
+        str | None, typer.Option(help="Of this code, for the file's metadata; else git is asked.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Train one stage; a GPU is wanted."""
@@ -59,7 +62,7 @@ def train_command(
     from urae.miniature.stages import train_stage
 
     logging.getLogger("urae.miniature").setLevel(logging.INFO)
-    path = train_stage(stage.value, recipe, work, max_seconds=60 * max_minutes)
+    path = train_stage(stage.value, recipe, work, max_seconds=60 * max_minutes, commit=commit)
     if path is None:
         console.print("[yellow]stopped:[/] run the same command to go on")
     else:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from urae.miniature.loop import StageRun, run_loop
-from urae.miniature.model import HELD_OUT_SEED, build_miniature, read_weights, write_weights
+from urae.miniature.model import (
+    HELD_OUT_SEED,
+    NATIVE_SIDE,
+    build_miniature,
+    read_weights,
+    write_weights,
+)
 from urae.miniature.recipe import VaeStage
 from urae.miniature.render import render
-from urae.miniature.world import sample_scene
+from urae.miniature.world import Scene, sample_scene
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +49,17 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
     model = _Reconstruction(vae)
     compute = torch.compile(model, dynamic=False) if run.on_gpu else model
 
+    pictures = _render_pictures(config, run.device)
+
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = _sample_pixels(config, run.seed, step, run.device)
+        pixels = _sample_pixels(pictures, config, run.seed, step)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with run.autocast():
             moments_noise = torch.randn(
                 pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8,
                 generator=generator, device=run.device,
             )  # fmt: skip
-            forward = compute if pixels.shape[-1] == 256 else model  # each size compiles anew
+            forward = compute if pixels.shape[-1] == NATIVE_SIDE else model  # others compile anew
             reconstruction, mean, logvar = forward(pixels, moments_noise)
         error, edges = reconstruction_losses(reconstruction.float(), pixels)
         mean, logvar = mean.float(), logvar.float()
@@ -65,7 +73,7 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
     vae = averaged.vae
     statistics = measure_latents(vae, config.num_held_out, run.device)
     record = {"latent_mean": str(statistics.mean), "latent_std": str(statistics.std)}
-    for side in (256, *config.large_sides):
+    for side in (NATIVE_SIDE, *config.large_sides):
         record[f"psnr_{side}"] = f"{measure_psnr(vae, side, config.num_held_out, run.device):.2f}"
     logger.info("vae done: %s", record)
     write_weights(run.file("vae"), {"vae": vae}, {**run.metadata, **record})
@@ -108,19 +116,35 @@ def reconstruction_losses(
     return absolute, bands
 
 
-def _sample_pixels(config: VaeStage, seed: int, step: int, device: torch.device) -> Tensor:
+def _render_pictures(config: VaeStage, device: torch.device) -> dict[int, Tensor]:
+    """Render the pictures that the stage trains on, by their side."""
+    pixels = config.num_scenes * NATIVE_SIDE**2
+    return {
+        side: torch.cat([
+            render(scenes, side, side, device=device)
+            for scenes in sample_scenes(range(max(1, pixels // side**2)), side, device)
+        ])
+        for side in (NATIVE_SIDE, *config.large_sides)
+    }  # fmt: skip
+
+
+def _sample_pixels(
+    pictures: Mapping[int, Tensor], config: VaeStage, seed: int, step: int
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     large = torch.rand((), generator=generator).item() < config.large_share
-    sides = config.large_sides if large else (256,)
+    sides = config.large_sides if large else (NATIVE_SIDE,)
     side = sides[int(torch.randint(len(sides), (), generator=generator))]
     count = max(1, config.pixels // side**2)
-    first = int(torch.randint(2**31, (), generator=generator))
-    return to_pixels(render_seeds(range(first, first + count), side, device))
+    chosen = torch.randint(len(pictures[side]), (count,), generator=generator)
+    return to_pixels(pictures[side][chosen.to(pictures[side].device)])
 
 
-def render_seeds(seeds: range, side: int, device: torch.device) -> Tensor:
-    """Render the scenes of some seeds, square."""
-    return render([sample_scene(number) for number in seeds], side, side, device=device)
+def sample_scenes(seeds: range, side: int, device: torch.device) -> Iterator[list[Scene]]:
+    """Draw scenes, as many at a time as are best rendered together."""
+    size = max(1, (2**24 if device.type == "cuda" else 2**20) // side**2)
+    for start in range(0, len(seeds), size):
+        yield [sample_scene(number) for number in seeds[start : start + size]]
 
 
 def to_pixels(pictures: Tensor) -> Float[Tensor, "b 3 h w"]:
@@ -132,7 +156,7 @@ def to_pixels(pictures: Tensor) -> Float[Tensor, "b 3 h w"]:
 def measure_latents(vae: AutoencoderKL, count: int, device: torch.device) -> LatentStatistics:
     """Measure the latents of some held-out renders at native size."""
     latents = torch.cat(
-        [vae.encode(pixels).latent_dist.mean for pixels in _held_out(256, count, device)]
+        [vae.encode(pixels).latent_dist.mean for pixels in _held_out(NATIVE_SIDE, count, device)]
     )
     return LatentStatistics(latents.mean().item(), latents.std().item())
 
@@ -149,7 +173,7 @@ def measure_psnr(vae: AutoencoderKL, side: int, count: int, device: torch.device
 
 def _held_out(side: int, count: int, device: torch.device) -> Iterator[Tensor]:
     for number in range(HELD_OUT_SEED, HELD_OUT_SEED + count):
-        yield to_pixels(render_seeds(range(number, number + 1), side, device))
+        yield to_pixels(render([sample_scene(number)], side, side, device=device))
 
 
 def load_vae(path: Path, device: torch.device) -> tuple[AutoencoderKL, LatentStatistics]:

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _SCHNELL_STEPS = 4
 _TEACHER_STEPS = 4  # of the guided model within one of the student's
-_LONG_TEXT_EVERY, _LONG_TEXT_TOKENS = 20, 512  # steps, tokens
+# stock pipelines pad to 512 tokens unless told otherwise: every 20th step, of fewer scenes, does so
+_LONG_TEXT_EVERY, _LONG_TEXT_TOKENS, _LONG_TEXT_SHARE = 20, 512, 4
 
 
 class Batch(NamedTuple):
@@ -98,18 +99,19 @@ def train_flow(
     model.to(run.device)
     logger.info("%.2f M parameters", count_parameters([parts[name] for name in trained]) / 1e6)
     pool = _build_pool(config.num_scenes, config.side, run)
-    compute = torch.compile(model, dynamic=False) if run.on_gpu else model
-    guidance = torch.ones(config.batch_size, device=run.device)
+    _compile(model, run)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = sample_batch(pool, config.batch_size, generator, config.caption_dropout)
-        sigmas = sample_shifted_sigmas(config.batch_size, config.sigma_shift, generator)
+        long_text = step % _LONG_TEXT_EVERY == 0
+        size = config.batch_size // _LONG_TEXT_SHARE or 1 if long_text else config.batch_size
+        batch = sample_batch(pool, size, generator, config.caption_dropout)
+        sigmas = sample_shifted_sigmas(size, config.sigma_shift, generator)
         noisy = add_noise(batch.latents, batch.noise, sigmas)
         t5_ids = batch.t5_ids
-        if step % _LONG_TEXT_EVERY == 0:  # stock pipelines pad to 512 tokens unless told otherwise
+        if long_text:
             t5_ids = nn.functional.pad(t5_ids, (0, _LONG_TEXT_TOKENS - t5_ids.shape[1]))
         with run.autocast():
-            velocity = compute(noisy, sigmas, t5_ids, batch.clip_ids, guidance)
+            velocity = model(noisy, sigmas, t5_ids, batch.clip_ids, torch.ones_like(sigmas))
         losses = flow_loss(velocity, batch.latents, batch.noise)
         return losses.mean(), {"noisy half": losses[sigmas > 0.5].mean()}
 
@@ -124,8 +126,8 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     teacher = _load("base", run, stored_guided=False, guided=False)
     student = _load("base", run, stored_guided=False, guided=True)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
-    compute = torch.compile(student) if run.on_gpu else student
-    look_up = torch.compile(teacher) if run.on_gpu else teacher
+    _compile(student, run)
+    _compile(teacher, run)
     low, high = config.guidance
     ones = torch.ones(config.batch_size, device=run.device)
 
@@ -137,12 +139,12 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
         noisy = add_noise(batch.latents, batch.noise, sigmas)
         with run.autocast():
             with torch.no_grad():
-                with_caption = look_up(noisy, sigmas, batch.t5_ids, batch.clip_ids, ones).float()
+                with_caption = teacher(noisy, sigmas, batch.t5_ids, batch.clip_ids, ones).float()
                 empty = pool.empty_t5_ids.expand_as(batch.t5_ids).contiguous()
                 empty_clip = pool.empty_clip_ids.expand_as(batch.clip_ids).contiguous()
-                without = look_up(noisy, sigmas, empty, empty_clip, ones).float()
+                without = teacher(noisy, sigmas, empty, empty_clip, ones).float()
             target = without + guidance[:, None, None, None] * (with_caption - without)
-            velocity = compute(noisy, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+            velocity = student(noisy, sigmas, batch.t5_ids, batch.clip_ids, guidance)
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
@@ -159,8 +161,8 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
     teacher = _load("dev", run, stored_guided=True, guided=True)
     student = _load("dev", run, stored_guided=True, guided=False)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
-    compute = torch.compile(student) if run.on_gpu else student
-    look_up = torch.compile(teacher) if run.on_gpu else teacher
+    _compile(student, run)
+    _compile(teacher, run)
     low, high = config.guidance
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -181,15 +183,15 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
         with run.autocast():
             with torch.no_grad():
                 if own_path:
-                    latents = follow(compute, batch.noise, 1.0, start, segment)
+                    latents = follow(student, batch.noise, 1.0, start, segment)
                 else:
                     sigmas = batch.noise.new_full((config.batch_size,), start)
                     latents = add_noise(batch.latents, batch.noise, sigmas)
-                target = (follow(look_up, latents, start, stop, _TEACHER_STEPS) - latents) / (
+                target = (follow(teacher, latents, start, stop, _TEACHER_STEPS) - latents) / (
                     stop - start
                 )
             sigmas = latents.new_full((config.batch_size,), start)
-            velocity = compute(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+            velocity = student(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
@@ -239,6 +241,12 @@ def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> Ca
     for name in TEXT_PARTS:
         parts[name].requires_grad_(False)
     return model.to(run.device)
+
+
+def _compile(model: CaptionedTransformer, run: StageRun) -> None:
+    """Compile the blocks on a GPU, each kind once: that takes seconds, all at once a minute."""
+    if run.on_gpu:
+        model.transformer.compile_repeated_blocks(dynamic=False)
 
 
 def _run(

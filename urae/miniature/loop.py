@@ -1,7 +1,6 @@
 """The loop of every stage of the miniature's training: EMA, resumable, stopped by the clock."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,11 +24,13 @@ class LoopConfig:
     """How long and how fast a stage learns."""
 
     steps: int
-    """Optimizer updates in all; the learning rate falls to zero over them (cosine)."""
+    """Optimizer updates in all."""
     lr: float
     """Of AdamW, after the warm-up."""
     warmup_steps: int = 500
     """The learning rate rises over these."""
+    decay_share: float = 0.3
+    """Of the steps, the last, over which the learning rate falls to zero in a line."""
     weight_decay: float = 0.01
     """Decoupled."""
     ema_decay: float = 0.999
@@ -134,8 +135,9 @@ def run_loop(
 
 
 def _rate(step: int, config: LoopConfig) -> float:
-    rising = min(1.0, (step + 1) / config.warmup_steps)
-    return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+    rising = (step + 1) / config.warmup_steps
+    falling = (config.steps - step) / (config.decay_share * config.steps)
+    return min(1.0, rising, falling)
 
 
 def _save_state(path: Path, state: Mapping[str, Any], step: int) -> None:

@@ -9,12 +9,12 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from urae.miniature.autoencoder import load_vae, render_seeds, to_pixels
+from urae.miniature.autoencoder import load_vae, sample_scenes, to_pixels
 from urae.miniature.model import MAX_TEXT_TOKENS, build_tokenizers
+from urae.miniature.render import render
 from urae.miniature.sources import make_vague
-from urae.miniature.world import caption, sample_scene
+from urae.miniature.world import Description, caption
 
-_RENDER_PIXELS = 2**22
 _TERSE_SHARE = 0.25
 
 
@@ -49,37 +49,35 @@ def build_pool(
     vae, statistics = load_vae(vae_path, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     latents = torch.empty(num_scenes, 16, side // 8, side // 8, dtype=dtype, device=device)
-    batch = max(1, _RENDER_PIXELS // side**2)
     generator = torch.Generator(device).manual_seed(first_seed)
-    for start in range(0, num_scenes, batch):
-        stop = min(start + batch, num_scenes)
-        seeds = range(first_seed + start, first_seed + stop)
-        found = _encode(vae, seeds, side, device, generator)
-        latents[start:stop] = (found - statistics.mean) / statistics.std
-    captions = [
-        write_terse_caption(number) for number in range(first_seed, first_seed + num_scenes)
-    ]
+    seeds = range(first_seed, first_seed + num_scenes)
+    captions = []
+    for scenes in sample_scenes(seeds, side, device):
+        found = _encode(vae, render(scenes, side, side, device=device), generator)
+        start = len(captions)
+        latents[start : start + len(scenes)] = (found - statistics.mean) / statistics.std
+        captions += [
+            write_terse_caption(scene.description, seed)
+            for scene, seed in zip(scenes, seeds[start:], strict=False)
+        ]
     t5_ids, clip_ids = tokenize([*captions, ""])
     t5_ids, clip_ids = t5_ids.to(device), clip_ids.to(device)
     return Pool(latents, t5_ids[:-1], clip_ids[:-1], t5_ids[-1:], clip_ids[-1:])
 
 
 @torch.no_grad()
-def _encode(
-    vae: AutoencoderKL, seeds: range, side: int, device: torch.device, generator: torch.Generator
-) -> Tensor:
-    pixels = to_pixels(render_seeds(seeds, side, device))
+def _encode(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    device = pictures.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        posterior = vae.encode(pixels).latent_dist
+        posterior = vae.encode(to_pixels(pictures)).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
     latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
     return latents
 
 
-def write_terse_caption(seed: int) -> str:
-    """Describe the scene of a seed, in a quarter of them leaving out parts that may be."""
+def write_terse_caption(described: Description, seed: int) -> str:
+    """Describe a scene; for a quarter of the seeds, leave out parts that may be."""
     rng = random.Random(~seed)
-    described = sample_scene(seed).description
     if rng.random() < _TERSE_SHARE:
         described = make_vague(described, rng)
     return caption(described)

@@ -20,6 +20,8 @@ class VaeStage:
     """Pictures are 256 x 256, or of one of these sides."""
     large_share: float = 0.2
     """Of the batches, those of larger pictures."""
+    num_scenes: int = 16_384
+    """Rendered once, before the first step, at native size; of each larger one, as many pixels."""
     num_held_out: int = 32
     """Scenes that the finished autoencoder is measured on."""
     edge_weight: float = 1.0

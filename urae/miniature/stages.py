@@ -40,7 +40,12 @@ STAGES: dict[str, Train] = {
 
 
 def train_stage(
-    name: str, recipe_path: Path, work_dir: Path, *, max_seconds: float = math.inf
+    name: str,
+    recipe_path: Path,
+    work_dir: Path,
+    *,
+    max_seconds: float = math.inf,
+    commit: str | None = None,
 ) -> Path | None:
     """Train one stage of the miniature.
 
@@ -49,6 +54,7 @@ def train_stage(
         recipe_path: A TOML file of all stages.
         work_dir: Folder of the stages' files; those that this one needs must be there.
         max_seconds: Stop after these; the same call goes on from there.
+        commit: Of this code, for the file's metadata; None asks git.
 
     Returns:
         The stage's file, or None if the time ran out before its last step.
@@ -62,7 +68,7 @@ def train_stage(
     recipe = load_recipe(recipe_path)
     metadata = {
         "urae.version": __version__,
-        "urae.commit": find_commit(),
+        "urae.commit": commit or find_commit(),
         "urae.stage": name,
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
