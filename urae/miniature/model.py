@@ -49,7 +49,7 @@ _SIZES: Sizes = {
     "vae": {
         "block_out_channels": (32, 64, 96, 96),
         "layers_per_block": 1,
-        "norm_num_groups": 16,
+        "norm_num_groups": 8,
         "mid_block_add_attention": False,  # its cost grows with the square of the pixels
         "sample_size": NATIVE_SIDE,
     },
