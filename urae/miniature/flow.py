@@ -1,7 +1,7 @@
 """The transformer stages: flow matching, guidance distilled, and four steps distilled."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ def train_flow(
     model.to(run.device)
     logger.info("%.2f M parameters", count_parameters([parts[name] for name in trained]) / 1e6)
     pool = _build_pool(config.num_scenes, config.side, run)
-    _compile(model, run)
+    compute = _compile(model, run)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         long_text = step % _LONG_TEXT_EVERY == 0
@@ -111,7 +111,8 @@ def train_flow(
         if long_text:
             t5_ids = nn.functional.pad(t5_ids, (0, _LONG_TEXT_TOKENS - t5_ids.shape[1]))
         with run.autocast():
-            velocity = model(noisy, sigmas, t5_ids, batch.clip_ids, torch.ones_like(sigmas))
+            forward = model if long_text else compute  # another length would compile anew
+            velocity = forward(noisy, sigmas, t5_ids, batch.clip_ids, torch.ones_like(sigmas))
         losses = flow_loss(velocity, batch.latents, batch.noise)
         return losses.mean(), {"noisy half": losses[sigmas > 0.5].mean()}
 
@@ -126,8 +127,7 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     teacher = _load("base", run, stored_guided=False, guided=False)
     student = _load("base", run, stored_guided=False, guided=True)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
-    _compile(student, run)
-    _compile(teacher, run)
+    compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
     ones = torch.ones(config.batch_size, device=run.device)
 
@@ -139,12 +139,12 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
         noisy = add_noise(batch.latents, batch.noise, sigmas)
         with run.autocast():
             with torch.no_grad():
-                with_caption = teacher(noisy, sigmas, batch.t5_ids, batch.clip_ids, ones).float()
+                with_caption = look_up(noisy, sigmas, batch.t5_ids, batch.clip_ids, ones).float()
                 empty = pool.empty_t5_ids.expand_as(batch.t5_ids).contiguous()
                 empty_clip = pool.empty_clip_ids.expand_as(batch.clip_ids).contiguous()
-                without = teacher(noisy, sigmas, empty, empty_clip, ones).float()
+                without = look_up(noisy, sigmas, empty, empty_clip, ones).float()
             target = without + guidance[:, None, None, None] * (with_caption - without)
-            velocity = student(noisy, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+            velocity = compute(noisy, sigmas, batch.t5_ids, batch.clip_ids, guidance)
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
@@ -161,8 +161,7 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
     teacher = _load("dev", run, stored_guided=True, guided=True)
     student = _load("dev", run, stored_guided=True, guided=False)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
-    _compile(student, run)
-    _compile(teacher, run)
+    compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -183,15 +182,15 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
         with run.autocast():
             with torch.no_grad():
                 if own_path:
-                    latents = follow(student, batch.noise, 1.0, start, segment)
+                    latents = follow(compute, batch.noise, 1.0, start, segment)
                 else:
                     sigmas = batch.noise.new_full((config.batch_size,), start)
                     latents = add_noise(batch.latents, batch.noise, sigmas)
-                target = (follow(teacher, latents, start, stop, _TEACHER_STEPS) - latents) / (
+                target = (follow(look_up, latents, start, stop, _TEACHER_STEPS) - latents) / (
                     stop - start
                 )
             sigmas = latents.new_full((config.batch_size,), start)
-            velocity = student(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
+            velocity = compute(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
@@ -243,10 +242,12 @@ def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> Ca
     return model.to(run.device)
 
 
-def _compile(model: CaptionedTransformer, run: StageRun) -> None:
-    """Compile the blocks on a GPU, each kind once: that takes seconds, all at once a minute."""
-    if run.on_gpu:
-        model.transformer.compile_repeated_blocks(dynamic=False)
+def _compile(model: CaptionedTransformer, run: StageRun) -> Callable[..., Tensor]:
+    """Compile a model on a GPU, as CUDA graphs: launching its small kernels one by one is slow."""
+    if not run.on_gpu:
+        return model
+    compiled: Callable[..., Tensor] = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    return compiled
 
 
 def _run(

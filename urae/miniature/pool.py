@@ -1,6 +1,8 @@
 """Scenes rendered, encoded and captioned once, so that a stage trains on a transformer alone."""
 
+import logging
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from urae.miniature.model import MAX_TEXT_TOKENS, build_tokenizers
 from urae.miniature.render import render
 from urae.miniature.sources import make_vague
 from urae.miniature.world import Description, caption
+
+logger = logging.getLogger(__name__)
 
 _TERSE_SHARE = 0.25
 
@@ -51,7 +55,8 @@ def build_pool(
     latents = torch.empty(num_scenes, 16, side // 8, side // 8, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(first_seed)
     seeds = range(first_seed, first_seed + num_scenes)
-    captions = []
+    captions: list[str] = []
+    began = time.monotonic()
     for scenes in sample_scenes(seeds, side, device):
         found = _encode(vae, render(scenes, side, side, device=device), generator)
         start = len(captions)
@@ -62,6 +67,7 @@ def build_pool(
         ]
     t5_ids, clip_ids = tokenize([*captions, ""])
     t5_ids, clip_ids = t5_ids.to(device), clip_ids.to(device)
+    logger.info("%d scenes rendered and encoded in %.0f s", num_scenes, time.monotonic() - began)
     return Pool(latents, t5_ids[:-1], clip_ids[:-1], t5_ids[-1:], clip_ids[-1:])
 
 
@@ -87,9 +93,16 @@ def tokenize(captions: list[str]) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n 77
     """Tokenize captions as a FLUX pipeline does, for T5 and for CLIP."""
     clip_tokenizer, t5_tokenizer = build_tokenizers()
     t5, clip = (
-        tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
+        torch.from_numpy(
+            tokenizer(
+                captions,
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_attention_mask=False,
+                return_tensors="np",
+            ).input_ids
+        )
         for tokenizer, length in ((t5_tokenizer, MAX_TEXT_TOKENS), (clip_tokenizer, 77))
     )
     return t5, clip
