@@ -8,8 +8,6 @@ its own JSON at once and runs alone with --parts; `results.md` is made anew from
 """
 
 import argparse
-import csv
-import gc
 import json
 import os
 import shlex
@@ -20,60 +18,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench import RANK, ROOT, Bench, random_inputs, run_urae
 from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwatch, synchronize
 from report import write_report
-from safetensors.torch import save_file
-from torch import Tensor
+from training import measure_train, measure_train_4k, measure_train_stock
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 PROMPT = "a lighthouse on a cliff above a stormy sea at dusk, waves breaking on the rocks"
-RANK = 16
-TRAIN_STEPS = 6  # the first is not counted
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where and at which size to measure."""
-
-    shape: str
-    output: Path
-    work: Path
-
-    @property
-    def tiny(self) -> bool:
-        """Tell whether this is a try of the script itself."""
-        return self.shape == "tiny"
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    @property
-    def base(self) -> Path:
-        return self.work / f"base-{self.shape}"
-
-    @property
-    def lora(self) -> Path:
-        return self.work / f"lora_2k-{self.shape}.safetensors"
-
-    @property
-    def minor(self) -> Path:
-        return self.work / f"minor_4k-{self.shape}.safetensors"
-
-    def side(self, pixels: int) -> int:
-        """Return the side in pixels that stands for one of the full size."""
-        return pixels // 8 if self.tiny else pixels
 
 
 def measure_base(bench: Bench) -> dict[str, Any]:
@@ -224,134 +180,6 @@ def time_forwards(transformer: Any, bench: Bench, side: int, count: int) -> list
     return found
 
 
-def random_inputs(transformer: Any, bench: Bench, side: int) -> tuple[Tensor, ...]:
-    """Draw latents, a sigma and 512 text tokens for `predict_velocity`."""
-    config, cells = transformer.config, bench.side(side) // 8
-    generator = torch.Generator(bench.device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        numbers = torch.randn(*shape, generator=generator, device=bench.device)
-        return numbers.to(bench.dtype)
-
-    sigma = torch.full((1,), 0.7, device=bench.device)
-    latents = draw(1, config.in_channels // 4, cells, cells)
-    text = draw(1, 512, config.joint_attention_dim), draw(1, config.pooled_projection_dim)
-    return latents, sigma, *text
-
-
-def measure_train(bench: Bench) -> dict[str, Any]:
-    """Run training steps at 2048 x 2048 of each adapter from the command line."""
-    data = bench.work / f"features-{bench.shape}"
-    write_features(bench, data)
-    runs = {
-        "2K LoRA": ["recipes/flux_dev_2k_lora.toml"],
-        "4K minor": [
-            *("recipes/flux_dev_4k_minor.toml", "--adapter.over", json.dumps([str(bench.lora)]))
-        ],
-    }
-    results = {}
-    for name, (recipe, *fields) in runs.items():
-        output = bench.work / f"train-{name.replace(' ', '_')}"
-        shutil.rmtree(output, ignore_errors=True)
-        figures = run_urae(
-            bench,
-            *("train", str(ROOT / recipe), "--data", str(data), "--output", str(output)),
-            *("--model", str(bench.base), "--resolution", str(bench.side(2048))),
-            *("--steps", str(TRAIN_STEPS), *fields),
-        )
-        with (output / "loss.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        seconds = [float(row["seconds"]) for row in rows]
-        results[name] = {
-            "seconds": statistics.median(seconds[1:]),
-            "all_seconds": seconds,
-            "losses": [float(row["loss"]) for row in rows],
-            "peak_gib": figures["peaks_gib"].get("rest"),
-            **{key: figures[key] for key in ("total_seconds", "peaks_gib", "command")},
-        }
-    return results
-
-
-def write_features(bench: Bench, folder: Path) -> None:
-    """Write random features in the reference's format: two pictures with two captions each."""
-    from urae.backbones.flux import build_meta_transformer
-
-    config, cells = build_meta_transformer(bench.base).config, bench.side(2048) // 8
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(3)
-    for index in range(2):
-        mean = torch.randn(16, cells, cells, generator=generator)
-        latents = {"mean": mean, "std": torch.full_like(mean, 0.01)}
-        save_file(latents, folder / f"image_{index}_latent_code.safetensors")
-        for column in ("prompt", "generated_prompt"):
-            embeds = {
-                "caption_feature_t5": torch.randn(
-                    512, config.joint_attention_dim, generator=generator
-                ),
-                "caption_feature_clip": torch.randn(
-                    config.pooled_projection_dim, generator=generator
-                ),
-            }
-            save_file(embeds, folder / f"image_{index}_{column}_embed.safetensors")
-
-
-def measure_train_stock(bench: Bench) -> dict[str, Any]:
-    """Run the same steps with stock diffusers and peft alone, LoRA weights in both precisions."""
-    return {
-        f"stock, LoRA in {str(dtype).removeprefix('torch.')}": train_stock(bench, dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-
-
-def train_stock(bench: Bench, lora_dtype: torch.dtype) -> dict[str, Any]:
-    """Train a LoRA as diffusers' own scripts do: flash attention, gradient checkpointing."""
-    from peft import LoraConfig
-
-    from urae.backbones.flux import load_transformer, predict_velocity
-    from urae.backbones.weights import find_attention_linears
-    from urae.train.config import OptimizerConfig
-    from urae.train.optimizer import build_optimizer
-
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN on stock FLUX
-    transformer = load_transformer(bench.base, dtype=bench.dtype).to(bench.device)
-    transformer.requires_grad_(False).train()
-    targets = find_attention_linears(transformer)
-    transformer.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
-    )
-    transformer.enable_gradient_checkpointing()
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.to(lora_dtype)
-    optimizer = build_optimizer(parameters, OptimizerConfig())
-    inputs = random_inputs(transformer, bench, 2048)
-    target = torch.randn_like(inputs[0])
-    reset_peak()
-    seconds, losses = [], []
-    for _ in range(TRAIN_STEPS):
-        synchronize()
-        began = time.perf_counter()
-        velocity = predict_velocity(transformer, *inputs, 1.0)
-        loss = (velocity.float() - target.float()).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        synchronize()
-        seconds.append(time.perf_counter() - began)
-    result = {
-        "seconds": statistics.median(seconds[1:]),
-        "all_seconds": [round(value, 4) for value in seconds],
-        "losses": losses,
-        "peak_gib": peak_gib(),
-    }
-    del transformer, optimizer, parameters, loss, velocity
-    gc.collect()
-    return result
-
-
 def measure_generate_2k(bench: Bench) -> dict[str, Any]:
     """Generate 2048 x 2048 end to end from the command line, with a 2K LoRA."""
     return {"2K LoRA": generate(bench, 2048, [bench.lora], steps=28)}
@@ -400,16 +228,6 @@ def describe_picture(path: Path) -> dict[str, Any]:
         return {"pixels": list(image.size), "contrast": round(contrast, 1), **text}
 
 
-def run_urae(bench: Bench, *arguments: str) -> dict[str, Any]:
-    """Run a `urae` command in its own process, watched, and return its figures."""
-    figures = bench.work / "figures.json"
-    figures.unlink(missing_ok=True)
-    print("$ urae", shlex.join(arguments), flush=True)
-    watch = [sys.executable, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
-    subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
-    return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}
-
-
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "base": measure_base,  # the others need it
     "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
@@ -417,6 +235,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "train": measure_train,
     "forward": measure_forward,
     "train_stock": measure_train_stock,
+    "train_4k": measure_train_4k,
     "generate_4k": measure_generate_4k,
     "generate_4k_offload": measure_generate_4k_offload,
 }

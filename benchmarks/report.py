@@ -9,8 +9,9 @@ from typing import Any
 REFERENCE_FORWARD = {1024: 0.196, 2048: 0.941, 4096: 7.39}
 STOCK_FORWARD = {1024: 0.174, 2048: 0.866, 4096: 7.08}
 REFERENCE_FORWARD_GIB, STOCK_FORWARD_GIB = 28.3, 28.7
-REFERENCE_STEP, REFERENCE_STEP_GIB = 3.56, 30.4
-STOCK_STEP, STOCK_STEP_GIB = 4.41, 30.1
+# seconds and GiB of a training step
+REFERENCE_STEP = {2048: (3.56, 30.4), 4096: (31.9, 54.1)}
+STOCK_STEP = (4.41, 30.1)
 
 
 def write_report(folder: Path, parts: list[str]) -> None:
@@ -43,7 +44,10 @@ def write_report(folder: Path, parts: list[str]) -> None:
     if "forward" in results:
         lines += ["", *table_forward(tiny, results["forward"])]
     if "train" in results:
-        lines += ["", *table_train(tiny, results["train"], results.get("train_stock", {}))]
+        runs = results.get("train_stock", {}) | results["train"]
+        lines += ["", *table_train(tiny, 2048, runs)]
+    if "train_4k" in results:
+        lines += ["", *table_train(tiny, 4096, results["train_4k"])]
     pictures = [name for name in results if name.startswith("generate")]
     if pictures:
         lines += [
@@ -83,17 +87,15 @@ def table_forward(tiny: bool, result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"urae's time over stock's, the same LoRA attached: {', '.join(ratios)}."]
 
 
-def table_train(tiny: bool, result: dict[str, Any], stock: dict[str, Any]) -> list[str]:
+def table_train(tiny: bool, side: int, runs: dict[str, Any]) -> list[str]:
     """List seconds of one training step, beside the reference's."""
     rows: list[list[Any]] = []
     if not tiny:
-        rows = [
-            ["reference, cuDNN attention (H200)", REFERENCE_STEP, REFERENCE_STEP_GIB],
-            ["stock, flash attention (H200)", STOCK_STEP, STOCK_STEP_GIB],
-        ]
-    here = stock | {f"urae, {name}": entry for name, entry in result.items()}
-    rows += [[f"here: {name}", entry["seconds"], entry["peak_gib"]] for name, entry in here.items()]
-    return table(["one training step at 2048^2, rank 16", "s", "peak, GiB"], rows)
+        rows = [["reference, cuDNN attention (H200)", *REFERENCE_STEP[side]]]
+        if side == 2048:
+            rows.append(["stock, flash attention (H200)", *STOCK_STEP])
+    rows += [[f"here: {name}", entry["seconds"], entry["peak_gib"]] for name, entry in runs.items()]
+    return table([f"one training step at {side}^2, rank 16", "s", "peak, GiB"], rows)
 
 
 def table_generate(result: dict[str, Any]) -> list[str]:

@@ -25,10 +25,13 @@ def _cache_dir(tmp_path_factory):
 def _logging():
     """Commands set up logging for the process; put it back."""
     root = logging.getLogger()
-    before = (root.level, root.handlers[:])
+    handlers, level = root.handlers[:], root.level
     yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("urae"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
     logging.captureWarnings(False)
 
 

@@ -17,7 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up: a package imports from lower levels only
 LEVELS = [
-    {"geometry", "flow", "resolution", "storage", "config"},
+    {"geometry"},
+    {"local_attention"},
+    {"flow", "resolution", "storage", "config"},
     {"backbones"},
     {"adapters"},
     {"features", "generate"},

@@ -145,6 +145,7 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
 def jobs(monkeypatch, tmp_path):
     """Put recorders in the place of the four jobs, and what the pages name in a folder."""
     from urae.features.cache import CacheReport
+    from urae.generate.plan import Plan
     from urae.train import TrainResult
 
     calls = {}
@@ -161,6 +162,7 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
     monkeypatch.setattr("urae.adapters.convert.convert", stand_in("convert", Path("out")))
     monkeypatch.setattr("urae.generate.generate", stand_in("generate", [Path("a.png")]))
+    monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
     for name, result in {
         "stages.train_stage": Path("vae.safetensors"),
         "stages.export_pipelines": [Path("miniature-dev")],

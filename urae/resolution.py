@@ -2,7 +2,8 @@
 
 One object serves training, previews, generation and the metadata of adapter files. It acts
 through the position module that stock FLUX already has, so no attention processor, transformer
-or pipeline is replaced: cos and sin scaled by a number scale the logits by its square.
+or pipeline is replaced: cos and sin scaled by a number scale the logits by its square. Local
+attention acts through hooks of the transformer and the mask that stock processors take.
 """
 
 import inspect
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from diffusers import FluxTransformer2DModel
 from jaxtyping import Float
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from urae.local_attention import SMALLEST_SIDE, LocalForward
 
 BASE_POLICY_FILE = "resolution_policy.json"
 
@@ -41,6 +45,9 @@ class ResolutionPolicy:
     time_shift: float | Literal["dynamic"] | None = None
     """Sampling schedule: None is the scheduler's own static shift, a number > 0 replaces it,
     "dynamic" is the resolution-dependent shift of stock diffusers. Training is never shifted."""
+    attention: Literal["full", "local"] = "full"
+    """Where a picture is larger than native: "local" lets image tokens see their neighbourhood, the
+    text and a coarse view of the rest, an approximation with a tenth of the keys at 4K."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ntk_factor) and self.ntk_factor > 0):
@@ -55,15 +62,31 @@ class ResolutionPolicy:
             raise ValueError(f"time_shift {shift!r} must be a positive number, 'dynamic' or None")
         if isinstance(shift, int | float) and not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"time_shift {shift} must be a positive number, 'dynamic' or None")
+        if self.attention not in ("full", "local"):
+            raise ValueError(f"attention {self.attention!r} must be 'full' or 'local'")
+        if self.attention == "local" and self.native_side < SMALLEST_SIDE:
+            raise ValueError(
+                f"native_sequence_length {self.native_sequence_length} is too short for local "
+                f"attention, which needs {SMALLEST_SIDE**2} tokens or more"
+            )
 
-    def attention_scale(self, sequence_length: int) -> float:
+    @property
+    def native_side(self) -> int:
+        """Image tokens along a side of the native square: sqrt(L0), down to a multiple of 8.
+
+        What is left of L0 is text: 64 of FLUX.1's sqrt(512 + 64 x 64) = 67.9.
+        """
+        return math.isqrt(self.native_sequence_length) // 8 * 8
+
+    def attention_scale(self, sequence_length: float) -> float:
         """Return the factor on the attention logits, 1 at L0.
 
         Proportional attention has softmax scale sqrt(log_L0(L) / d) in place of 1 / sqrt(d)
         (arXiv:2306.08645, section 3.2, as URAE uses it).
 
         Args:
-            sequence_length: L, all text and image tokens, over all ranks.
+            sequence_length: L, all text and image tokens, over all ranks; with local attention
+                the keys that an image token sees.
         """
         if not self.proportional_attention:
             return 1.0
@@ -71,7 +94,10 @@ class ResolutionPolicy:
 
     def to_json(self) -> str:
         """Write the policy as JSON, for file metadata."""
-        return json.dumps(asdict(self))
+        fields = asdict(self)
+        if self.attention == "full":
+            del fields["attention"]  # readers older than this field refuse what they do not know
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> Self:
@@ -110,17 +136,26 @@ class ResolutionPositions(nn.Module):
     """A FLUX position module that follows a resolution policy.
 
     Takes the place of a stock `FluxPosEmbed` and gives the same kind of cos and sin.
+
+    Args:
+        stock: The module that it stands for.
+        policy: What to follow.
+        local: What makes attention local, if anything does.
     """
 
-    def __init__(self, stock: Any, policy: ResolutionPolicy) -> None:
+    def __init__(
+        self, stock: Any, policy: ResolutionPolicy, local: LocalForward | None = None
+    ) -> None:
         super().__init__()
         self.stock = stock
         self.policy = policy
         self.rope = type(stock)(theta=stock.theta * policy.ntk_factor, axes_dim=stock.axes_dim)
         self.adapter_names: tuple[str, ...] = ()
         self.adapter_sources: tuple[str, ...] = ()
-        self.hook: RemovableHandle | None = None
+        self.local = local
+        self.hooks: list[RemovableHandle] = []
         self._sequence_length = 0
+        self._num_local_keys: float | None = None
         self._warned_about: tuple[str, ...] = ()
 
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
@@ -129,13 +164,13 @@ class ResolutionPositions(nn.Module):
         # a ControlNet may add a token after the hook has counted, context parallelism hands over
         # this rank's tokens only: the longer of the two counts is the sequence of the attention
         length = max(self._sequence_length, ids.shape[0])
-        scale = math.sqrt(self.policy.attention_scale(length))
+        scale = math.sqrt(self.policy.attention_scale(self._num_local_keys or length))
         return cos * scale, sin * scale
 
     def prepare_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Widen position ids to float32 and count the tokens (a forward pre-hook).
+        """Widen position ids to float32, count the tokens, go local (a forward pre-hook).
 
         It runs before context parallelism splits the inputs, so the count is global.
         """
@@ -145,6 +180,8 @@ class ResolutionPositions(nn.Module):
             self._sequence_length = image_ids.shape[-2] + text_ids.shape[-2]
             inputs.arguments["img_ids"] = widen_ids(image_ids)
             inputs.arguments["txt_ids"] = text_ids.float()
+            if self.local is not None:
+                self._num_local_keys = self.local.enter(module, inputs.arguments)
         if not torch.compiler.is_compiling():
             self._warn_of_inactive(module)
         # by keyword, where stock decorators of the forward look for what is theirs
@@ -208,9 +245,16 @@ def apply_policy(
         adapter_names: Adapters that the policy belongs with; a forward without them warns.
     """
     remove_policy(module)
-    positions = ResolutionPositions(module.pos_embed, policy)
+    # a ControlNet keeps full attention: the stock one hands no mask to its blocks
+    local = None
+    if policy.attention == "local" and isinstance(module, FluxTransformer2DModel):
+        local = LocalForward(policy.native_side)
+    positions = ResolutionPositions(module.pos_embed, policy, local)
     positions.adapter_names = adapter_names
-    positions.hook = module.register_forward_pre_hook(positions.prepare_forward, with_kwargs=True)
+    prepare = positions.prepare_forward
+    positions.hooks = [module.register_forward_pre_hook(prepare, with_kwargs=True)]
+    if local is not None:
+        positions.hooks.append(module.register_forward_hook(local.leave))
     module.pos_embed = positions
     return positions
 
@@ -218,8 +262,10 @@ def apply_policy(
 def remove_policy(module: nn.Module) -> None:
     """Give a module its stock position module back; nothing happens if it has it."""
     if isinstance(positions := module.pos_embed, ResolutionPositions):
-        if positions.hook is not None:
-            positions.hook.remove()
+        for hook in positions.hooks:
+            hook.remove()
+        if positions.local is not None:
+            positions.local.remove()
         module.pos_embed = positions.stock
 
 

@@ -496,6 +496,7 @@ def test_what_trains_is_float32_and_computes_in_the_dtype_of_the_base(load_pipe)
 def test_what_is_subtracted_cancels_what_starts_equal(load_pipe, rel, dtype):
     transformer = load_pipe().transformer.to(dtype)
     name = "transformer_blocks.0.attn.to_q"
+    torch.manual_seed(0)
     initial, other = (LowRank(torch.randn(3, 64), torch.randn(64, 3)) for _ in range(2))
     parameters = attach_trainable(transformer, "trained", {name: initial}, {name: initial})
     layer = transformer.transformer_blocks[0].attn.to_q

@@ -71,7 +71,9 @@ def urae(monkeypatch, capsys, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("command", [(), ("cache",), ("train",), ("convert",), ("generate",)])
+@pytest.mark.parametrize(
+    "command", [(), ("cache",), ("train",), ("convert",), ("generate",), ("plan", "generate")]
+)
 def test_help(command):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -88,6 +90,9 @@ def test_fields_of_a_recipe():
     [
         (("generate", "x", "--size", "1000x1000"), "height 1000 is not a positive multiple of 16"),
         (("generate",), "give either a prompt or --prompts FILE"),
+        (("generate", "x", "--model", "{dev}", "--memory", "4bit"), "4bit needs a CUDA device"),
+        (("plan", "generate"), "no CUDA device; name the memory of the one to plan for: --gpu 24"),
+        (("plan", "generate", "--gpu", "much"), "memory 'much' is not an amount as 24GiB or 24GB"),
         (("generate", "x", "--adapter", "no.safetensors", "--model", "{dev}"), "neither an exist"),
         (("convert", "x.ckpt", "--output", "y.safetensors"), "x.ckpt is a pickle"),
         (("cache", "nowhere", "--model", "{dev}"), "nowhere"),

@@ -19,7 +19,7 @@ def settings(tmp_path):
                 "output_dir": tmp_path / "run",
                 "resolution": 256,
                 "steps": 4,
-                "gradient_checkpointing": False,
+                "gradient_checkpointing": "off",
                 "adapter": AdapterConfig(rank=4),
                 "optimizer": OptimizerConfig(name="adamw", lr=1e-3),
                 **changes,

@@ -67,12 +67,12 @@ def test_a_missing_field_is_named():
 def test_overrides():
     settings = {"optimizer": {"lr": 1.0}}
     override(settings, ["--optimizer.lr", "0.5", "--steps=7", "--adapter.over", '["a", "b"]'])
-    override(settings, ["--gradient-checkpointing", "false", "--model", "flux-schnell"])
+    override(settings, ["--gradient-checkpointing", "off", "--model", "flux-schnell"])
     config = build(settings)
     assert config.optimizer.lr == 0.5
     assert config.steps == 7
     assert config.adapter.over == ("a", "b")
-    assert config.gradient_checkpointing is False
+    assert config.gradient_checkpointing == "off"
 
 
 @pytest.mark.parametrize(

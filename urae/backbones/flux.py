@@ -11,7 +11,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PipelineQuantizationConfig,
+)
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,7 +29,9 @@ from huggingface_hub.errors import (
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import build_image_ids, build_text_ids, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -70,13 +79,14 @@ def explain_memory(what: str, remedy: str) -> Iterator[None]:
         raise MemoryError(f"the GPU's memory does not suffice for {what}; try {remedy}") from error
 
 
-def fetch_model(model: str, *, without: Sequence[str] = ()) -> Path:
+def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool = False) -> Path:
     """Find a FLUX model's folder or file, downloading from the hub what is not there yet.
 
     Args:
         model: `flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder in diffusers
             layout, or a single .safetensors file.
         without: Components not to download.
+        configs_only: Download no weights at all.
 
     Returns:
         A local folder, or the single file.
@@ -91,7 +101,10 @@ def fetch_model(model: str, *, without: Sequence[str] = ()) -> Path:
         return path
     hub_id = HUB_IDS.get(model, model)
     try:
-        folder = DiffusionPipeline.download(hub_id, **{name: None for name in without})
+        if configs_only:
+            folder = snapshot_download(hub_id, allow_patterns="*.json")
+        else:
+            folder = DiffusionPipeline.download(hub_id, **{name: None for name in without})
     except HFValidationError as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
@@ -136,7 +149,9 @@ def _check_local(path: Path) -> None:
         raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
 
 
-def load_pipeline(model: str, *, dtype: torch.dtype, without: Sequence[str] = ()) -> FluxPipeline:
+def load_pipeline(
+    model: str, *, dtype: torch.dtype, without: Sequence[str] = (), quantization: Any = None
+) -> FluxPipeline:
     """Load a stock FLUX pipeline on the CPU.
 
     A single file gives the transformer alone; the rest comes from FLUX.1 on the hub.
@@ -146,17 +161,27 @@ def load_pipeline(model: str, *, dtype: torch.dtype, without: Sequence[str] = ()
         dtype: Of all weights.
         without: Components to leave out (None in the pipeline): `transformer`, `vae`,
             `text_encoder` (CLIP), `text_encoder_2` (T5), `tokenizer`, `tokenizer_2`.
+        quantization: Settings of diffusers for the transformer's weights, if any.
 
     Raises:
-        ValueError, FileNotFoundError, PermissionError: As `fetch_model`.
+        ValueError: As `fetch_model`, and if a single file is to be quantised.
+        FileNotFoundError, PermissionError: As `fetch_model`.
     """
     path = fetch_model(model, without=without)
     parts: dict[str, Any] = {name: None for name in without}
     logger.info("loading %s from %s", model, path)
     if path.is_file():
+        if quantization is not None:  # stock from_single_file takes the weights for quantised ones
+            raise ValueError(
+                f"model file {path} is a single file, which is not quantised while it loads; name "
+                "a folder in diffusers layout"
+            )
         if "transformer" not in parts:
             parts["transformer"] = load_transformer(path, dtype=dtype)
         path = fetch_model(base_of_file(path), without=[*without, "transformer"])
+    elif quantization is not None:
+        mapping = {"transformer": quantization}
+        parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     return FluxPipeline.from_pretrained(path, dtype=dtype, **parts)
 
 
@@ -302,6 +327,34 @@ def build_meta_transformer(path: Path) -> FluxTransformer2DModel:
             return FluxTransformer2DModel(guidance_embeds=base_of_file(path) == "flux-dev")
         config = FluxTransformer2DModel.load_config(path / "transformer")
         return FluxTransformer2DModel.from_config(config)
+
+
+def build_meta_models(model: str | Path) -> dict[str, nn.Module]:
+    """Build a model's transformer, VAE and text encoders without weights, by their names.
+
+    Nothing is downloaded for the names that are known, and configs only for other hub ids.
+
+    Args:
+        model: As in `fetch_model`; a single file is taken to have FLUX.1's shape.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: As `fetch_model`.
+    """
+    hub_id = HUB_IDS.get(str(model), str(model))
+    if hub_id in HUB_IDS.values() and not Path(model).expanduser().exists():
+        return build_meta_flux("flux-schnell" if "schnell" in hub_id else "flux-dev")
+    path = fetch_model(str(model), configs_only=True)
+    if path.is_file():
+        return build_meta_flux("flux-schnell" if "schnell" in base_of_file(path) else "flux-dev")
+    clip = CLIPTextConfig.from_pretrained(path / "text_encoder")
+    t5 = T5Config.from_pretrained(path / "text_encoder_2")
+    with torch.device("meta"):
+        return {
+            "transformer": build_meta_transformer(path),
+            "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(path / "vae")),
+            "text_encoder": CLIPTextModel(clip),
+            "text_encoder_2": T5EncoderModel(t5),
+        }
 
 
 def load_transformer(path: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:

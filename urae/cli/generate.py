@@ -11,11 +11,14 @@ from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_b
 
 
 class Memory(StrEnum):
-    """Where weights live."""
+    """Where the transformer's weights live."""
 
     auto = "auto"
     resident = "resident"
+    streamed = "streamed"
     offload = "offload"
+    eight_bit = "8bit"
+    four_bit = "4bit"
 
 
 def generate_command(
@@ -49,7 +52,7 @@ def generate_command(
     num_images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     memory: Annotated[
-        Memory, typer.Option(help="Keep all weights on the GPU, or bring each model in turn.")
+        Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
     ] = Memory.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
     verbose: Verbose = False,

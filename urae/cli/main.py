@@ -13,6 +13,7 @@ from urae.cli.cache import cache_command
 from urae.cli.convert import convert_command
 from urae.cli.generate import generate_command
 from urae.cli.miniature import miniature_app
+from urae.cli.plan import plan_app
 from urae.cli.train import train_command
 
 USER_ERROR, FAILURE = 2, 1
@@ -52,16 +53,22 @@ app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown
 )
 app.command("convert")(convert_command)
 app.command("generate")(generate_command)
+app.add_typer(plan_app, name="plan")
 app.add_typer(miniature_app, name="miniature")
+
+
+_USER_ERRORS = (
+    ValueError, FileNotFoundError, FileExistsError, PermissionError, ImportError, MemoryError,
+)  # fmt: skip
 
 
 def main() -> None:
     """Run the command line; errors are one line, and exit code 2 is for what the user got wrong."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, ImportError) as error:
+    except _USER_ERRORS as error:
         _fail(error, USER_ERROR)
-    except (OSError, ArithmeticError, MemoryError) as error:
+    except (OSError, ArithmeticError) as error:
         _fail(error, FAILURE)
 
 

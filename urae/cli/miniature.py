@@ -16,6 +16,7 @@ miniature_app = typer.Typer(no_args_is_help=True)
 class Stage(StrEnum):
     """Stages in the order in which they need one another."""
 
+    vae_native = "vae_native"
     vae = "vae"
     base = "base"
     dev = "dev"

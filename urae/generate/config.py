@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
+from urae.generate.memory import Memory
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy
 
@@ -42,8 +42,9 @@ class GenerateConfig:
     """Where the PNG files go."""
     overwrite: bool = False
     """Replace pictures of the same name."""
-    memory: Literal["auto", "resident", "offload"] = "auto"
-    """Keep all weights on the device, or bring each model there when its turn comes."""
+    memory: Memory = "auto"
+    """Where the transformer's weights live: all on the device, streamed a block ahead, the whole
+    model in turn, or in 8 or 4 bits, which approximates; `auto` takes the first that fits."""
 
     def __post_init__(self) -> None:
         check_size(self.height, self.width)

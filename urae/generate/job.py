@@ -4,11 +4,11 @@ import gc
 import logging
 import random
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from diffusers import FluxPipeline
@@ -16,35 +16,45 @@ from PIL import Image
 
 from urae import __version__
 from urae.adapters.adapt import adapt
-from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
-from urae.adapters.initial import check_order
+from urae.adapters.files import resolve_adapter
 from urae.backbones import vae
 from urae.backbones.flux import (
+    build_meta_models,
     build_meta_transformer,
     encode_prompts,
-    explain_memory,
     fetch_model,
     load_pipeline,
     pick_device,
     pick_dtype,
     read_text_tokens,
 )
+from urae.generate.chunks import token_chunks
 from urae.generate.config import GenerateConfig
+from urae.generate.estimate import (
+    QUANTIZED,
+    Request,
+    Way,
+    count_bytes,
+    stream_text,
+)
+from urae.generate.inputs import Sampling, check_adapters, check_outputs, default_sampling
 from urae.generate.memory import (
-    choose_placement,
     decode_bytes,
+    find_room,
     free_bytes,
+    list_tiers,
     place,
-    weight_bytes,
+    stream_layers,
 )
 from urae.generate.picture import picture_path, save_picture
-from urae.generate.speed import pays_to_compile
+from urae.generate.quantize import build_quantization, check_quantization
+from urae.generate.speed import compile_blocks, pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.resolution import find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
-_TEXT_ACTIVATION_BYTES = 2**29
+_SMALLER = "a smaller --size"
 
 
 @dataclass(frozen=True)
@@ -57,13 +67,6 @@ class Progress:
     step: int
     """Denoising steps done on this picture."""
     num_steps: int
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    steps: int
-    guidance_scale: float
-    max_sequence_length: int
 
 
 class PromptEmbeds(NamedTuple):
@@ -91,82 +94,122 @@ def generate(
         ValueError: If an adapter is damaged or for another base; before weights load.
         FileNotFoundError: If the model, an adapter or a LoRA is missing.
         FileExistsError: If a picture of that name exists and `overwrite` is off.
-        MemoryError: If the device's memory does not suffice; says which `memory` to try.
+        ModuleNotFoundError: If the library of a quantised tier is not installed.
+        MemoryError: If the device's memory does not suffice; says which `memory` to try. With
+            `auto` that is after one more try with less.
     """
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
     jobs = [
-        (picture_path(config.output_dir, index, prompt, seed + k), prompt, seed + k)
+        _Picture(picture_path(config.output_dir, index, prompt, seed + k), prompt, seed + k)
         for index, prompt in enumerate(config.prompts)
         for k in range(config.num_images)
     ]
-    _check_outputs([path for path, _, _ in jobs], config.overwrite)
-    sampling = _check_model(config)
+    check_outputs([job.path for job in jobs], config.overwrite)
+    model_path = fetch_model(config.model)
+    sampling, adapter_bytes = _check_inputs(config, model_path)
     device = pick_device()
-    pipe = load_pipeline(config.model, dtype=pick_dtype(device))
+    compiled = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
+    request = Request(
+        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled
+    )
+    tiers = list_tiers(config.memory, model_path)
+    room = find_room(build_meta_models(model_path), request, tiers, device)
+    way, written = room.choose(config.memory), list[Path]()
+    check_quantization(way.tier, device)
+    try:
+        _run(config, jobs, sampling, way, compiled, device, written, on_progress)
+        return written
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fallback = room.find_fallback(way)
+        failed = _name_held(way, device)
+        if config.memory != "auto" or fallback is None:
+            other = fallback is not None and fallback.tier != way.tier
+            remedy = f"--memory {fallback.tier}" if fallback and other else _SMALLER
+            _explain(error, config, failed, remedy)
+    # out of the handler, whose traceback keeps what the failed try held
+    logger.warning(
+        "the GPU's memory did not suffice with %s: trying once more with %s",
+        failed, _name(fallback),
+    )  # fmt: skip
+    _release_memory(device)
+    try:
+        _run(config, jobs, sampling, fallback, compiled, device, written, on_progress)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _explain(error, config, _name_held(fallback, device), _SMALLER)
+    return written
+
+
+@dataclass(frozen=True)
+class _Picture:
+    path: Path
+    prompt: str
+    seed: int
+
+
+def _run(
+    config: GenerateConfig,
+    jobs: list[_Picture],
+    sampling: Sampling,
+    way: Way,
+    compiled: bool,
+    device: torch.device,
+    written: list[Path],
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    """Load the model one way, and make the pictures that are not written yet."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    quantized = way.tier in QUANTIZED
+    if quantized:
+        logger.warning("weights in %s: the pictures are approximations", way.tier)
+    compiled = compiled and not quantized
+    dtype = pick_dtype(device)
+    quantization = build_quantization(way.tier, dtype)
+    pipe = load_pipeline(config.model, dtype=dtype, quantization=quantization)
     pipe.set_progress_bar_config(disable=True)
     if config.adapters or config.policy or _is_beyond_native(pipe, config, sampling):
         adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
-    embeds = _encode_prompts(pipe, config.prompts, sampling.max_sequence_length, device)
-    placement = choose_placement(pipe, config.height, config.width, device, memory=config.memory)
-    with _enough_memory(config, placement):
-        place(pipe, placement, device)
-    compiled = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
-    if compiled:
-        pipe.transformer.compile_repeated_blocks()
-    written = []
-    for number, (path, prompt, image_seed) in enumerate(jobs, start=1):
+    embeds = _encode_prompts(pipe, config.prompts, sampling.max_sequence_length, device, way)
+    with token_chunks(pipe.transformer) if way.chunked else nullcontext():
+        if compiled:
+            compile_blocks(pipe.transformer, streamed=way.tier == "streamed")
+        place(pipe, way.tier, device)
+        for number, job in enumerate(jobs[len(written) :], start=len(written) + 1):
 
-        def report(
-            _: Any, step: int, __: Any, values: dict[str, Any], number: int = number
-        ) -> dict[str, Any]:
-            if on_progress is not None:
-                on_progress(Progress(number, len(jobs), step + 1, sampling.steps))
-            return values
+            def report(
+                _: Any, step: int, __: Any, values: dict[str, Any], number: int = number
+            ) -> dict[str, Any]:
+                if on_progress is not None:
+                    on_progress(Progress(number, len(jobs), step + 1, sampling.steps))
+                return values
 
-        with _enough_memory(config, placement):
-            image = _sample(pipe, embeds[prompt], image_seed, config, sampling, device, report)
-        record = _describe(pipe, config, sampling, prompt, image_seed)
-        how = {"memory": placement, "compiled": compiled}
-        save_picture(path, image, {**record, **how})
-        written.append(path)
-    return written
+            image = _sample(pipe, embeds[job.prompt], job.seed, config, sampling, device, report)
+            record = _describe(pipe, config, sampling, job.prompt, job.seed)
+            how = {"memory": way.tier, "chunked": way.chunked, "compiled": compiled}
+            save_picture(job.path, image, {**record, **how})
+            written.append(job.path)
 
 
-def _check_outputs(paths: list[Path], overwrite: bool) -> None:
-    folder = paths[0].parent
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; name a folder with --output")
-    existing = [path for path in paths if path.exists()]
-    if existing and not overwrite:
-        raise FileExistsError(
-            f"{existing[0]} exists and is kept ({len(existing)} of {len(paths)} pictures do); "
-            "replace with --overwrite, or choose another --seed or --output"
-        )
+def _check_inputs(config: GenerateConfig, path: Path) -> tuple[Sampling, int]:
+    """Check adapters against the model's shape, and fill in the model's own defaults.
 
-
-def _check_model(config: GenerateConfig) -> _Sampling:
-    """Check adapters against the model's shape, and fill in the model's own defaults."""
-    path = fetch_model(config.model)
+    Returns:
+        How to sample, and the adapters' size in bytes.
+    """
     meta = build_meta_transformer(path)
-    files = [read_adapter(source) for source in config.adapters]
-    for file in files:
-        check_fits(file, meta)
-    check_order(files)
-    for source, _ in config.loras:
-        check_lora(source, meta)
-    distilled = meta.config.guidance_embeds
-    steps, guidance, length = (28, 3.5, 512) if distilled else (4, 0.0, 256)
-    return _Sampling(
-        steps if config.steps is None else config.steps,
-        guidance if config.guidance_scale is None else config.guidance_scale,
-        min(length, read_text_tokens(path))
-        if config.max_sequence_length is None
-        else config.max_sequence_length,
+    adapter_bytes = check_adapters(config.adapters, config.loras, meta)
+    own = default_sampling(meta)
+    length = min(own.max_sequence_length, read_text_tokens(path))
+    sampling = Sampling(
+        own.steps if config.steps is None else config.steps,
+        own.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        length if config.max_sequence_length is None else config.max_sequence_length,
     )
+    return sampling, adapter_bytes
 
 
-def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig, sampling: _Sampling) -> bool:
+def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig, sampling: Sampling) -> bool:
     """Tell whether a base without adapters needs the policy: at its own size it is left alone."""
     native = read_base_policy(pipe.config.get("_name_or_path")).native_sequence_length
     image_tokens = num_image_tokens(config.height, config.width)
@@ -186,15 +229,20 @@ def _load_loras(pipe: FluxPipeline, loras: tuple[tuple[str, float], ...]) -> Non
 
 
 def _encode_prompts(
-    pipe: FluxPipeline, prompts: tuple[str, ...], max_sequence_length: int, device: torch.device
+    pipe: FluxPipeline,
+    prompts: tuple[str, ...],
+    max_sequence_length: int,
+    device: torch.device,
+    way: Way,
 ) -> dict[str, PromptEmbeds]:
     """Encode each prompt, and let the text encoders go: sampling needs their room."""
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
-    fit = sum(map(weight_bytes, encoders)) + _TEXT_ACTIVATION_BYTES < free_bytes(device)
-    if not fit:
-        logger.warning("not enough GPU memory for the text encoders: they run on the CPU, slower")
-    for encoder in encoders:
-        encoder.to(device if fit else "cpu")
+    if stream_text(way, sum(map(count_bytes, encoders)), free_bytes(device)):
+        logger.info("the large text encoder is streamed, the small one runs on the CPU")
+        stream_layers(pipe.text_encoder_2.encoder, device)
+    else:
+        for encoder in encoders:
+            encoder.to(device)
     embeds = {
         prompt: PromptEmbeds(
             *(
@@ -207,9 +255,7 @@ def _encode_prompts(
         for prompt in dict.fromkeys(prompts)
     }
     pipe.register_modules(text_encoder=None, text_encoder_2=None)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _release_memory(device)
     return embeds
 
 
@@ -219,7 +265,7 @@ def _sample(
     embeds: PromptEmbeds,
     seed: int,
     config: GenerateConfig,
-    sampling: _Sampling,
+    sampling: Sampling,
     device: torch.device,
     on_step_end: Callable[..., dict[str, Any]],
 ) -> Image.Image:
@@ -263,7 +309,7 @@ def decode(
 
 
 def _describe(
-    pipe: FluxPipeline, config: GenerateConfig, sampling: _Sampling, prompt: str, seed: int
+    pipe: FluxPipeline, config: GenerateConfig, sampling: Sampling, prompt: str, seed: int
 ) -> dict[str, Any]:
     positions = find_policy(pipe.transformer)
     return {
@@ -283,7 +329,29 @@ def _describe(
     }
 
 
-def _enough_memory(config: GenerateConfig, placement: str) -> AbstractContextManager[None]:
-    what = f"{config.width} x {config.height} pixels with --memory {placement}"
-    resident = placement == "resident"
-    return explain_memory(what, "--memory offload" if resident else "a smaller --size")
+def _name(way: Way) -> str:
+    return f"--memory {way.tier}" + (" in chunks of tokens" if way.chunked else "")
+
+
+def _name_held(way: Way, device: torch.device) -> str:
+    """Name a way with what it held on a GPU at its peak."""
+    if device.type != "cuda":
+        return _name(way)
+    held = torch.cuda.max_memory_allocated(device) / 2**30
+    return f"{_name(way)}, which held {held:.1f} GiB"
+
+
+def _explain(error: BaseException, config: GenerateConfig, failed: str, remedy: str) -> NoReturn:
+    """Raise an error that says what was held and what fits; the VAE's own says so already."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        raise error
+    raise MemoryError(
+        f"the GPU's memory does not suffice for {config.width} x {config.height} pixels with "
+        f"{failed}; try {remedy}"
+    ) from error
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,81 +1,197 @@
-"""Fitting a picture into memory: where weights live, and what decoding may take."""
+"""Fitting a picture into memory: what is free, where weights go, what decoding may take."""
 
 import logging
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import torch
 from diffusers import FluxPipeline
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from urae.backbones.vae import usable_bytes
-from urae.geometry import num_image_tokens
+from urae.generate.estimate import (
+    AUTO_TIERS,
+    DECODE_BYTES,
+    QUANTIZED,
+    USABLE,
+    Estimate,
+    Request,
+    Tier,
+    Way,
+    list_estimates,
+)
+from urae.generate.quantize import can_quantize
 
 logger = logging.getLogger(__name__)
 
-Placement = Literal["resident", "offload"]
+Memory = Literal["auto", "resident", "streamed", "offload", "8bit", "4bit"]
+"""A tier, or the first that fits."""
 
-# stock blocks took 6.5 GiB beyond the weights for 66,048 tokens of 3072 channels in bfloat16
-_TOKEN_CHANNEL_BYTES = 36
-# decoding 4096^2 whole takes 38 GiB; within 12 it is 1.3 times the work by plan
-_DECODE_BYTES = 12 * 2**30
+_CLEARLY = 0.9  # less than a way that ran out of memory: estimates are right to a tenth
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on a device, the host's for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Return the memory that this process can have on a device, the host's for the CPU.
+
+    A cap (`torch.cuda.set_per_process_memory_fraction`) counts.
+    """
+    if device.type != "cuda":
+        return free_host_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    cap = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free + unused, int(cap) - allocated)
+
+
+def free_host_bytes() -> int:
+    """Return the host's free memory."""
     return int(psutil.virtual_memory().available)
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Return the size of a module's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+def list_tiers(memory: Memory, model: str | Path) -> tuple[Tier, ...]:
+    """List what there is to choose from: `auto`'s tiers, and what was named.
+
+    A single-file model is not quantised while it loads.
+    """
+    single = Path(model).expanduser().is_file()
+    tiers = tuple(tier for tier in AUTO_TIERS if not (single and tier in QUANTIZED))
+    return tiers if memory == "auto" or memory in tiers else (memory, *tiers)
 
 
-def choose_placement(
-    pipe: FluxPipeline,
-    height: int,
-    width: int,
-    device: torch.device,
-    *,
-    memory: Literal["auto", "resident", "offload"] = "auto",
-) -> Placement:
-    """Decide whether all weights fit on the device at once.
+@dataclass(frozen=True)
+class Room:
+    """What is free, and what each way would take."""
+
+    estimates: Sequence[Estimate]
+    """In order of preference; none without a GPU, where nothing is to be chosen."""
+    device_bytes: int
+    host_bytes: int
+
+    def choose(self, memory: Memory) -> Way:
+        """Choose the first way that fits; a tier that was named is taken even if it does not.
+
+        Raises:
+            MemoryError: If `auto` finds none that fits.
+        """
+        if not self.estimates:
+            return Way("resident" if memory == "auto" else memory)
+        if memory != "auto":
+            named = [each for each in self.estimates if each.way.tier == memory]
+            fitting = [each for each in named if self._fits(each)]
+            return [*fitting, named[-1]][0].way
+        for each in self.estimates:
+            if self._fits(each) and can_quantize(each.way.tier):
+                logger.info("%s: %.1f GiB at the peak", each.way, each.peak / 2**30)
+                return each.way
+        least = min(self.estimates, key=lambda each: each.peak)
+        raise MemoryError(
+            f"{self.device_bytes / 2**30:.1f} GiB are free on the GPU and "
+            f"{self.host_bytes / 2**30:.1f} on the host, too little for this picture: --memory "
+            f"{least.way.tier} takes {least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; "
+            "choose a smaller --size, or free some"
+        )
+
+    def find_fallback(self, failed: Way) -> Way | None:
+        """Find what to try after a way ran out of memory: a leaner one, another tier first."""
+        peaks = [each.sample.peak for each in self.estimates if each.way == failed]
+        leaner = [
+            each.way
+            for each in self.estimates
+            if self._fits(each)
+            and can_quantize(each.way.tier)
+            and all(each.sample.peak < _CLEARLY * peak for peak in peaks)
+        ]
+        others = [way for way in leaner if way.tier != failed.tier]
+        return next(iter([*others, *leaner]), None)
+
+    def _fits(self, estimate: Estimate) -> bool:
+        return estimate.fits(self.device_bytes, self.host_bytes)
+
+
+def find_room(
+    models: Mapping[str, Any], request: Request, tiers: Sequence[Tier], device: torch.device
+) -> Room:
+    """Estimate what a picture takes beside what is free now.
 
     Args:
-        pipe: On the CPU.
-        height: Of the picture in pixels.
-        width: Of the picture in pixels.
-        device: Where it is to run; on the CPU everything is resident.
-        memory: A placement to take, or `auto`.
+        models: FLUX's four, with or without weights, by their names in the pipeline.
+        request: What is to be made.
+        tiers: To choose from.
+        device: Where.
     """
-    if device.type == "cpu":
-        return "resident"
-    if memory != "auto":
-        return memory
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    weights = sum(weight_bytes(module) for module in modules)
-    tokens = num_image_tokens(height, width) + 512
-    activations = tokens * pipe.transformer.inner_dim * _TOKEN_CHANNEL_BYTES
     free = free_bytes(device)
-    placement: Placement = "resident" if weights + activations < free else "offload"
-    logger.info(
-        "weights %.1f GiB + activations %.1f GiB, %.1f GiB free: %s",
-        weights / 2**30, activations / 2**30, free / 2**30, placement,
-    )  # fmt: skip
-    return placement
+    on_gpu = device.type == "cuda"
+    estimates = list_estimates(models, request, free, tiers) if on_gpu else []
+    return Room(estimates, free, free_host_bytes())
 
 
-def place(pipe: FluxPipeline, placement: Placement, device: torch.device) -> None:
-    """Put a pipeline's weights where `choose_placement` said."""
-    if placement == "offload":
+def place(pipe: FluxPipeline, tier: Tier, device: torch.device) -> None:
+    """Put a pipeline's weights where they belong while it samples; the text encoders are gone.
+
+    Args:
+        pipe: On the CPU; what bitsandbytes quantised is on the device already.
+        tier: Where weights live.
+        device: Where the pipeline runs.
+    """
+    if tier == "offload":
         pipe.enable_model_cpu_offload(device=device)
+    elif tier == "streamed":
+        stream_blocks(pipe.transformer, device)
+        pipe.vae.to(device)
     else:
         pipe.to(device)
 
 
+def stream_blocks(transformer: nn.Module, device: torch.device) -> None:
+    """Keep a transformer's blocks on the host, and bring each to the device a block ahead.
+
+    diffusers' group offloading, a block a group. Streams are not recorded: a GPU that waits for
+    arithmetic would be run ahead of, and blocks pile up on it. So at most two are there.
+
+    Args:
+        transformer: On the CPU, adapted and compiled before.
+        device: Where it runs; without CUDA there is no side stream.
+    """
+    on_gpu = device.type == "cuda"
+    pinned = _pinned_bytes(transformer) < USABLE * free_host_bytes()
+    if on_gpu and not pinned:
+        logger.warning("not enough host memory to pin the weights: they are streamed slower")
+    apply_group_offloading(
+        transformer,
+        onload_device=device,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=on_gpu,
+        low_cpu_mem_usage=on_gpu and not pinned,
+    )
+
+
+def stream_layers(encoder: nn.Module, device: torch.device) -> None:
+    """Keep a model on the host, and bring each of its layers to the device when it is its turn.
+
+    For a model that runs once: nothing is pinned for longer than a layer's copy.
+    """
+    on_gpu = device.type == "cuda"
+    apply_group_offloading(
+        encoder,
+        onload_device=device,
+        offload_type="leaf_level",
+        use_stream=on_gpu,
+        low_cpu_mem_usage=on_gpu,
+    )
+
+
+def _pinned_bytes(module: nn.Module) -> int:
+    """Return what pinning takes: torch's allocator rounds each tensor up to a power of two."""
+    sizes = [t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()]]
+    return sum(1 << max(size - 1, 0).bit_length() for size in sizes)
+
+
 def decode_bytes(device: torch.device) -> int:
     """Return what decoding may take of what is free now."""
-    usable = usable_bytes(device)
-    return min(usable, _DECODE_BYTES) if device.type == "cuda" else usable
+    usable = int(USABLE * free_bytes(device))
+    return min(usable, DECODE_BYTES) if device.type == "cuda" else usable

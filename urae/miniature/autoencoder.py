@@ -38,16 +38,26 @@ class LatentStatistics:
     std: float
 
 
-def train_vae(config: VaeStage, run: StageRun) -> bool:
+def train_vae(config: VaeStage, stage: str, run: StageRun, *, start: str | None = None) -> bool:
     """Train the VAE and write it, with the statistics of its latents.
+
+    Args:
+        config: The stage.
+        stage: Its name, and that of the file.
+        run: As of every stage.
+        start: Stage whose VAE to go on from; None starts from random weights.
 
     Returns:
         Whether it is done; if not, call again to go on.
     """
     vae: Any = build_miniature("dev", guided=True, seed=run.seed)["vae"]
+    if start is not None:
+        read_weights(run.file(start), {"vae": vae})
     vae.to(run.device, memory_format=torch.channels_last)
     model = _Reconstruction(vae)
-    compute = torch.compile(model, dynamic=False) if run.on_gpu else model
+    # each size compiles anew, for a minute
+    mostly_native = config.large_share < 0.5
+    compute = torch.compile(model, dynamic=False) if run.on_gpu and mostly_native else model
 
     pictures = _render_pictures(config, run.device)
 
@@ -59,7 +69,7 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
                 pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8,
                 generator=generator, device=run.device,
             )  # fmt: skip
-            forward = compute if pixels.shape[-1] == NATIVE_SIDE else model  # others compile anew
+            forward = compute if pixels.shape[-1] == NATIVE_SIDE else model
             reconstruction, mean, logvar = forward(pixels, moments_noise)
         error, edges = reconstruction_losses(reconstruction.float(), pixels)
         mean, logvar = mean.float(), logvar.float()
@@ -67,7 +77,7 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
         loss = error + config.edge_weight * edges + config.kl_weight * divergence
         return loss, {"error": error, "edges": edges, "kl": divergence}
 
-    averaged: Any = run_loop(model, compute_loss, config.loop, "vae", run)
+    averaged: Any = run_loop(model, compute_loss, config.loop, stage, run)
     if averaged is None:
         return False
     vae = averaged.vae
@@ -75,8 +85,8 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
     record = {"latent_mean": str(statistics.mean), "latent_std": str(statistics.std)}
     for side in (NATIVE_SIDE, *config.large_sides):
         record[f"psnr_{side}"] = f"{measure_psnr(vae, side, config.num_held_out, run.device):.2f}"
-    logger.info("vae done: %s", record)
-    write_weights(run.file("vae"), {"vae": vae}, {**run.metadata, **record})
+    logger.info("%s done: %s", stage, record)
+    write_weights(run.file(stage), {"vae": vae}, {**run.metadata, **record})
     return True
 
 

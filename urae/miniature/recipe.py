@@ -66,6 +66,7 @@ class MiniatureRecipe:
 
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+    vae_native: VaeStage
     vae: VaeStage
     base: FlowStage
     dev: DistillStage

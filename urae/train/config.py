@@ -102,8 +102,11 @@ class TrainConfig:
     """Share of samples that train with `prompt` rather than `generated_prompt`."""
     seed: int = 0
     """Decides initial weights, order, captions, noise and timesteps."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: slower, in far less memory."""
+    gradient_checkpointing: Literal["auto", "off", "selective", "full"] = "auto"
+    """What the backward pass recomputes: nothing, all but attention, or whole blocks, in ever less
+    memory; `auto` takes `selective` where there is room, else `full`. The numbers are the same."""
+    compile: bool | None = None
+    """Compile the blocks, on a GPU; by default where that pays within the run."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
@@ -114,7 +117,7 @@ class TrainConfig:
     """Samples held out of training, on which the loss is measured at fixed noises."""
     validate_every: int = 200
     """Steps between measurements of the held-out samples."""
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Experiment tracker, through accelerate."""
     resume: bool = False
     """Continue from the newest checkpoint in `output_dir`."""

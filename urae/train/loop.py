@@ -26,14 +26,16 @@ from urae.config import flatten
 from urae.features.dataset import Sample, batch_for_step
 from urae.resolution import apply_policy, read_base_policy
 from urae.train.adapter import attach_for_training
+from urae.train.attention import right_attention
 from urae.train.batch import sample_batch
 from urae.train.checkpoint import check_same_origin, find_checkpoints
 from urae.train.config import TrainConfig
-from urae.train.guards import catch_stop, safe_attention
+from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
 from urae.train.output import Curves, StepReport, prepare_output
 from urae.train.ranks import explain_lost_rank, warn_of_other_batch
+from urae.train.recompute import count_tokens, prepare_blocks
 from urae.train.record import write_run
 from urae.train.state import build_state
 from urae.train.validate import measure_loss
@@ -96,13 +98,12 @@ def train(
         transformer.to(accelerator.device).requires_grad_(False)
     policy = config.policy or read_base_policy(inputs.model_path)
     apply_policy(transformer, policy)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     adapter = attach_for_training(
         transformer, config.adapter, inputs.over, inputs.initial, config.seed
     )
     check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
     state = build_state(adapter, config, inputs)
+    prepare_blocks(transformer, config, inputs.samples, accelerator.device)
     model = accelerator.prepare_model(transformer.train())
 
     metadata = {
@@ -136,7 +137,14 @@ def train(
             curves.write_validation(state.step, losses.tolist())
         accelerator.log({"validation_loss": losses.mean().item()}, step=state.step)
 
-    with explain_lost_rank(), _enough_memory(), safe_attention(), catch_stop() as stop:
+    attention = right_attention(
+        accelerator.device,
+        transformer.dtype,
+        heads=transformer.config.num_attention_heads,
+        head_dim=transformer.config.attention_head_dim,
+        tokens=count_tokens(inputs.samples),
+    )
+    with explain_lost_rank(), _enough_memory(), attention, catch_stop() as stop:
         if inputs.held_out and state.step == 0:
             validate()
         while state.step < config.steps:
@@ -243,13 +251,13 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def _enough_memory() -> AbstractContextManager[None]:
-    remedy = "--batch-size 1, --gradient-checkpointing true, or features of a lower resolution"
+    remedy = "--batch-size 1, --gradient-checkpointing full, or features of a lower resolution"
     return explain_memory("this step", remedy)
 
 
 def _build_accelerator(config: TrainConfig) -> Accelerator:
-    packages = {"prodigy": "prodigyopt", "adamw": "torch", "none": "torch"}
-    for choice in (config.optimizer.name, config.tracker):
+    packages = {"prodigy": "prodigyopt", "adamw": "torch"}
+    for choice in filter(None, (config.optimizer.name, config.tracker)):
         package = packages.get(choice, choice)
         if find_spec(package) is None:
             raise ModuleNotFoundError(
@@ -257,7 +265,7 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
             )
     accelerator = Accelerator(
         mixed_precision="no",
-        log_with=None if config.tracker == "none" else config.tracker,
+        log_with=config.tracker,
         project_dir=str(config.output_dir),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -267,7 +275,7 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
-    if config.tracker == "none":
+    if config.tracker is None:
         return
     flat = flatten(asdict(config))
     settings = {key: value for key, value in flat.items() if value is not None}

@@ -32,7 +32,7 @@ _LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 # fields that may change between an interrupted run and its continuation
 _FREE_FIELDS = {
     "data_dir", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "validate_every",
-    "tracker", "resume", "overwrite", "gradient_checkpointing",
+    "tracker", "resume", "overwrite", "gradient_checkpointing", "compile",
     "gradient_accumulation",  # the order of samples does not depend on it
     "model", "adapter.over",  # compared by their weights, wherever they lie now
 }  # fmt: skip

@@ -1,0 +1,78 @@
+"""Where the GPU benchmark runs, and how it runs commands."""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and at which size to measure."""
+
+    shape: str
+    output: Path
+    work: Path
+
+    @property
+    def tiny(self) -> bool:
+        """Tell whether this is a try of the script itself."""
+        return self.shape == "tiny"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def base(self) -> Path:
+        return self.work / f"base-{self.shape}"
+
+    @property
+    def lora(self) -> Path:
+        return self.work / f"lora_2k-{self.shape}.safetensors"
+
+    @property
+    def minor(self) -> Path:
+        return self.work / f"minor_4k-{self.shape}.safetensors"
+
+    def side(self, pixels: int) -> int:
+        """Return the side in pixels that stands for one of the full size."""
+        return pixels // 8 if self.tiny else pixels
+
+
+def random_inputs(transformer: Any, bench: Bench, side: int) -> tuple[Tensor, ...]:
+    """Draw latents, a sigma and 512 text tokens for `predict_velocity`."""
+    config, cells = transformer.config, bench.side(side) // 8
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        numbers = torch.randn(*shape, generator=generator, device=bench.device)
+        return numbers.to(bench.dtype)
+
+    sigma = torch.full((1,), 0.7, device=bench.device)
+    latents = draw(1, config.in_channels // 4, cells, cells)
+    text = draw(1, 512, config.joint_attention_dim), draw(1, config.pooled_projection_dim)
+    return latents, sigma, *text
+
+
+def run_urae(bench: Bench, *arguments: str) -> dict[str, Any]:
+    """Run a `urae` command in its own process, watched, and return its figures."""
+    figures = bench.work / "figures.json"
+    figures.unlink(missing_ok=True)
+    print("$ urae", shlex.join(arguments), flush=True)
+    watch = [sys.executable, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
+    subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
+    return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}

@@ -1,0 +1,159 @@
+"""The parts of the GPU benchmark that train."""
+
+import csv
+import gc
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import RANK, ROOT, Bench, random_inputs, run_urae
+from measure import peak_gib, reset_peak, synchronize
+from safetensors.torch import save_file
+
+STEPS = 6  # the first is not counted, as the second of a compiled run
+STEPS_4K = 4
+
+
+def measure_train(bench: Bench) -> dict[str, Any]:
+    """Run training steps at 2048 x 2048 of each adapter from the command line."""
+    full, selective = (
+        ("--gradient-checkpointing", "full"),
+        ("--gradient-checkpointing", "selective"),
+    )
+    return {
+        f"{name}, {how}": train(bench, name, 2048, STEPS, options)
+        for name in ("2K LoRA", "4K minor")
+        for how, options in {
+            "eager": (*full, "--compile", "false"),
+            "compiled": (*full, *compiled(bench)),
+            "compiled, attention kept": (*selective, *compiled(bench)),
+        }.items()
+    }
+
+
+def measure_train_4k(bench: Bench) -> dict[str, Any]:
+    """Run training steps at 4096 x 4096 from the command line."""
+    return {
+        f"4K minor, {how}": train(
+            bench, "4K minor", 4096, STEPS_4K, ("--gradient-checkpointing", kept, *compiled(bench))
+        )
+        for how, kept in (("compiled", "full"), ("compiled, attention kept", "selective"))
+    }
+
+
+def compiled(bench: Bench) -> tuple[str, ...]:
+    """Return the option that compiles; a try on a CPU leaves it."""
+    return ("--compile", str(bench.device.type == "cuda").lower())
+
+
+def train(
+    bench: Bench, name: str, side: int, steps: int, options: tuple[str, ...]
+) -> dict[str, Any]:
+    """Run some steps of one adapter's recipe, with options."""
+    recipe = {"2K LoRA": "flux_dev_2k_lora.toml", "4K minor": "flux_dev_4k_minor.toml"}[name]
+    if name == "4K minor":
+        options = (*options, "--adapter.over", json.dumps([str(bench.lora)]))
+    data, output = bench.work / f"features-{bench.shape}-{side}", bench.work / "train"
+    if not data.exists():
+        write_features(bench, data, side)
+    shutil.rmtree(output, ignore_errors=True)
+    figures = run_urae(
+        bench,
+        *("train", str(ROOT / "recipes" / recipe), "--data", str(data), "--output", str(output)),
+        *("--model", str(bench.base), "--resolution", str(bench.side(side))),
+        *("--steps", str(steps), *options),
+    )
+    with (output / "loss.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seconds = [float(row["seconds"]) for row in rows]
+    return {
+        "seconds": statistics.median(seconds[2:]),
+        "all_seconds": seconds,
+        "losses": [float(row["loss"]) for row in rows],
+        "peak_gib": figures["peaks_gib"].get("rest"),
+        **{key: figures[key] for key in ("total_seconds", "peaks_gib", "command")},
+    }
+
+
+def write_features(bench: Bench, folder: Path, side: int) -> None:
+    """Write random features in the reference's format: two pictures with two captions each."""
+    from urae.backbones.flux import build_meta_transformer
+
+    config, cells = build_meta_transformer(bench.base).config, bench.side(side) // 8
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(3)
+    for index in range(2):
+        mean = torch.randn(16, cells, cells, generator=generator)
+        latents = {"mean": mean, "std": torch.full_like(mean, 0.01)}
+        save_file(latents, folder / f"image_{index}_latent_code.safetensors")
+        for column in ("prompt", "generated_prompt"):
+            embeds = {
+                "caption_feature_t5": torch.randn(
+                    512, config.joint_attention_dim, generator=generator
+                ),
+                "caption_feature_clip": torch.randn(
+                    config.pooled_projection_dim, generator=generator
+                ),
+            }
+            save_file(embeds, folder / f"image_{index}_{column}_embed.safetensors")
+
+
+def measure_train_stock(bench: Bench) -> dict[str, Any]:
+    """Run the same steps with stock diffusers and peft alone, LoRA weights in both precisions."""
+    return {
+        f"stock, LoRA in {str(dtype).removeprefix('torch.')}": train_stock(bench, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def train_stock(bench: Bench, lora_dtype: torch.dtype) -> dict[str, Any]:
+    """Train a LoRA as diffusers' own scripts do: flash attention, gradient checkpointing."""
+    from peft import LoraConfig
+
+    from urae.backbones.flux import load_transformer, predict_velocity
+    from urae.backbones.weights import find_attention_linears
+    from urae.train.config import OptimizerConfig
+    from urae.train.optimizer import build_optimizer
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN on stock FLUX
+    transformer = load_transformer(bench.base, dtype=bench.dtype).to(bench.device)
+    transformer.requires_grad_(False).train()
+    targets = find_attention_linears(transformer)
+    transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
+    )
+    transformer.enable_gradient_checkpointing()
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(lora_dtype)
+    optimizer = build_optimizer(parameters, OptimizerConfig())
+    inputs = random_inputs(transformer, bench, 2048)
+    target = torch.randn_like(inputs[0])
+    reset_peak()
+    seconds, losses = [], []
+    for _ in range(STEPS):
+        synchronize()
+        began = time.perf_counter()
+        velocity = predict_velocity(transformer, *inputs, 1.0)
+        loss = (velocity.float() - target.float()).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    result = {
+        "seconds": statistics.median(seconds[1:]),
+        "all_seconds": [round(value, 4) for value in seconds],
+        "losses": losses,
+        "peak_gib": peak_gib(),
+    }
+    del transformer, optimizer, parameters, loss, velocity
+    gc.collect()
+    return result

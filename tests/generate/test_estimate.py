@@ -1,0 +1,167 @@
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from urae.backbones.flux import build_meta_models, predict_velocity
+from urae.backbones.vae_plan import plan_decode
+from urae.generate.chunks import token_chunks
+from urae.generate.estimate import (
+    _CHUNKED,
+    _WHOLE,
+    TIERS,
+    Request,
+    Way,
+    count_bytes,
+    estimate,
+    list_estimates,
+)
+
+GIB = 2**30
+H200 = 140 * GIB
+LORA = 190 * 2 * 3072 * 16 * 2  # rank 16 on each matrix, bfloat16
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return build_meta_models("flux-dev")
+
+
+@pytest.mark.parametrize(
+    ("side", "compiled", "adapter_bytes", "measured"),
+    [
+        (2048, False, LORA, 24.1),  # a picture, peak sampling
+        (4096, True, 3 * LORA, 26.8),  # a picture, with 2K LoRA and 4K minor
+        (4096, False, LORA, 28.8),  # one forward
+        (4096, True, LORA, 26.5),  # one forward
+    ],
+)
+def test_sampling_is_what_was_measured(flux, side, compiled, adapter_bytes, measured):
+    """The rows of docs/performance.md, in GiB on one H200."""
+    request = Request(side, side, 512, adapter_bytes, compiled)
+    found = estimate(flux, request, Way("resident"), H200).sample.peak / GIB
+    assert found == pytest.approx(measured, rel=0.02)
+
+
+def test_decoding_is_what_was_measured(flux):
+    found = estimate(flux, Request(2048, 2048, 512, LORA), Way("resident"), H200)
+    assert found.decode.peak / GIB == pytest.approx(31.9, rel=0.01)
+    whole = plan_decode(
+        flux["vae"], 4096, 4096, dtype=torch.bfloat16, device=torch.device("cuda")
+    ).peak_bytes
+    assert whole / GIB == pytest.approx(38.0, rel=0.01)
+    assert (count_bytes(flux["transformer"]) + count_bytes(flux["vae"]) + whole) / GIB == (
+        pytest.approx(60.5, rel=0.01)
+    )
+
+
+class Tracker(TorchDispatchMode):
+    """Follow the bytes of what operations make, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return found
+
+    def count(self, storage, *, made=True):
+        key, size = storage._cdata, storage.nbytes() if made else 0
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+class FlashAttention(TorchFunctionMode):
+    """Attention that holds nothing but its result, as on a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return torch.empty_like(kwargs["query"])
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("kind", "blocks"), [(0, (3, 0)), (1, (0, 2))])
+def test_the_maps_are_those_of_the_stock_forward(chunked, kind, blocks):
+    """FLUX.1's blocks at 4096 x 4096 on the meta device."""
+    dual, single = blocks
+    shapes = [(1, 16, 512, 512), (1,), (1, 512, 4096), (1, 768)]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=dual, num_single_layers=single)
+        torch.nn.Module.to(transformer, torch.bfloat16)
+        inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        tracker = Tracker()
+        for tensor in [*inputs, *transformer.parameters()]:
+            tracker.count(tensor.untyped_storage(), made=False)
+        with token_chunks(transformer) if chunked else nullcontext(), FlashAttention(), tracker:
+            predict_velocity(transformer, *inputs, 3.5)
+    maps = tracker.peak / (66_048 * 3072 * 2)
+    wanted = (_CHUNKED if chunked else _WHOLE)[kind]
+    assert maps == pytest.approx(wanted, abs=0.3)
+
+
+def test_less_memory_tier_by_tier(flux):
+    ways = {e.way: e for e in list_estimates(flux, Request(4096, 4096), H200, TIERS)}
+    peaks = [ways[Way(tier)].sample.peak for tier in ("resident", "8bit", "4bit", "streamed")]
+    assert peaks == sorted(peaks, reverse=True)
+    for tier in TIERS:
+        assert ways[Way(tier, True)].sample.peak < ways[Way(tier)].sample.peak
+    assert ways[Way("streamed")].sample.peak < 8 * GIB  # 22 of weights stay on the host
+    assert ways[Way("streamed")].host_bytes == count_bytes(flux["transformer"])
+
+
+def test_quantised_weights_by_their_formats(flux):
+    request = Request(1024, 1024)
+    eight, four = (
+        estimate(flux, request, Way(tier), H200).sample.weights for tier in ("8bit", "4bit")
+    )
+    rest = count_bytes(flux["vae"])
+    whole = count_bytes(flux["transformer"])
+    assert (eight - rest) / whole == pytest.approx(0.5, abs=0.005)
+    assert (four - rest) / whole == pytest.approx(0.5625 / 2, abs=0.005)
+
+
+def test_compiled_blocks_are_not_chunked(flux):
+    ways = [e.way for e in list_estimates(flux, Request(4096, 4096, compiled=True), H200)]
+    assert Way("resident", True) not in ways
+    assert Way("8bit", True) in ways  # quantised blocks are not compiled
+
+
+def test_what_fits(flux):
+    def first(gib, host_gib=64, side=4096):
+        estimates = list_estimates(flux, Request(side, side), gib * GIB)
+        fitting = [e.way for e in estimates if e.fits(gib * GIB, host_gib * GIB)]
+        return fitting[0] if fitting else None
+
+    assert first(80) == Way("resident")
+    assert first(31) == Way("resident", True)
+    assert first(24) == Way("streamed")
+    assert first(8) == Way("streamed", True)
+    assert first(24, host_gib=16) == Way("8bit")
+    assert first(16, host_gib=8) == Way("4bit")
+    assert first(6) is None
+
+
+def test_a_model_in_a_folder(bases):
+    models = build_meta_models(bases["dev"])
+    assert {m.device.type for m in models.values()} == {"meta"}
+    assert estimate(models, Request(64, 64), Way("resident"), GIB).peak > 0

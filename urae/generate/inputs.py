@@ -1,0 +1,77 @@
+"""What a job reads, checked before any weights load."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import FluxTransformer2DModel
+
+from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
+from urae.adapters.initial import check_order
+
+_NUMBER_BYTES = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to denoise."""
+
+    steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    """T5 tokens."""
+
+
+def default_sampling(transformer: FluxTransformer2DModel) -> Sampling:
+    """Return a model's own defaults: those of FLUX.1-dev, or of schnell, which has no guidance."""
+    return Sampling(28, 3.5, 512) if transformer.config.guidance_embeds else Sampling(4, 0.0, 256)
+
+
+def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse to replace pictures unasked.
+
+    Raises:
+        FileExistsError: If one is there, or their folder is a file.
+    """
+    folder = paths[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file; name a folder with --output")
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(
+            f"{existing[0]} exists and is kept ({len(existing)} of {len(paths)} pictures do); "
+            "replace with --overwrite, or choose another --seed or --output"
+        )
+
+
+def check_adapters(
+    adapters: Sequence[str], loras: Sequence[tuple[str, float]], transformer: FluxTransformer2DModel
+) -> int:
+    """Check adapters against a model's shape.
+
+    Args:
+        adapters: Sources, in order.
+        loras: Others, with their weights.
+        transformer: With or without weights.
+
+    Returns:
+        What they take in bfloat16, in bytes.
+
+    Raises:
+        ValueError: If one is damaged or for another base.
+        FileNotFoundError: If one is missing.
+    """
+    files = [read_adapter(source) for source in adapters]
+    for file in files:
+        check_fits(file, transformer)
+    check_order(files)
+    for source, _ in loras:
+        check_lora(source, transformer)
+    # a minor adapter's initial factors are attached with it
+    numbers = sum(
+        (2 if file.kind == "minor" else 1) * (pair.down.numel() + pair.up.numel())
+        for file in files
+        for pair in file.layers.values()
+    )
+    others = sum(resolve_adapter(source).stat().st_size for source, _ in loras)
+    return numbers * _NUMBER_BYTES + others

@@ -1,0 +1,100 @@
+"""What a picture will take, tier by tier: the estimate alone, no weights are loaded."""
+
+import re
+from dataclasses import dataclass
+
+from urae.backbones.flux import build_meta_models, pick_device
+from urae.generate.estimate import Estimate, Request, list_estimates
+from urae.generate.inputs import check_adapters, default_sampling
+from urae.generate.memory import Memory, free_bytes, list_tiers
+from urae.generate.speed import is_long
+from urae.geometry import check_size
+
+_UNITS = {"": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to plan for."""
+
+    model: str = "flux-dev"
+    """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
+    height: int = 1024
+    """Pixels, a multiple of 16."""
+    width: int = 1024
+    """Pixels, a multiple of 16."""
+    adapters: tuple[str, ...] = ()
+    """Ultra-resolution adapters in order, as for generation."""
+    steps: int | None = None
+    """Denoising steps; by default the model's. Many make compiling the blocks pay."""
+    memory: Memory = "auto"
+    """A tier, or all that `auto` chooses from."""
+    gpu_bytes: int | None = None
+    """Of the GPU to plan for; by default what is free on this machine's."""
+
+    def __post_init__(self) -> None:
+        check_size(self.height, self.width)
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps {self.steps} must be at least 1")
+        if self.gpu_bytes is not None and self.gpu_bytes < 1:
+            raise ValueError(f"GPU memory of {self.gpu_bytes} bytes must be more than 0")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each tier takes, at its best on that GPU."""
+
+    estimates: tuple[Estimate, ...]
+    """One a tier, in the order in which `auto` tries them."""
+    gpu_bytes: int
+    compiled: bool
+    """Whether the blocks are expected to be compiled; needs Triton and a C compiler there."""
+
+    @property
+    def chosen(self) -> Estimate | None:
+        """The first that fits; None if none does. The host's memory is not looked at."""
+        return next((each for each in self.estimates if each.fits(self.gpu_bytes)), None)
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Estimate what `generate` would take.
+
+    Args:
+        config: What to plan for.
+
+    Raises:
+        ValueError: If an adapter is damaged or for another base, or there is no GPU to plan for.
+        FileNotFoundError: If the model or an adapter is missing.
+    """
+    device = pick_device()
+    if config.gpu_bytes is None and device.type != "cuda":
+        raise ValueError(
+            "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
+        )
+    gpu_bytes = free_bytes(device) if config.gpu_bytes is None else config.gpu_bytes
+    models = build_meta_models(config.model)
+    adapter_bytes = check_adapters(config.adapters, (), models["transformer"])
+    sampling = default_sampling(models["transformer"])
+    compiled = is_long(config.height, config.width, config.steps or sampling.steps, 1)
+    request = Request(
+        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled
+    )
+    tiers = list_tiers(config.memory, config.model)
+    tiers = tiers if config.memory == "auto" else (config.memory,)
+    best = []
+    for tier in tiers:
+        ways = list_estimates(models, request, gpu_bytes, [tier])
+        best.append(next((each for each in ways if each.fits(gpu_bytes)), ways[-1]))
+    return Plan(tuple(best), gpu_bytes, compiled)
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of memory: `24GiB`, `24GB` (10^9 bytes) or `24` (GiB).
+
+    Raises:
+        ValueError: If the text is no such amount.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"memory {text!r} is not an amount as 24GiB or 24GB")
+    return int(float(found[1]) * _UNITS[found[2]])

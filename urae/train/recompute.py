@@ -1,0 +1,164 @@
+"""What the backward pass keeps of a block and what it recomputes; compiled blocks."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from urae.backbones.flux import MAX_TEXT_TOKENS
+from urae.features.dataset import Sample
+from urae.generate.memory import free_bytes
+from urae.generate.speed import pays_to_compile
+from urae.geometry import num_image_tokens
+from urae.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Checkpointing = Literal["off", "selective", "full"]
+
+_ATTENTIONS = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+# on an H200 a 2K step with 16,896 tokens of 3072 channels took 8.2 GiB beyond the adapter, 5.5 of
+# them the inputs of 57 blocks and 0.3 the optimizer's (docs/performance.md)
+_STEP_BYTES = 50  # a token and channel, of the block that is recomputed
+_SPARE_SHARE = 0.1  # of the free memory, for what splits it up
+
+
+def prepare_blocks(
+    transformer: FluxTransformer2DModel,
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    device: torch.device,
+) -> None:
+    """Let the blocks run in training as the recipe says, or as suits the device.
+
+    Args:
+        transformer: On the device, with its adapters and nothing else to come.
+        config: Of the run.
+        samples: Of the run; the largest counts.
+        device: Where it trains.
+    """
+    checkpointing = config.gradient_checkpointing
+    if checkpointing == "auto":
+        tokens = config.batch_size * count_tokens(samples)
+        checkpointing = choose_checkpointing(
+            transformer, tokens, transformer.dtype, free_bytes(device)
+        )
+    compiled = config.compile
+    if compiled is None:
+        largest = max(samples, key=lambda sample: sample.height * sample.width)
+        pictures = config.batch_size * config.gradient_accumulation
+        compiled = pays_to_compile(device, largest.height, largest.width, config.steps, pictures)
+    set_checkpointing(transformer, checkpointing, compiled=compiled)
+
+
+def count_tokens(samples: Sequence[Sample]) -> int:
+    """Return the text and image tokens of the largest sample, the text as long as FLUX reads."""
+    return MAX_TEXT_TOKENS + max(num_image_tokens(each.height, each.width) for each in samples)
+
+
+def choose_checkpointing(
+    transformer: FluxTransformer2DModel, tokens: int, dtype: torch.dtype, free_bytes: int
+) -> Checkpointing:
+    """Keep the attentions' outputs where there is room: they are the dearest to recompute.
+
+    Args:
+        transformer: Its shape counts.
+        tokens: Text and image tokens of the largest batch.
+        dtype: Of the activations.
+        free_bytes: On the device, weights and optimizer in place.
+    """
+    full = count_step_bytes(transformer, tokens, dtype, "full")
+    selective = count_step_bytes(transformer, tokens, dtype, "selective")
+    chosen: Checkpointing = "selective" if selective < (1 - _SPARE_SHARE) * free_bytes else "full"
+    logger.info(
+        "a step takes %.1f GiB, or %.1f with attention kept; %.1f GiB free: %s checkpointing",
+        full / 2**30, selective / 2**30, free_bytes / 2**30, chosen,
+    )  # fmt: skip
+    return chosen
+
+
+def count_step_bytes(
+    transformer: FluxTransformer2DModel,
+    tokens: int,
+    dtype: torch.dtype,
+    checkpointing: Literal["selective", "full"],
+) -> int:
+    """Estimate the memory that the activations of a training step take.
+
+    Args:
+        transformer: Its shape counts; it may be on the meta device.
+        tokens: Text and image tokens of the batch.
+        dtype: Of the activations.
+        checkpointing: What is kept: the blocks' inputs, or the attentions' outputs too.
+    """
+    channels: int = transformer.inner_dim
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    kept = tokens * channels * dtype.itemsize
+    if checkpointing == "selective":
+        kept = 2 * kept + 4 * tokens * int(transformer.config.num_attention_heads)
+    return len(blocks) * kept + tokens * channels * _STEP_BYTES * dtype.itemsize // 2
+
+
+def set_checkpointing(
+    transformer: FluxTransformer2DModel, checkpointing: Checkpointing, *, compiled: bool = False
+) -> None:
+    """Decide how the transformer's blocks run in training; a forward without gradients stays.
+
+    Args:
+        transformer: With its adapters; it goes through its `enable_gradient_checkpointing`.
+        checkpointing: `off` keeps all activations, `full` the blocks' inputs, `selective` the
+            outputs of attention too: they are the dearest to recompute. The numbers are the same.
+        compiled: Whether blocks are compiled: both kinds once, and once more for all sizes when a
+            second size comes.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
+    options: dict[str, Any] = {"context_fn": contexts} if checkpointing == "selective" else {}
+
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        if checkpointing == "off":
+            return block(*inputs)
+        return checkpoint(_call, block, *inputs, use_reentrant=False, **options)
+
+    if compiled:
+        # it says that in-place operations would be wrong, of which these blocks have none
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        run = _with_like_inputs(torch.compile(run))
+    transformer.enable_gradient_checkpointing(run)
+
+
+def _call(block: nn.Module, *inputs: Any) -> Any:
+    return block(*inputs)
+
+
+def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the first blocks' inputs like the others', so that one compilation serves all."""
+
+    def run_like(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
+        hidden, text = (
+            each if each.requires_grad else each.detach().requires_grad_()
+            for each in (hidden.contiguous(), text.contiguous())
+        )
+        return run(block, hidden, text, *rest)
+
+    return run_like
+
+
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in _ATTENTIONS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
