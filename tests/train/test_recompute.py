@@ -180,6 +180,17 @@ def test_wrong_gradients_are_refused(fault, error):
     assert pick_attention(candidates, SHAPE, torch.float32, CPU) == "right"
 
 
+def test_gradients_must_be_finite_at_the_full_length_too(monkeypatch):
+    monkeypatch.setattr("urae.train.attention._CHECK_TOKENS", SHAPE[1] - 1)
+
+    def attend(query, key, value):
+        output = backend("native")(query, key, value)
+        return output if query.shape[1] < SHAPE[1] else output * math.inf
+
+    with pytest.raises(FloatingPointError, match="gradients are not finite at 48 tokens"):
+        pick_attention({"long": attend}, SHAPE, torch.float32, CPU)
+
+
 def test_a_missing_kernel_is_left_out(caplog):
     caplog.set_level(logging.INFO)
     candidates = {name: backend(name) for name in ("_native_cudnn", "native")}

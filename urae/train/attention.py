@@ -74,7 +74,8 @@ def pick_attention(
 ) -> str:
     """Return the name of the fastest attention whose gradients are right.
 
-    Each is checked against float32 on up to 1,536 tokens, then timed at the full shape.
+    Each is checked against float32 on up to 1,536 tokens, then timed at the full shape, where its
+    gradients must be finite.
 
     Args:
         candidates: By name.
@@ -91,10 +92,14 @@ def pick_attention(
     for name, attend in candidates.items():
         try:
             error = measure_error(attend, small, dtype, device)
-            if error <= _MAX_ERROR:
-                seconds[name] = _time(attend, shape, dtype, device)
-            else:
+            if error > _MAX_ERROR:
                 faults[name] = f"gradients are {error:.3g} off"
+                continue
+            taken, finite = _time(attend, shape, dtype, device)
+            if finite:
+                seconds[name] = taken
+            else:
+                faults[name] = f"gradients are not finite at {tokens} tokens"
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as reason:  # this device or build of torch has no such kernel
@@ -140,15 +145,18 @@ def _differentiate(attend: Attend, inputs: Sequence[Float[Tensor, "b l h d"]]) -
     return list(torch.autograd.grad(output, leaves, inputs[0].view_as(output)))
 
 
-def _time(attend: Attend, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+def _time(
+    attend: Attend, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[float, bool]:
+    """Return seconds forward and backward, and whether all gradients are finite."""
     inputs = _draw(shape, dtype, device)
     for _ in range(2):  # the first is not counted
         _synchronize(device)
         began = time.perf_counter()
-        _differentiate(attend, inputs)
+        gradients = _differentiate(attend, inputs)
         _synchronize(device)
         seconds = time.perf_counter() - began
-    return seconds
+    return seconds, all(bool(each.isfinite().all()) for each in gradients)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -102,11 +102,11 @@ class TrainConfig:
     """Share of samples that train with `prompt` rather than `generated_prompt`."""
     seed: int = 0
     """Decides initial weights, order, captions, noise and timesteps."""
-    gradient_checkpointing: Literal["auto", "off", "selective", "full"] = "auto"
+    gradient_checkpointing: Literal["auto", "off", "selective", "full"] = "full"
     """What the backward pass recomputes: nothing, all but attention, or whole blocks, in ever less
     memory; `auto` takes `selective` where there is room, else `full`. The numbers are the same."""
-    compile: bool | None = None
-    """Compile the blocks, on a GPU; by default where that pays within the run."""
+    compile: bool | None = False
+    """Compile the blocks; `none` does so on a GPU where it pays within the run."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
