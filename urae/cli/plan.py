@@ -66,7 +66,7 @@ def _show(plan: "Plan", title: str) -> None:
 
     table = Table(title=f"{title}: GiB at the peak")
     table.add_column("--memory")
-    for name in ("encode prompt", "weights", "activations", "sample", "decode", "host"):
+    for name in ("encode", "weights", "activations", "sample", "decode", "host"):
         table.add_column(name, justify="right")
     table.add_column("fits")
     for each in plan.estimates:
