@@ -193,7 +193,7 @@ def test_commands_parse(page, arguments, jobs):
 
 def test_all_four_jobs_have_commands_in_the_readme():
     jobs = {arguments[0] for page, arguments in commands() if page == "README.md"}
-    assert jobs == {"cache", "train", "convert", "generate"}
+    assert jobs >= {"cache", "train", "convert", "generate"}
 
 
 def test_make_targets_and_scripts_exist():
