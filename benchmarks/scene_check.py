@@ -1,10 +1,12 @@
 """Measure the scene check: what it passes that it should, what it passes that it should not.
 
     python benchmarks/scene_check.py --count 300
+    python benchmarks/scene_check.py --count 50 --sizes 256 512 --vae vae.safetensors
 
 Near misses are captions with one wrong word. Degraded renders stand for the decoder's
 reconstructions: a blur of 0.7 pixels, noise of 4 levels, JPEG of quality 85. Enlarged ones are
-rendered at half the size and resized, so that their texture has twice its scale.
+rendered at half the size and resized, so that their texture has twice its scale. With a VAE of the
+miniature's, its reconstructions are measured too.
 """
 
 import argparse
@@ -12,12 +14,15 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from urae.geometry import parse_size
+from urae.miniature.autoencoder import load_vae, to_pixels
 from urae.miniature.check import SceneReport, compare, score
 from urae.miniature.photograph import blur, decode_picture, encode_picture
 from urae.miniature.read import Reading, read_picture
@@ -44,7 +49,16 @@ def enlarge(picture: Tensor) -> Tensor:
     return large.round().clamp(0, 255).byte()
 
 
-def measure(scenes: list[Scene], height: int, width: int) -> tuple[dict[str, str], float]:
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, picture: Tensor) -> Tensor:
+    """Encode an 8-bit picture and decode it."""
+    found = vae.decode(vae.encode(to_pixels(picture[None])).latent_dist.mean).sample[0]
+    return ((found.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def measure(
+    scenes: list[Scene], height: int, width: int, vae: AutoencoderKL | None
+) -> tuple[dict[str, str], float]:
     """Return the rates of one size by name, and the median seconds of reading a picture."""
     seconds = []
 
@@ -63,6 +77,9 @@ def measure(scenes: list[Scene], height: int, width: int) -> tuple[dict[str, str
         "true renders": rate(map(compare, true, scenes)),
         "degraded renders": rate(map(compare, degraded, scenes)),
     }
+    if vae is not None:
+        decoded = read(lambda scene: reconstruct(vae, render([scene], height, width)[0]))
+        rates["reconstructions"] = rate(map(compare, decoded, scenes))
     if height % 32 == width % 32 == 0 and min(height, width) >= 512:
         large = read(lambda scene: enlarge(render([scene], height // 2, width // 2)[0]))
         rates["enlarged twice"] = rate(map(compare, large, scenes))
@@ -91,11 +108,13 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", default=["256", "512", "1024", "384x256", "512x1024"], metavar="SIZE"
     )
+    parser.add_argument("--vae", type=Path, help="weights of a VAE stage of the miniature")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    vae = load_vae(arguments.vae, torch.device("cpu"))[0] if arguments.vae else None
 
     scenes = [sample_scene(FIRST_SEED + n) for n in range(arguments.count)]
-    columns = [measure(scenes, *parse_size(size)) for size in arguments.sizes]
+    columns = [measure(scenes, *parse_size(size), vae) for size in arguments.sizes]
     print(f"| pass | {' | '.join(arguments.sizes)} |")
     print(f"|---|{'---|' * len(columns)}")
     for name in dict.fromkeys(name for rates, _ in columns for name in rates):
