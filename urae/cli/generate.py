@@ -21,14 +21,16 @@ class Memory(StrEnum):
     four_bit = "4bit"
 
 
+Model = Annotated[
+    str, typer.Option(help="flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file.")
+]
+Size = Annotated[str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")]
+
+
 def generate_command(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
-    model: Annotated[
-        str, typer.Option(help="flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file.")
-    ] = "flux-dev",
-    size: Annotated[
-        str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
-    ] = "1k",
+    model: Model = "flux-dev",
+    size: Size = "1k",
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="Ultra-resolution adapter; repeat in order: 2K LoRA, then 4K minor."),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from urae.cli.generate import Memory
+from urae.cli.generate import Memory, Model, Size
 from urae.cli.terminal import Verbose, console
 
 if TYPE_CHECKING:
@@ -21,12 +21,8 @@ def plan() -> None:
 
 @plan_app.command("generate")
 def generate_command(
-    model: Annotated[
-        str, typer.Option(help="flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file.")
-    ] = "flux-dev",
-    size: Annotated[
-        str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
-    ] = "1k",
+    model: Model = "flux-dev",
+    size: Size = "1k",
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
     ] = None,
