@@ -36,11 +36,8 @@ from urae.resolution import read_base_policy
 SCORE = ScoreConfig(side=128, num_captions=1, num_seeds=2, steps=1)
 STAGE = "batch_size = 2\nnum_scenes = 3\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
 RECIPE = (
-    "".join(
-        f"[{name}]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
-        "num_held_out = 1\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
-        for name in ("vae_native", "vae")
-    )
+    "[vae]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
+    "num_held_out = 1\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
     + "".join(f"[{name}]\n{STAGE}" for name in ("base", "dev", "schnell"))
     + "".join(f"[{name}]\nside = 256\n{STAGE}" for name in ("teacher_512", "teacher_1024"))
 )
@@ -219,7 +216,7 @@ def test_the_pipeline_is_a_stock_one(tmp_path):
 
 
 def test_an_unknown_stage_and_a_wrong_recipe(recipe, tmp_path):
-    with pytest.raises(ValueError, match="stage 'vea' is unknown; choose one of vae_native, vae"):
+    with pytest.raises(ValueError, match="stage 'vea' is unknown; choose one of vae, base"):
         train_stage("vea", recipe, tmp_path)
     recipe.write_text(RECIPE.replace("side", "sides"))
     with pytest.raises(ValueError, match="unknown key"):

@@ -16,7 +16,6 @@ miniature_app = typer.Typer(no_args_is_help=True)
 class Stage(StrEnum):
     """Stages in the order in which they need one another."""
 
-    vae_native = "vae_native"
     vae = "vae"
     base = "base"
     dev = "dev"

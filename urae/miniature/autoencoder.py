@@ -38,27 +38,21 @@ class LatentStatistics:
     std: float
 
 
-def train_vae(config: VaeStage, stage: str, run: StageRun, *, start: str | None = None) -> bool:
+def train_vae(config: VaeStage, run: StageRun) -> bool:
     """Train the VAE and write it, with the statistics of its latents.
 
     Args:
         config: The stage.
-        stage: Its name, and that of the file.
         run: As of every stage.
-        start: Stage whose VAE to go on from; None starts from random weights.
 
     Returns:
         Whether it is done; if not, call again to go on.
     """
     vae: Any = build_miniature("dev", guided=True, seed=run.seed)["vae"]
-    if start is not None:
-        read_weights(run.file(start), {"vae": vae})
     vae.to(run.device, memory_format=torch.channels_last)
     model = _Reconstruction(vae)
-    # each size compiles anew, for a minute
-    mostly_native = config.large_share < 0.5
-    compute = torch.compile(model, dynamic=False) if run.on_gpu and mostly_native else model
-
+    # larger ones stay eager: each size compiles anew, for a minute
+    compute = torch.compile(model, dynamic=False) if run.on_gpu else model
     pictures = _render_pictures(config, run.device)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -77,7 +71,7 @@ def train_vae(config: VaeStage, stage: str, run: StageRun, *, start: str | None 
         loss = error + config.edge_weight * edges + config.kl_weight * divergence
         return loss, {"error": error, "edges": edges, "kl": divergence}
 
-    averaged: Any = run_loop(model, compute_loss, config.loop, stage, run)
+    averaged: Any = run_loop(model, compute_loss, config.loop, "vae", run)
     if averaged is None:
         return False
     vae = averaged.vae
@@ -85,8 +79,8 @@ def train_vae(config: VaeStage, stage: str, run: StageRun, *, start: str | None 
     record = {"latent_mean": str(statistics.mean), "latent_std": str(statistics.std)}
     for side in (NATIVE_SIDE, *config.large_sides):
         record[f"psnr_{side}"] = f"{measure_psnr(vae, side, config.num_held_out, run.device):.2f}"
-    logger.info("%s done: %s", stage, record)
-    write_weights(run.file(stage), {"vae": vae}, {**run.metadata, **record})
+    logger.info("vae done: %s", record)
+    write_weights(run.file("vae"), {"vae": vae}, {**run.metadata, **record})
     return True
 
 

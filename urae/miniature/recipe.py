@@ -66,7 +66,6 @@ class MiniatureRecipe:
 
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    vae_native: VaeStage
     vae: VaeStage
     base: FlowStage
     dev: DistillStage

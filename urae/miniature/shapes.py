@@ -13,9 +13,13 @@ from torch import Tensor
 
 Field = Float[Tensor, "b h w"]
 
-PERIOD_PIXELS = 8.0
-"""Of stripes, dots and checks (two squares)."""
-DOT_RADIUS_PIXELS = 2.4
+PERIOD_PIXELS = 16.0
+"""Of stripes, dots and checks (two squares).
+
+Not the 8 pixels of a latent: where all latents are alike, the decoder, which only ever repeats and
+convolves them, can make no pattern.
+"""
+DOT_RADIUS_PIXELS = 4.0
 GRAIN_PIXELS = 2.5
 """Distance of the random values that grain is interpolated from."""
 _GRAIN_CONTRAST = 1.8  # makes up for what interpolation takes

@@ -26,8 +26,7 @@ from urae.storage import read_tensors, write_atomic
 Train = Callable[[MiniatureRecipe, StageRun], bool]
 
 STAGES: dict[str, Train] = {
-    "vae_native": lambda recipe, run: train_vae(recipe.vae_native, "vae_native", run),
-    "vae": lambda recipe, run: train_vae(recipe.vae, "vae", run, start="vae_native"),
+    "vae": lambda recipe, run: train_vae(recipe.vae, run),
     "base": lambda recipe, run: train_flow(recipe.base, "dev", "base", run),
     "dev": lambda recipe, run: train_guided(recipe.dev, "dev", run),
     "schnell": lambda recipe, run: train_four_steps(recipe.schnell, "schnell", run),
@@ -90,7 +89,7 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
         ValueError: If the stage has no transformer.
         FileNotFoundError: If a file is missing.
     """
-    if name not in STAGES or name.startswith("vae"):
+    if name not in STAGES or name == "vae":
         raise ValueError(f"stage {name!r} is no transformer; choose one of {', '.join(STAGES)}")
     kind: Kind = "teacher" if name.startswith("teacher") else "dev"
     parts = build_miniature(kind, guided=name == "dev", seed=0)
@@ -120,7 +119,7 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
         write_pipeline(folder, load_stage(name, work_dir))
         record = {
             stage: read_tensors(work_dir / f"{stage}.safetensors")[1]
-            for stage in ("vae_native", "vae", "base", "dev", name)
+            for stage in ("vae", "base", "dev", name)
         }
         write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
         folders.append(folder)

@@ -17,7 +17,7 @@ from urae.miniature.shapes import TEXTURE_FIELDS
 
 Grey = npt.NDArray[np.float32]
 
-_TILE = 32  # pixels, four periods
+_TILE = 48  # pixels, three periods
 _STEP = 16
 _MAX_TILES = 400
 _MIN_TILES = 4
@@ -78,7 +78,7 @@ def read_texture(residual: Grey, background: Mask) -> str | None:
 
 
 def _cut_tiles(residual: Grey, background: Mask) -> Grey:
-    """Return tiles that are all background (N x 32 x 32), spread over the picture."""
+    """Return tiles that are all background (N x 48 x 48), spread over the picture."""
     whole = sliding_window_view(background, (_TILE, _TILE))[::_STEP, ::_STEP].all((2, 3))
     rows, columns = np.nonzero(whole)
     spread = slice(None, None, max(1, -(-len(rows) // _MAX_TILES)))
