@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from bench import RANK, ROOT, Bench, random_inputs, run_urae
 from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwatch, synchronize
 from report import write_report
-from training import measure_train, measure_train_4k, measure_train_stock
+from training import ADAPTERS, WAYS, measure_train, measure_train_4k, measure_train_stock
 
 sys.path.insert(0, str(ROOT))
 
@@ -232,7 +233,11 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "base": measure_base,  # the others need it
     "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
     "generate_2k": measure_generate_2k,
-    "train": measure_train,
+    **{
+        f"train_{adapter}_{way}": partial(measure_train, adapter=adapter, way=way)
+        for adapter in ADAPTERS
+        for way in WAYS
+    },
     "forward": measure_forward,
     "train_stock": measure_train_stock,
     "train_4k": measure_train_4k,

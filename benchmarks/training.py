@@ -18,21 +18,20 @@ STEPS = 6  # the first is not counted, as the second of a compiled run
 STEPS_4K = 4
 
 
-def measure_train(bench: Bench) -> dict[str, Any]:
-    """Run training steps at 2048 x 2048 of each adapter from the command line."""
-    full, selective = (
-        ("--gradient-checkpointing", "full"),
-        ("--gradient-checkpointing", "selective"),
-    )
-    return {
-        f"{name}, {how}": train(bench, name, 2048, STEPS, options)
-        for name in ("2K LoRA", "4K minor")
-        for how, options in {
-            "eager": (*full, "--compile", "false"),
-            "compiled": (*full, *compiled(bench)),
-            "compiled, attention kept": (*selective, *compiled(bench)),
-        }.items()
-    }
+ADAPTERS = {"lora": "2K LoRA", "minor": "4K minor"}
+WAYS = {
+    "eager": ("eager", "full", False),
+    "compiled": ("compiled", "full", True),
+    "selective": ("compiled, attention kept", "selective", True),
+}
+
+
+def measure_train(bench: Bench, adapter: str, way: str) -> dict[str, Any]:
+    """Run training steps at 2048 x 2048 of one adapter in one way from the command line."""
+    name, (how, kept, whether) = ADAPTERS[adapter], WAYS[way]
+    compile = compiled(bench) if whether else ("--compile", "false")
+    options = ("--gradient-checkpointing", kept, *compile)
+    return {f"{name}, {how}": train(bench, name, 2048, STEPS, options)}
 
 
 def measure_train_4k(bench: Bench) -> dict[str, Any]:
