@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from urae.backbones.vae import decode, encode, usable_bytes
+from urae.backbones.vae import decode, encode
 from urae.backbones.vae_chain import Op, find_source_rows, split_rows
 from urae.backbones.vae_plan import plan_decode, plan_encode
 
@@ -262,7 +262,3 @@ def test_other_architectures_are_refused():
     )
     with pytest.raises(ValueError, match="VAE block AttnDownEncoderBlock2D has attention, which"):
         encode(vae, torch.zeros(1, 3, 16, 16))
-
-
-def test_usable_bytes_are_some():
-    assert 0 < usable_bytes(torch.device("cpu")) < 2**50

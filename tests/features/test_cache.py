@@ -114,7 +114,7 @@ def test_short_memory_changes_nothing(train_data, base_dev, monkeypatch):
     size = (image.height, image.width)
     max_bytes = plan_encode(model._vae, *size).peak_bytes // 3
     assert not plan_encode(model._vae, *size, max_bytes=max_bytes).whole
-    monkeypatch.setattr(encoders, "usable_bytes", lambda _: max_bytes)
+    monkeypatch.setattr(encoders, "vae_bytes", lambda *_: max_bytes)
     torch.testing.assert_close(model.encode_image(image), whole, atol=1e-5, rtol=1e-5)
 
 

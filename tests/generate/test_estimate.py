@@ -48,16 +48,24 @@ def test_sampling_is_what_was_measured(flux, side, compiled, adapter_bytes, meas
     assert found == pytest.approx(measured, rel=0.02)
 
 
-def test_decoding_is_what_was_measured(flux):
-    found = estimate(flux, Request(2048, 2048, 512, LORA), Way("resident"), H200)
-    assert found.decode.peak / GIB == pytest.approx(31.9, rel=0.01)
-    whole = plan_decode(
-        flux["vae"], 4096, 4096, dtype=torch.bfloat16, device=torch.device("cuda")
-    ).peak_bytes
-    assert whole / GIB == pytest.approx(38.0, rel=0.01)
-    assert (count_bytes(flux["transformer"]) + count_bytes(flux["vae"]) + whole) / GIB == (
-        pytest.approx(60.5, rel=0.01)
-    )
+@pytest.mark.parametrize(
+    ("side", "limit", "measured"),
+    [(2048, None, 9.701), (2048, 6, 5.467), (4096, None, 38.2), (4096, 10, 10.2), (4096, 6, 5.658)],
+)
+def test_decoding_is_what_was_measured(flux, side, limit, measured):
+    """The rows of docs/performance.md, in GiB on one H200 with the VAE's weights."""
+    plan = plan_decode(
+        flux["vae"], side, side,
+        max_bytes=limit and limit * GIB, dtype=torch.bfloat16, device=torch.device("cuda"),
+    )  # fmt: skip
+    found = (count_bytes(flux["vae"]) + plan.peak_bytes) / GIB
+    assert found == pytest.approx(measured, rel=0.02)
+
+
+def test_decoding_beside_the_transformer_is_counted(flux):
+    found = estimate(flux, Request(2048, 2048, 512, LORA), Way("resident"), H200).decode.peak
+    weights = count_bytes(flux["transformer"]) + count_bytes(flux["vae"]) + LORA
+    assert weights + 5 * GIB < found < weights + 7 * GIB
 
 
 class Tracker(TorchDispatchMode):

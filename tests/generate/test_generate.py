@@ -377,7 +377,7 @@ def test_text_encoders_that_do_not_fit_are_streamed(settings, monkeypatch, tmp_p
     streamed = []
     run = job_module.stream_layers
     monkeypatch.setattr(job_module, "stream_layers", lambda *a: (streamed.append(a[0]), run(*a))[1])
-    monkeypatch.setattr(job_module, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(job_module, "free_bytes", lambda _: 2**28)
     (path,) = generate(settings(output_dir=tmp_path / "short"))
     assert len(streamed) == 1
     assert Image.open(path).tobytes() == Image.open(wanted).tobytes()
@@ -410,7 +410,7 @@ def test_a_job_compiles_the_blocks(settings, monkeypatch):
 def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_path):
     (whole,) = generate(settings(height=256, width=256, steps=1))
     plans = []
-    monkeypatch.setattr(job_module, "decode_bytes", lambda _: 3 * 2**20)
+    monkeypatch.setattr(job_module, "vae_bytes", lambda *_: 3 * 2**20)
     run = job_module.vae.plan_decode
     monkeypatch.setattr(
         "urae.backbones.vae.plan_decode", lambda *a, **k: plans.append(run(*a, **k)) or plans[-1]
@@ -419,7 +419,7 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
     assert [plan.whole for plan in plans] == [False]
     found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
     assert abs(found - wanted).max() <= 1  # on the edge between two 8-bit levels
-    monkeypatch.setattr(job_module, "decode_bytes", lambda _: 2**10)
+    monkeypatch.setattr(job_module, "vae_bytes", lambda *_: 2**10)
     with pytest.raises(MemoryError, match="decoding 256 x 256 pixels takes at least"):
         generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()

@@ -4,13 +4,12 @@ from torch._dynamo.testing import CompileCounter
 
 import urae
 from urae.backbones.flux import build_meta_models, predict_velocity
+from urae.backbones.free_memory import free_bytes, vae_bytes
 from urae.generate.estimate import AUTO_TIERS, Request, Way, list_estimates
 from urae.generate.memory import (
     Room,
     _pinned_bytes,
-    decode_bytes,
     find_room,
-    free_bytes,
     list_tiers,
     place,
     stream_blocks,
@@ -106,10 +105,10 @@ def test_a_cap_on_the_process_counts(monkeypatch):
     assert free_bytes(gpu) == 8 * GIB
 
 
-def test_decoding_takes_twelve_gib_of_a_gpu_at_most(monkeypatch):
-    monkeypatch.setattr("urae.generate.memory.free_bytes", lambda _: 100 * GIB)
-    assert decode_bytes(torch.device("cuda")) == 12 * GIB
-    assert decode_bytes(CPU) == 90 * GIB
+def test_the_vae_takes_seven_gib_of_a_gpu_at_most():
+    assert vae_bytes(torch.device("cuda"), 100 * GIB) == 7 * GIB
+    assert vae_bytes(torch.device("cuda"), 5 * GIB) == 4.5 * GIB
+    assert vae_bytes(CPU, 100 * GIB) == 90 * GIB
 
 
 # --- streaming; the CPU stands in for the GPU, without a side stream ------------------------------

@@ -107,11 +107,12 @@ def attach_trainable(
         state[f"{layer}.lora_A.weight"] = pair.down.float()
         state[f"{layer}.lora_B.weight"] = pair.up.float()
     set_peft_model_state_dict(transformer, state, name)
+    dtype = _compute_dtype(transformer)
     for path, layer in _lora_layers(transformer, name):
         layer.cast_input_dtype_enabled = False  # activations are large, factors are small
         down, up = (initial[path].down, -initial[path].up) if initial else (None, None)
-        layer.lora_A[name] = _TrainableFactor(layer.lora_A[name].weight, down, 0)
-        layer.lora_B[name] = _TrainableFactor(layer.lora_B[name].weight, up, 1)
+        layer.lora_A[name] = _TrainableFactor(layer.lora_A[name].weight, down, 0, dtype)
+        layer.lora_B[name] = _TrainableFactor(layer.lora_B[name].weight, up, 1, dtype)
     parameters = list(adapter_parameters(transformer, name))
     transformer.set_adapter([*active, name])
     for other in active:
@@ -173,27 +174,37 @@ def _lora_config(layers: Mapping[str, LowRank]) -> LoraConfig:
 
 
 def _cast_to_compute(transformer: FluxTransformer2DModel, name: str) -> None:
-    dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.bfloat16
+    dtype = _compute_dtype(transformer)
     for _, layer in _lora_layers(transformer, name):
         layer.lora_A[name].to(dtype)
         layer.lora_B[name].to(dtype)
 
 
+def _compute_dtype(transformer: FluxTransformer2DModel) -> torch.dtype:
+    dtype: torch.dtype = transformer.dtype
+    return dtype if dtype.is_floating_point else torch.bfloat16
+
+
 class _TrainableFactor(nn.Module):
-    """A float32 factor that computes in its input's dtype, beside a frozen one if there is one."""
+    """A float32 factor that computes in its input's dtype, beside a frozen one if there is one.
+
+    The frozen one is held as it is computed with.
+    """
 
     beside: torch.Tensor
 
-    def __init__(self, weight: nn.Parameter, beside: torch.Tensor | None, dim: int) -> None:
+    def __init__(
+        self, weight: nn.Parameter, beside: torch.Tensor | None, dim: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.dim = dim
         frozen = weight.detach().narrow(dim, 0, 0) if beside is None else beside
-        self.register_buffer("beside", frozen.to(weight.device, torch.float32), persistent=False)
+        self.register_buffer("beside", frozen.to(weight.device, dtype), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = torch.cat([self.weight, self.beside], dim=self.dim)
-        return nn.functional.linear(input, weight.to(input.dtype))
+        factors = [self.weight.to(input.dtype), self.beside.to(input.dtype)]
+        return nn.functional.linear(input, torch.cat(factors, dim=self.dim))
 
 
 def _lora_layers(transformer: FluxTransformer2DModel, name: str) -> Iterator[tuple[str, LoraLayer]]:

@@ -9,7 +9,6 @@ VAE is replaced. `vae_plan` decides where to split.
 
 from collections.abc import Iterator
 
-import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 from urae.backbones.vae_chain import Unit, find_source_rows, scale_rows, split_rows
 from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
-
-_USABLE = 0.9  # of what is free, for what allocators lose between blocks
 
 Moments = tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]
 
@@ -78,14 +75,6 @@ def encode(
     )  # fmt: skip
     moments: Tensor = apply_forward_hook(_encode)(vae, pixels, plan)
     return moments
-
-
-def usable_bytes(device: torch.device) -> int:
-    """Return what memory of a device can be counted on: nine tenths of what is free."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_USABLE * (torch.cuda.mem_get_info(device)[0] + unused))
-    return int(_USABLE * psutil.virtual_memory().available)
 
 
 # run by accelerate's hook, which brings an offloaded VAE to the device

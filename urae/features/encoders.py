@@ -20,7 +20,8 @@ from urae.backbones.flux import (
     pick_device,
     pick_dtype,
 )
-from urae.backbones.vae import encode, usable_bytes
+from urae.backbones.free_memory import free_bytes, vae_bytes
+from urae.backbones.vae import encode
 
 
 class Encoders:
@@ -78,6 +79,7 @@ class Encoders:
         """
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         pixels = pixels.to(self.device).float().div(127.5).sub(1).to(self.dtype)
-        moments = encode(self._vae, pixels, max_bytes=usable_bytes(self.device))
+        max_bytes = vae_bytes(self.device, free_bytes(self.device))
+        moments = encode(self._vae, pixels, max_bytes=max_bytes)
         latents = DiagonalGaussianDistribution(moments)
         return latents.mean[0], latents.std[0]

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from urae.backbones.free_memory import USABLE, vae_bytes
 from urae.backbones.vae_plan import plan_decode
 from urae.geometry import num_image_tokens
 
@@ -23,10 +24,6 @@ AUTO_TIERS: tuple[Tier, ...] = ("resident", "streamed", "8bit", "4bit")
 QUANTIZED: tuple[Tier, ...] = ("8bit", "4bit")
 """Approximations."""
 
-USABLE = 0.9
-"""Of what is free, for what allocators lose between blocks; as the VAE's."""
-# decoding 4096^2 whole takes 38 GiB; within 12 it is 1.3 times the work by plan
-DECODE_BYTES = 12 * 2**30
 # the logits of T5-XXL for 512 tokens are 64 MiB in float32, its widest maps 10 MiB in bfloat16
 TEXT_ACTIVATION_BYTES = 2**29
 
@@ -218,8 +215,8 @@ def _estimate_encode(models: Mapping[str, Any], way: Way, held: int, device_byte
 def _estimate_decode(
     vae: AutoencoderKL, request: Request, weights: int, device_bytes: int
 ) -> Stage:
-    max_bytes = min(int(USABLE * (device_bytes - weights)), DECODE_BYTES)
     gpu = torch.device("cuda")
+    max_bytes = vae_bytes(gpu, device_bytes - weights)
     try:
         plan = plan_decode(
             vae, request.height, request.width,

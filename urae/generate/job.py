@@ -28,6 +28,7 @@ from urae.backbones.flux import (
     pick_dtype,
     read_text_tokens,
 )
+from urae.backbones.free_memory import free_bytes, vae_bytes
 from urae.generate.chunks import token_chunks
 from urae.generate.config import GenerateConfig
 from urae.generate.estimate import (
@@ -39,9 +40,7 @@ from urae.generate.estimate import (
 )
 from urae.generate.inputs import Sampling, check_adapters, check_outputs, default_sampling
 from urae.generate.memory import (
-    decode_bytes,
     find_room,
-    free_bytes,
     list_tiers,
     place,
     stream_layers,
@@ -302,7 +301,8 @@ def decode(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     latents = latents.to(device, pipe.vae.dtype)
-    pixels = vae.decode(pipe.vae, latents, max_bytes=decode_bytes(device))
+    max_bytes = vae_bytes(device, free_bytes(device))
+    pixels = vae.decode(pipe.vae, latents, max_bytes=max_bytes)
     pipe.maybe_free_model_hooks()
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
     return image

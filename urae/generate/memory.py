@@ -1,4 +1,4 @@
-"""Fitting a picture into memory: what is free, where weights go, what decoding may take."""
+"""Fitting a picture into memory: which way, and where weights go."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from diffusers import FluxPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
 from urae.generate.estimate import (
     AUTO_TIERS,
-    DECODE_BYTES,
     QUANTIZED,
-    USABLE,
     Estimate,
     Request,
     Tier,
@@ -31,25 +29,6 @@ Memory = Literal["auto", "resident", "streamed", "offload", "8bit", "4bit"]
 """A tier, or the first that fits."""
 
 _CLEARLY = 0.9  # less than a way that ran out of memory: estimates are right to a tenth
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that this process can have on a device, the host's for the CPU.
-
-    A cap (`torch.cuda.set_per_process_memory_fraction`) counts.
-    """
-    if device.type != "cuda":
-        return free_host_bytes()
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    unused = torch.cuda.memory_reserved(device) - allocated
-    cap = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free + unused, int(cap) - allocated)
-
-
-def free_host_bytes() -> int:
-    """Return the host's free memory."""
-    return int(psutil.virtual_memory().available)
 
 
 def list_tiers(memory: Memory, model: str | Path) -> tuple[Tier, ...]:
@@ -189,9 +168,3 @@ def _pinned_bytes(module: nn.Module) -> int:
     """Return what pinning takes: torch's allocator rounds each tensor up to a power of two."""
     sizes = [t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()]]
     return sum(1 << max(size - 1, 0).bit_length() for size in sizes)
-
-
-def decode_bytes(device: torch.device) -> int:
-    """Return what decoding may take of what is free now."""
-    usable = int(USABLE * free_bytes(device))
-    return min(usable, DECODE_BYTES) if device.type == "cuda" else usable

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 
 from urae.backbones.flux import build_meta_models, pick_device
+from urae.backbones.free_memory import free_bytes
 from urae.generate.estimate import Estimate, Request, list_estimates
 from urae.generate.inputs import check_adapters, default_sampling
-from urae.generate.memory import Memory, free_bytes, list_tiers
+from urae.generate.memory import Memory, list_tiers
 from urae.generate.speed import is_long
 from urae.geometry import check_size
 

@@ -105,8 +105,8 @@ class TrainConfig:
     gradient_checkpointing: Literal["auto", "off", "selective", "full"] = "full"
     """What the backward pass recomputes: nothing, all but attention, or whole blocks, in ever less
     memory; `auto` takes `selective` where there is room, else `full`. The numbers are the same."""
-    compile: bool | None = False
-    """Compile the blocks; `none` does so on a GPU where it pays within the run."""
+    compile: bool | None = None
+    """Compile the blocks; none does so on a GPU where it pays within the run."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 3

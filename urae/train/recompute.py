@@ -15,8 +15,8 @@ from torch.utils.checkpoint import (
 )
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
+from urae.backbones.free_memory import free_bytes
 from urae.features.dataset import Sample
-from urae.generate.memory import free_bytes
 from urae.generate.speed import pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
