@@ -26,7 +26,7 @@ import torch
 from bench import RANK, ROOT, Bench, random_inputs, run_urae
 from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwatch, synchronize
 from report import write_report
-from training import ADAPTERS, WAYS, measure_train, measure_train_4k, measure_train_stock
+from training import ADAPTERS, WAYS, measure_train, measure_train_stock
 
 sys.path.insert(0, str(ROOT))
 
@@ -234,13 +234,17 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
     "generate_2k": measure_generate_2k,
     **{
-        f"train_{adapter}_{way}": partial(measure_train, adapter=adapter, way=way)
+        f"train_2k_{adapter}_{way}": partial(measure_train, side=2048, adapter=adapter, way=way)
         for adapter in ADAPTERS
         for way in WAYS
     },
     "forward": measure_forward,
     "train_stock": measure_train_stock,
-    "train_4k": measure_train_4k,
+    **{
+        f"train_4k_{way}": partial(measure_train, side=4096, adapter="minor", way=way)
+        for way in WAYS
+        if way != "eager"
+    },
     "generate_4k": measure_generate_4k,
     "generate_4k_offload": measure_generate_4k_offload,
 }

@@ -43,16 +43,13 @@ def write_report(folder: Path, parts: list[str]) -> None:
     results = {name: record["result"] for name, record in found.items()}
     if "forward" in results:
         lines += ["", *table_forward(tiny, results["forward"])]
-    runs = {
-        row: figures
-        for part, rows in results.items()
-        if part.startswith("train_") and part != "train_4k"
-        for row, figures in rows.items()
-    }
-    if runs:
-        lines += ["", *table_train(tiny, 2048, runs)]
-    if "train_4k" in results:
-        lines += ["", *table_train(tiny, 4096, results["train_4k"])]
+    for side, start in ((2048, ("train_stock", "train_2k")), (4096, ("train_4k",))):
+        rows = {}
+        for part, measured in results.items():
+            if part.startswith(start):
+                rows |= measured
+        if rows:
+            lines += ["", *table_train(tiny, side, rows)]
     pictures = [name for name in results if name.startswith("generate")]
     if pictures:
         lines += [

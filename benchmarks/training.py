@@ -14,34 +14,22 @@ from bench import RANK, ROOT, Bench, random_inputs, run_urae
 from measure import peak_gib, reset_peak, synchronize
 from safetensors.torch import save_file
 
-STEPS = 6  # the first is not counted, as the second of a compiled run
-STEPS_4K = 4
-
-
+STEPS = {2048: 6, 4096: 4}  # the first is not counted, as the second of a compiled run
 ADAPTERS = {"lora": "2K LoRA", "minor": "4K minor"}
 WAYS = {
     "eager": ("eager", "full", False),
     "compiled": ("compiled", "full", True),
     "selective": ("compiled, attention kept", "selective", True),
+    "offload": ("compiled, blocks' inputs on the host", "offload", True),
 }
 
 
-def measure_train(bench: Bench, adapter: str, way: str) -> dict[str, Any]:
-    """Run training steps at 2048 x 2048 of one adapter in one way from the command line."""
+def measure_train(bench: Bench, side: int, adapter: str, way: str) -> dict[str, Any]:
+    """Run training steps of one adapter in one way from the command line."""
     name, (how, kept, whether) = ADAPTERS[adapter], WAYS[way]
     compile = compiled(bench) if whether else ("--compile", "false")
     options = ("--gradient-checkpointing", kept, *compile)
-    return {f"{name}, {how}": train(bench, name, 2048, STEPS, options)}
-
-
-def measure_train_4k(bench: Bench) -> dict[str, Any]:
-    """Run training steps at 4096 x 4096 from the command line."""
-    return {
-        f"4K minor, {how}": train(
-            bench, "4K minor", 4096, STEPS_4K, ("--gradient-checkpointing", kept, *compiled(bench))
-        )
-        for how, kept in (("compiled", "full"), ("compiled, attention kept", "selective"))
-    }
+    return {f"{name}, {how}": train(bench, name, side, STEPS[side], options)}
 
 
 def compiled(bench: Bench) -> tuple[str, ...]:
@@ -135,7 +123,7 @@ def train_stock(bench: Bench, lora_dtype: torch.dtype) -> dict[str, Any]:
     target = torch.randn_like(inputs[0])
     reset_peak()
     seconds, losses = [], []
-    for _ in range(STEPS):
+    for _ in range(STEPS[2048]):
         synchronize()
         began = time.perf_counter()
         velocity = predict_velocity(transformer, *inputs, 1.0)

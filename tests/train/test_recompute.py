@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from urae.adapters.files import read_adapter
 from urae.backbones.flux import load_transformer, predict_velocity
 from urae.resolution import ResolutionPolicy, apply_policy
-from urae.train import AdapterConfig
+from urae.train import AdapterConfig, recompute
 from urae.train.adapter import attach_for_training
 from urae.train.attention import backend, measure_error, pick_attention, right_attention
 from urae.train.recompute import choose_checkpointing, count_step_bytes, set_checkpointing
@@ -74,7 +74,7 @@ def count_blocks(adapter):
 
 
 @pytest.mark.parametrize("kind", ["lora", "minor"])
-@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full", "offload"])
 def test_what_is_recomputed_changes_no_bit(build, kind, checkpointing):
     adapter = build(kind)
     wanted = take_step(adapter)
@@ -82,7 +82,9 @@ def test_what_is_recomputed_changes_no_bit(build, kind, checkpointing):
     assert all(map(torch.equal, take_step(adapter), wanted))
 
 
-@pytest.mark.parametrize(("checkpointing", "times"), [("off", 1), ("selective", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("checkpointing", "times"), [("off", 1), ("selective", 1), ("full", 2), ("offload", 2)]
+)
 def test_attention_is_not_computed_twice(build, checkpointing, times):
     adapter = build()
     set_checkpointing(adapter.transformer, checkpointing)
@@ -94,7 +96,7 @@ def test_attention_is_not_computed_twice(build, checkpointing, times):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
 @pytest.mark.parametrize(
     "checkpointing",
-    ["selective", *(pytest.param(each, marks=pytest.mark.slow) for each in ("off", "full"))],
+    ["selective", "offload", *(pytest.param(n, marks=pytest.mark.slow) for n in ("off", "full"))],
 )
 def test_compiled_blocks_give_the_same(build, checkpointing, monkeypatch, rel):
     backward_attentions = []
@@ -124,18 +126,43 @@ def test_compiled_blocks_give_the_same(build, checkpointing, monkeypatch, rel):
         take_step(adapter, side)
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
-    assert set(backward_attentions) == {1 if checkpointing == "full" else 0}
+    assert set(backward_attentions) == {1 if checkpointing in ("full", "offload") else 0}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_offloaded_leaves_the_device(build, compiled, monkeypatch):
+    """Each block's inputs, and neither weights nor what all blocks share, such as RoPE."""
+    brought = []
+    bring_back = recompute._bring_back
+
+    def watch(packed):
+        found = bring_back(packed)
+        if found is not packed:
+            brought.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(recompute, "_bring_back", watch)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    adapter = build()
+    set_checkpointing(adapter.transformer, "offload", compiled=compiled)
+    take_step(adapter)
+    channels = adapter.transformer.inner_dim
+    assert sorted(brought) == sorted(count_blocks(adapter) * [(2, 16, channels), (2, 6, channels)])
 
 
 def test_attention_is_kept_where_there_is_room(build):
     transformer = build().transformer
-    full, selective = (
-        count_step_bytes(transformer, 1000, torch.bfloat16, kind) for kind in ("full", "selective")
+    offload, full, selective = (
+        count_step_bytes(transformer, 1000, torch.bfloat16, kind)
+        for kind in ("offload", "full", "selective")
     )
     choose = partial(choose_checkpointing, transformer, 1000, torch.bfloat16)
-    assert full < selective
+    assert offload < full < selective
     assert choose(2 * selective) == "selective"
-    assert choose(full) == "full"
+    assert choose(int(1.12 * full)) == "full"
+    assert choose(full) == choose(0) == "offload"
 
 
 def test_the_estimate_is_what_a_gpu_took():

@@ -102,9 +102,10 @@ class TrainConfig:
     """Share of samples that train with `prompt` rather than `generated_prompt`."""
     seed: int = 0
     """Decides initial weights, order, captions, noise and timesteps."""
-    gradient_checkpointing: Literal["auto", "off", "selective", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but attention, or whole blocks, in ever less
-    memory; `auto` takes `selective` where there is room, else `full`. The numbers are the same."""
+    gradient_checkpointing: Literal["auto", "off", "selective", "full", "offload"] = "full"
+    """What the backward pass recomputes, in ever less memory: nothing, all but attention, or whole
+    blocks, whose inputs `offload` keeps in the host's memory; `auto` takes the first of the last
+    three that there is room for. The numbers are the same."""
     compile: bool | None = None
     """Compile the blocks; none does so on a GPU where it pays within the run."""
     checkpoint_every: int = 200

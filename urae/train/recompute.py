@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a block and what it recomputes; compiled blocks."""
+"""What the backward pass keeps of a block, where, and what it recomputes; compiled blocks."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -23,7 +24,7 @@ from urae.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-Checkpointing = Literal["off", "selective", "full"]
+Checkpointing = Literal["off", "selective", "full", "offload"]
 
 _ATTENTIONS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -75,7 +76,9 @@ def count_tokens(samples: Sequence[Sample]) -> int:
 def choose_checkpointing(
     transformer: FluxTransformer2DModel, tokens: int, dtype: torch.dtype, free_bytes: int
 ) -> Checkpointing:
-    """Keep the attentions' outputs where there is room: they are the dearest to recompute.
+    """Keep the attentions' outputs where there is room, the blocks' inputs on the host where not.
+
+    Outputs of attention are the dearest to recompute.
 
     Args:
         transformer: Its shape counts.
@@ -83,12 +86,13 @@ def choose_checkpointing(
         dtype: Of the activations.
         free_bytes: On the device, weights and optimizer in place.
     """
-    full = count_step_bytes(transformer, tokens, dtype, "full")
-    selective = count_step_bytes(transformer, tokens, dtype, "selective")
-    chosen: Checkpointing = "selective" if selective < (1 - _SPARE_SHARE) * free_bytes else "full"
+    ways: tuple[Checkpointing, ...] = ("selective", "full", "offload")
+    sizes = {way: count_step_bytes(transformer, tokens, dtype, way) for way in ways}
+    fitting = (way for way in ways if sizes[way] < (1 - _SPARE_SHARE) * free_bytes)
+    chosen = next(fitting, ways[-1])
     logger.info(
-        "a step takes %.1f GiB, or %.1f with attention kept; %.1f GiB free: %s checkpointing",
-        full / 2**30, selective / 2**30, free_bytes / 2**30, chosen,
+        "gradient checkpointing %s: %.1f GiB free, a step takes %s", chosen, free_bytes / 2**30,
+        ", ".join(f"{size / 2**30:.1f} with {way}" for way, size in sizes.items()),
     )  # fmt: skip
     return chosen
 
@@ -97,22 +101,24 @@ def count_step_bytes(
     transformer: FluxTransformer2DModel,
     tokens: int,
     dtype: torch.dtype,
-    checkpointing: Literal["selective", "full"],
+    checkpointing: Checkpointing,
 ) -> int:
-    """Estimate the memory that the activations of a training step take.
+    """Estimate the memory of the device that the activations of a training step take.
 
     Args:
         transformer: Its shape counts; it may be on the meta device.
         tokens: Text and image tokens of the batch.
         dtype: Of the activations.
-        checkpointing: What is kept: the blocks' inputs, or the attentions' outputs too.
+        checkpointing: As of `set_checkpointing`, but not `off`.
     """
     channels: int = transformer.inner_dim
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    num_blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    if checkpointing == "offload":
+        num_blocks = min(num_blocks, 2)  # one is copied while the next computes
     kept = tokens * channels * dtype.itemsize
     if checkpointing == "selective":
         kept = 2 * kept + 4 * tokens * int(transformer.config.num_attention_heads)
-    return len(blocks) * kept + tokens * channels * _STEP_BYTES * dtype.itemsize // 2
+    return num_blocks * kept + tokens * channels * _STEP_BYTES * dtype.itemsize // 2
 
 
 def set_checkpointing(
@@ -123,7 +129,8 @@ def set_checkpointing(
     Args:
         transformer: With its adapters; it goes through its `enable_gradient_checkpointing`.
         checkpointing: `off` keeps all activations, `full` the blocks' inputs, `selective` the
-            outputs of attention too: they are the dearest to recompute. The numbers are the same.
+            outputs of attention too: they are the dearest to recompute. `offload` keeps the blocks'
+            inputs in the host's memory, pinned. The numbers are the same.
         compiled: Whether blocks are compiled: both kinds once, and once more for all sizes when a
             second size comes.
     """
@@ -135,11 +142,16 @@ def set_checkpointing(
             return block(*inputs)
         return checkpoint(_call, block, *inputs, use_reentrant=False, **options)
 
+    wrapped: Callable[..., Any] = run
     if compiled:
         # it says that in-place operations would be wrong, of which these blocks have none
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        run = _with_like_inputs(torch.compile(run))
-    transformer.enable_gradient_checkpointing(run)
+        wrapped = torch.compile(run)
+    if checkpointing == "offload":
+        wrapped = _offload(wrapped)
+    if compiled:
+        wrapped = _with_like_inputs(wrapped)
+    transformer.enable_gradient_checkpointing(wrapped)
 
 
 def _call(block: nn.Module, *inputs: Any) -> Any:
@@ -157,6 +169,34 @@ def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(block, hidden, text, *rest)
 
     return run_like
+
+
+def _offload(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the blocks' inputs, of all that is saved, in the host's memory until they are needed.
+
+    Copies are queued where the blocks compute, so that nobody waits and none is read too early.
+    """
+
+    def run_offloaded(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
+        inputs = {each.untyped_storage().data_ptr() for each in (hidden, text)}
+
+        def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+            if saved.untyped_storage().data_ptr() not in inputs:
+                return saved
+            kept = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
+            return saved.device, kept.copy_(saved, non_blocking=True)
+
+        with saved_tensors_hooks(pack, _bring_back):
+            return run(block, hidden, text, *rest)
+
+    return run_offloaded
+
+
+def _bring_back(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, kept = packed
+    return kept.to(device, non_blocking=True)
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
