@@ -53,8 +53,8 @@ def test_texture_is_in_pixels(texture):
 @pytest.mark.parametrize("texture", ["striped", "checked", "dotted"])
 def test_patterns_repeat_after_sixteen_pixels(texture):
     picture = draw(replace(PLAIN, texture=texture))
-    assert (picture[:, :40, 8:] - picture[:, :40, :-16]).abs().max() <= 1
-    assert (picture[:, :40, 4:] - picture[:, :40, :-8]).abs().max() > 20
+    assert (picture[:, :40, 16:] - picture[:, :40, :-16]).abs().max() <= 1
+    assert (picture[:, :40, 8:] - picture[:, :40, :-8]).abs().max() > 20
 
 
 def test_rims_are_three_pixels_wide():
