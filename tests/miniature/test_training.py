@@ -11,7 +11,7 @@ from torch import nn
 from urae.features.sources import find_sources
 from urae.miniature.autoencoder import reconstruction_losses
 from urae.miniature.flow import sample_batch, sample_shifted_sigmas
-from urae.miniature.grammar import parse_caption
+from urae.miniature.grammar import COLOURS, RELATIONS, SHAPES, TEXTURES, parse_caption
 from urae.miniature.loop import LoopConfig, StageRun, run_loop
 from urae.miniature.model import (
     MAX_TEXT_TOKENS,
@@ -30,6 +30,7 @@ from urae.miniature.recipe import load_recipe
 from urae.miniature.score import ScoreConfig, score_pipeline, summarize
 from urae.miniature.stages import STAGES, export_pipelines, load_stage, train_stage
 from urae.miniature.synthetic import write_synthetic
+from urae.miniature.text import label_tokens
 from urae.miniature.world import caption, sample_scene
 from urae.resolution import read_base_policy
 
@@ -38,6 +39,7 @@ STAGE = "batch_size = 2\nnum_scenes = 3\nloop = { steps = 2, lr = 1e-3, warmup_s
 RECIPE = (
     "[vae]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
     "num_held_out = 1\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
+    + f"[text]\n{STAGE}".replace("scenes", "captions")
     + "".join(f"[{name}]\n{STAGE}" for name in ("base", "dev", "schnell"))
     + "".join(f"[{name}]\nside = 256\n{STAGE}" for name in ("teacher_512", "teacher_1024"))
 )
@@ -77,6 +79,20 @@ def test_every_caption_fits_into_the_text_tokens():
     assert not (t5 == t5_tokenizer.unk_token_id).any()
     assert (clip[:, -1] == clip_tokenizer.eos_token_id).all()
     assert len({tuple(row) for row in t5.tolist()}) == len(set(captions))
+
+
+def test_labels_say_what_each_word_belongs_to():
+    said = parse_caption("a red ring below a large cross on a dotted background")
+    t5_ids, _ = tokenize([caption(said)])
+    labels = label_tokens(t5_ids, [said])[0]
+    words = caption(said).split()
+    scene = [2, 1 + TEXTURES.index("dotted"), 0, 0]
+    ring = [0, 1 + COLOURS.index("red"), 1 + SHAPES.index("ring"), 1 + RELATIONS.index("below"), 0]
+    cross = [3, 0, 1 + SHAPES.index("cross"), 0, 1 + RELATIONS.index("below")]
+    for number, word in enumerate(words):
+        belongs_to = ring if number < 3 else cross if number < 7 else [-100] * 5
+        assert labels[number].tolist() == belongs_to + scene, word
+    assert (labels[len(words) + 1 :] == -100).all()  # the end of the sentence has labels
 
 
 def test_terse_captions_say_less_but_nothing_false():
@@ -216,7 +232,7 @@ def test_the_pipeline_is_a_stock_one(tmp_path):
 
 
 def test_an_unknown_stage_and_a_wrong_recipe(recipe, tmp_path):
-    with pytest.raises(ValueError, match="stage 'vea' is unknown; choose one of vae, base"):
+    with pytest.raises(ValueError, match="stage 'vea' is unknown; choose one of vae, text, base"):
         train_stage("vea", recipe, tmp_path)
     recipe.write_text(RECIPE.replace("side", "sides"))
     with pytest.raises(ValueError, match="unknown key"):

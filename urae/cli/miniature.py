@@ -17,6 +17,7 @@ class Stage(StrEnum):
     """Stages in the order in which they need one another."""
 
     vae = "vae"
+    text = "text"
     base = "base"
     dev = "dev"
     schnell = "schnell"

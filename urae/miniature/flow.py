@@ -20,14 +20,13 @@ from urae.miniature.model import (
 )
 from urae.miniature.pool import Pool, build_pool
 from urae.miniature.recipe import DistillStage, FlowStage
+from urae.miniature.text import PIPELINE_TOKENS, TEXT_PARTS
 
 logger = logging.getLogger(__name__)
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _SCHNELL_STEPS = 4
 _TEACHER_STEPS = 4  # of the guided model within one of the student's
-# stock pipelines pad to 512 tokens unless told otherwise: every 20th step, of fewer scenes, does so
-_LONG_TEXT_EVERY, _LONG_TEXT_TOKENS, _LONG_TEXT_SHARE = 20, 512, 4
+_LONG_TEXT_EVERY, _LONG_TEXT_SHARE = 20, 4  # of the steps, and of a batch, those padded to 512
 
 
 class Batch(NamedTuple):
@@ -40,10 +39,12 @@ class Batch(NamedTuple):
 
 
 class CaptionedTransformer(nn.Module):
-    """A FLUX transformer with its text encoders, from token ids to velocity."""
+    """A FLUX transformer with its text encoders, frozen, from token ids to velocity."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        for name in TEXT_PARTS:
+            parts[name].requires_grad_(False)
         self.transformer: Any = parts["transformer"]
         self.text_encoder: Any = parts["text_encoder"]
         self.text_encoder_2: Any = parts["text_encoder_2"]
@@ -71,17 +72,15 @@ def train_flow(
     run: StageRun,
     *,
     start: str | None = None,
-    text: str | None = None,
 ) -> bool:
     """Train a transformer on renders by flow matching, and write it.
 
     Args:
         config: The stage.
         kind: Which transformer.
-        stage: Its name: the file has the transformer, and text encoders where they are trained too.
+        stage: Its name.
         run: As of every stage.
         start: Stage whose transformer to start from; None starts from random weights.
-        text: Stage whose text encoders to use as they are; None trains them too.
 
     Returns:
         Whether it is done; if not, call again to go on.
@@ -90,14 +89,9 @@ def train_flow(
     model = CaptionedTransformer(parts)
     if start is not None:
         read_weights(run.file(start), {"transformer": model.transformer})
-    trained = ["transformer", *TEXT_PARTS]
-    if text is not None:
-        read_weights(run.file(text), {name: parts[name] for name in TEXT_PARTS})
-        trained = ["transformer"]
-    for name in set(TEXT_PARTS) - set(trained):
-        parts[name].requires_grad_(False)
+    read_weights(run.file("text"), {name: parts[name] for name in TEXT_PARTS})
     model.to(run.device)
-    logger.info("%.2f M parameters", count_parameters([parts[name] for name in trained]) / 1e6)
+    logger.info("%.2f M parameters", count_parameters([model.transformer]) / 1e6)
     pool = _build_pool(config.num_scenes, config.side, run)
     compute = _compile(model, run)
 
@@ -109,14 +103,14 @@ def train_flow(
         noisy = add_noise(batch.latents, batch.noise, sigmas)
         t5_ids = batch.t5_ids
         if long_text:
-            t5_ids = nn.functional.pad(t5_ids, (0, _LONG_TEXT_TOKENS - t5_ids.shape[1]))
+            t5_ids = nn.functional.pad(t5_ids, (0, PIPELINE_TOKENS - t5_ids.shape[1]))
         with run.autocast():
             forward = model if long_text else compute  # another length would compile anew
             velocity = forward(noisy, sigmas, t5_ids, batch.clip_ids, torch.ones_like(sigmas))
         losses = flow_loss(velocity, batch.latents, batch.noise)
         return losses.mean(), {"noisy half": losses[sigmas > 0.5].mean()}
 
-    return _run(model, compute_loss, config, trained, stage, run)
+    return _run(model, compute_loss, config, stage, run)
 
 
 def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
@@ -148,7 +142,7 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
-    return _run(student, compute_loss, config, ["transformer"], stage, run)
+    return _run(student, compute_loss, config, stage, run)
 
 
 def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
@@ -194,7 +188,7 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
         loss = (velocity.float() - target).square().mean()
         return loss, {}
 
-    return _run(student, compute_loss, config, ["transformer"], stage, run)
+    return _run(student, compute_loss, config, stage, run)
 
 
 def sample_batch(
@@ -223,9 +217,9 @@ def _build_pool(num_scenes: int, side: int, run: StageRun) -> Pool:
 
 
 def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> CaptionedTransformer:
-    """Load a stage's transformer and the base's text encoders; a new guidance embedding is zero."""
+    """Load a stage's transformer and the text encoders; a new guidance embedding is zero."""
     parts = build_miniature("dev", guided=guided, seed=0)
-    read_weights(run.file("base"), {name: parts[name] for name in TEXT_PARTS})
+    read_weights(run.file("text"), {name: parts[name] for name in TEXT_PARTS})
     model = CaptionedTransformer(parts)
     if stored_guided == guided:
         read_weights(run.file(stage), {"transformer": model.transformer})
@@ -237,8 +231,6 @@ def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> Ca
             last = model.transformer.time_text_embed.guidance_embedder.linear_2
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-    for name in TEXT_PARTS:
-        parts[name].requires_grad_(False)
     return model.to(run.device)
 
 
@@ -254,14 +246,11 @@ def _run(
     model: CaptionedTransformer,
     compute_loss: ComputeLoss,
     config: FlowStage | DistillStage,
-    trained: list[str],
     stage: str,
     run: StageRun,
 ) -> bool:
-    averaged = run_loop(model, compute_loss, config.loop, stage, run)
+    averaged: Any = run_loop(model, compute_loss, config.loop, stage, run)
     if averaged is None:
         return False
-    write_weights(
-        run.file(stage), {name: getattr(averaged, name) for name in trained}, run.metadata
-    )
+    write_weights(run.file(stage), {"transformer": averaged.transformer}, run.metadata)
     return True

@@ -31,8 +31,21 @@ class VaeStage:
 
 
 @dataclass(frozen=True)
+class TextStage:
+    """The text encoders, on captions."""
+
+    loop: LoopConfig
+    batch_size: int = 256
+    """Captions a step."""
+    num_captions: int = 65_536
+    """Written once, before the first step."""
+    num_held_out: int = 1000
+    """Captions that the finished encoders are measured on."""
+
+
+@dataclass(frozen=True)
 class FlowStage:
-    """A transformer on the latents of renders, with the text encoders where they are not there."""
+    """A transformer on the latents of renders."""
 
     loop: LoopConfig
     batch_size: int = 256
@@ -67,6 +80,7 @@ class MiniatureRecipe:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     vae: VaeStage
+    text: TextStage
     base: FlowStage
     dev: DistillStage
     schnell: DistillStage

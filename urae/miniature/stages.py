@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from urae import __version__
 from urae.backbones.flux import pick_device
 from urae.miniature.autoencoder import train_vae
-from urae.miniature.flow import TEXT_PARTS, train_flow, train_four_steps, train_guided
+from urae.miniature.flow import train_flow, train_four_steps, train_guided
 from urae.miniature.loop import StageRun
 from urae.miniature.model import (
     Kind,
@@ -21,20 +21,22 @@ from urae.miniature.model import (
     write_pipeline,
 )
 from urae.miniature.recipe import MiniatureRecipe, load_recipe
+from urae.miniature.text import TEXT_PARTS, train_text
 from urae.storage import read_tensors, write_atomic
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
 
 STAGES: dict[str, Train] = {
     "vae": lambda recipe, run: train_vae(recipe.vae, run),
+    "text": lambda recipe, run: train_text(recipe.text, run),
     "base": lambda recipe, run: train_flow(recipe.base, "dev", "base", run),
     "dev": lambda recipe, run: train_guided(recipe.dev, "dev", run),
     "schnell": lambda recipe, run: train_four_steps(recipe.schnell, "schnell", run),
     "teacher_512": lambda recipe, run: train_flow(
-        recipe.teacher_512, "teacher", "teacher_512", run, text="base"
+        recipe.teacher_512, "teacher", "teacher_512", run
     ),
     "teacher_1024": lambda recipe, run: train_flow(
-        recipe.teacher_1024, "teacher", "teacher_1024", run, start="teacher_512", text="base"
+        recipe.teacher_1024, "teacher", "teacher_1024", run, start="teacher_512"
     ),
 }
 
@@ -89,12 +91,12 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
         ValueError: If the stage has no transformer.
         FileNotFoundError: If a file is missing.
     """
-    if name not in STAGES or name == "vae":
+    if name not in STAGES or name in ("vae", "text"):
         raise ValueError(f"stage {name!r} is no transformer; choose one of {', '.join(STAGES)}")
     kind: Kind = "teacher" if name.startswith("teacher") else "dev"
     parts = build_miniature(kind, guided=name == "dev", seed=0)
     vae = read_weights(work_dir / "vae.safetensors", {"vae": parts["vae"]})
-    read_weights(work_dir / "base.safetensors", {part: parts[part] for part in TEXT_PARTS})
+    read_weights(work_dir / "text.safetensors", {part: parts[part] for part in TEXT_PARTS})
     transformer = {"transformer": parts["transformer"]}
     read_weights(work_dir / f"{name}.safetensors", transformer)
     return build_pipeline(
@@ -119,7 +121,7 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
         write_pipeline(folder, load_stage(name, work_dir))
         record = {
             stage: read_tensors(work_dir / f"{stage}.safetensors")[1]
-            for stage in ("vae", "base", "dev", name)
+            for stage in ("vae", "text", "base", "dev", name)
         }
         write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
         folders.append(folder)
