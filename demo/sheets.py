@@ -11,22 +11,31 @@ LINE, DOT = (38, 96, 190), (166, 190, 226)
 SCALE = 2  # everything is drawn this much larger, then shrunk: smooth lines
 
 
-def draw_comparison(pictures: Mapping[str, Image.Image], path: Path) -> None:
-    """Write pictures in a row, each over its label and its size.
+def draw_comparison(
+    prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]], path: Path
+) -> None:
+    """Write pictures as a table: a row a prompt, under the columns' labels and sizes.
 
     Args:
-        pictures: By label; those of one size should follow each other.
+        prompts: One a row.
+        columns: Pictures of each prompt, by label.
         path: The PNG to write.
     """
-    side, gap, footer = 320, 20, 64
-    sheet = Image.new("RGB", (gap + len(pictures) * (side + gap), gap + side + footer), PAPER)
+    side, gap, header, caption = 320, 20, 70, 40
+    width = gap + len(columns) * (side + gap)
+    sheet = Image.new("RGB", (width, header + len(prompts) * (side + caption)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, (label, picture) in enumerate(pictures.items()):
-        left = gap + index * (side + gap)
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, gap))
-        draw.text((left, gap + side + 10), label.strip(), INK, ImageFont.load_default(18))
-        size = f"{picture.width} x {picture.height} pixels"
-        draw.text((left, gap + side + 34), size, GREY, ImageFont.load_default(14))
+    for column, (label, pictures) in enumerate(columns.items()):
+        left = gap + column * (side + gap)
+        size = f"{pictures[0].width} x {pictures[0].height} pixels"
+        draw.text((left, 14), label, INK, ImageFont.load_default(18))
+        draw.text((left, 40), size, GREY, ImageFont.load_default(14))
+        for row, picture in enumerate(pictures):
+            resized = picture.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(resized, (left, header + row * (side + caption)))
+    for row, prompt in enumerate(prompts):
+        top = header + row * (side + caption) + side + 8
+        draw.text((gap, top), prompt, INK, ImageFont.load_default(15))
     sheet.save(path)
 
 

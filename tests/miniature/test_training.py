@@ -10,6 +10,7 @@ from torch import nn
 
 from urae.features.sources import find_sources
 from urae.miniature.autoencoder import reconstruction_losses
+from urae.miniature.export import export_pipelines
 from urae.miniature.flow import sample_batch, sample_shifted_sigmas
 from urae.miniature.grammar import COLOURS, RELATIONS, SHAPES, TEXTURES, parse_caption
 from urae.miniature.loop import LoopConfig, StageRun, run_loop
@@ -28,7 +29,7 @@ from urae.miniature.model import (
 from urae.miniature.pool import Pool, tokenize, write_terse_caption
 from urae.miniature.recipe import load_recipe
 from urae.miniature.score import ScoreConfig, score_pipeline, summarize
-from urae.miniature.stages import STAGES, export_pipelines, load_stage, train_stage
+from urae.miniature.stages import STAGES, load_stage, train_stage
 from urae.miniature.synthetic import write_synthetic
 from urae.miniature.text import label_tokens
 from urae.miniature.world import caption, sample_scene

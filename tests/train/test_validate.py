@@ -58,6 +58,9 @@ def test_measuring_changes_nothing_and_repeats(settings, tmp_path):
     assert float(dense[0]["loss"]) == pytest.approx(
         sum(float(dense[0][f"loss_q{number}"]) for number in range(1, 5)) / 4
     )
+    of_samples = [float(dense[0][f"sample_{number}"]) for number in (1, 2)]
+    assert of_samples[0] != of_samples[1]
+    assert float(dense[0]["loss"]) == pytest.approx(sum(of_samples) / 2)
 
 
 def test_the_curve_resumes(settings, tmp_path):

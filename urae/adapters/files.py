@@ -280,12 +280,14 @@ def check_fits(adapter: AdapterFile, transformer: nn.Module) -> None:
         found = (pair.up.shape[0], pair.down.shape[1])
         if expected is None:
             raise ValueError(
-                f"adapter {adapter.path} is for another base: this one has no linear layer {name}"
+                f"adapter {adapter.path} is for another base: this one has no linear layer {name}; "
+                "load the one that it was trained on (--model)"
             )
         if found != expected:
             raise ValueError(
                 f"adapter {adapter.path} is for another base: {name} is {found[0]} x {found[1]} "
-                f"in the adapter and {expected[0]} x {expected[1]} in the model"
+                f"in the adapter and {expected[0]} x {expected[1]} in the model; "
+                "load the one that it was trained on (--model)"
             )
 
 

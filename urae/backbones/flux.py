@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from urae.backbones.random_flux import build_meta_flux
-from urae.geometry import build_image_ids, build_text_ids, pack, unpack
+from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
+from urae.resolution import BASE_POLICY_FILE, read_base_policy
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,12 @@ HUB_IDS = {
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",
     "flux-krea": "black-forest-labs/FLUX.1-Krea-dev",
 }
+
+PACKAGED = {
+    folder.name: folder
+    for folder in sorted((Path(__file__).parents[1] / "miniature" / "models").glob("*"))
+}
+"""Models that come with this package, by name."""
 
 MAX_TEXT_TOKENS = 512
 """T5 tokens that FLUX.1 was trained with at most."""
@@ -83,8 +91,8 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
     """Find a FLUX model's folder or file, downloading from the hub what is not there yet.
 
     Args:
-        model: `flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder in diffusers
-            layout, or a single .safetensors file.
+        model: `miniature-dev`, `flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder
+            in diffusers layout, or a single .safetensors file.
         without: Components not to download.
         configs_only: Download no weights at all.
 
@@ -96,7 +104,7 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
         FileNotFoundError: If the hub has no such model, or it cannot be reached.
         PermissionError: If the model is gated and this user has no access.
     """
-    if (path := Path(model).expanduser()).exists():
+    if (path := _find_local(model)) is not None:
         _check_local(path)
         return path
     hub_id = HUB_IDS.get(model, model)
@@ -108,7 +116,7 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
     except HFValidationError as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
-            f"{', '.join(HUB_IDS)}"
+            f"{', '.join([*PACKAGED, *HUB_IDS])}"
         ) from error
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
         if _is_gated(error):
@@ -122,6 +130,11 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
             "connection, log in with `hf auth login`, or point --model at a local folder"
         ) from error
     return Path(folder)
+
+
+def _find_local(model: str) -> Path | None:
+    path = Path(model).expanduser()
+    return path if path.exists() else PACKAGED.get(model)
 
 
 def _is_gated(error: BaseException | None) -> bool:
@@ -307,6 +320,19 @@ def read_latent_scale(path: Path) -> LatentScale:
     return LatentScale(config["shift_factor"], config["scaling_factor"])
 
 
+def find_native_side(model: str) -> int:
+    """Return the side, in pixels, of the square that a model makes by itself: FLUX.1's is 1024.
+
+    Args:
+        model: As in `fetch_model`; nothing is downloaded.
+    """
+    path = _find_local(model)
+    if path is None or not (path / BASE_POLICY_FILE).is_file():
+        return 1024
+    sequence_length = read_base_policy(path).native_sequence_length
+    return TOKEN_PIXELS * math.isqrt(sequence_length - read_text_tokens(path))
+
+
 def read_text_tokens(path: Path) -> int:
     """Read how many T5 tokens a fetched model is for: its tokenizer's length, FLUX.1's is 512."""
     config = path / "tokenizer_2" / "tokenizer_config.json"
@@ -341,7 +367,7 @@ def build_meta_models(model: str | Path) -> dict[str, nn.Module]:
         ValueError, FileNotFoundError, PermissionError: As `fetch_model`.
     """
     hub_id = HUB_IDS.get(str(model), str(model))
-    if hub_id in HUB_IDS.values() and not Path(model).expanduser().exists():
+    if hub_id in HUB_IDS.values() and _find_local(str(model)) is None:
         return build_meta_flux("flux-schnell" if "schnell" in hub_id else "flux-dev")
     path = fetch_model(str(model), configs_only=True)
     if path.is_file():

@@ -22,15 +22,23 @@ class Memory(StrEnum):
 
 
 Model = Annotated[
-    str, typer.Option(help="flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file.")
+    str,
+    typer.Option(
+        help="miniature-dev, flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file."
+    ),
 ]
-Size = Annotated[str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")]
 
 
 def generate_command(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
-    model: Model = "flux-dev",
-    size: Size = "1k",
+    model: Model = "miniature-dev",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16 "
+            "[dim](the model's own: FLUX.1 1024, the miniature 256)[/]."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="Ultra-resolution adapter; repeat in order: 2K LoRA, then 4K minor."),
@@ -61,10 +69,11 @@ def generate_command(
 ) -> None:
     """Generate pictures; each PNG holds its prompt, seed, adapters, policy and versions."""
     texts = _read_prompts(prompt, prompts)
+    from urae.backbones.flux import find_native_side
     from urae.generate import GenerateConfig, Progress, generate
     from urae.geometry import parse_size
 
-    height, width = parse_size(size)
+    height, width = parse_size(size or str(find_native_side(model)))
     config = GenerateConfig(
         prompts=texts,
         model=model,

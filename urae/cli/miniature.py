@@ -138,7 +138,7 @@ def export_command(
     verbose: Verbose = False,
 ) -> None:
     """Write the trained miniatures as pipelines in diffusers layout."""
-    from urae.miniature.stages import export_pipelines
+    from urae.miniature.export import export_pipelines
 
     for folder in export_pipelines(work, output):
         console.print("[green]done:[/]", Text(str(folder)))

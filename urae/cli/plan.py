@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from urae.cli.generate import Memory, Model, Size
+from urae.cli.generate import Memory, Model
 from urae.cli.terminal import Verbose, console
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def plan() -> None:
 @plan_app.command("generate")
 def generate_command(
     model: Model = "flux-dev",
-    size: Size = "1k",
+    size: Annotated[
+        str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
+    ] = "1k",
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
     ] = None,

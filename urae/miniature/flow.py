@@ -127,7 +127,8 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = sample_batch(pool, config.batch_size, generator, 0.0)
-        sigmas = torch.rand(config.batch_size, generator=generator, device=run.device)
+        uniform = torch.rand(config.batch_size, generator=generator, device=run.device)
+        sigmas = shift_sigmas(uniform, config.sigma_shift)
         drawn = torch.rand(config.batch_size, generator=generator, device=run.device)
         guidance = low + (high - low) * drawn
         noisy = add_noise(batch.latents, batch.noise, sigmas)
@@ -208,7 +209,11 @@ def sample_batch(
 def sample_shifted_sigmas(size: int, shift: float, generator: torch.Generator) -> Tensor:
     """Draw sigmas in (0, 1) from a logit-normal distribution with a time shift."""
     normal = torch.randn(size, generator=generator, device=generator.device)
-    sigmas = torch.sigmoid(normal)
+    return shift_sigmas(torch.sigmoid(normal), shift)
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move sigmas towards noise, as the schedulers do (arXiv:2403.03206, section 5.3.2)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -71,6 +71,8 @@ class DistillStage:
     """As in the base stage."""
     guidance: tuple[float, float] = (1.0, 5.0)
     """Scales are drawn uniformly between these."""
+    sigma_shift: float = 3.0
+    """Time shift of the uniform distribution that the guided student's sigmas are drawn from."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
-import json
 import math
 import subprocess
 from collections.abc import Callable
@@ -18,11 +17,9 @@ from urae.miniature.model import (
     build_miniature,
     build_pipeline,
     read_weights,
-    write_pipeline,
 )
 from urae.miniature.recipe import MiniatureRecipe, load_recipe
 from urae.miniature.text import TEXT_PARTS, train_text
-from urae.storage import read_tensors, write_atomic
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
 
@@ -105,27 +102,6 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
         latent_mean=float(vae["latent_mean"]),
         latent_std=float(vae["latent_std"]),
     )
-
-
-def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
-    """Write `miniature-dev` and `miniature-schnell` in diffusers layout, as they ship.
-
-    Each folder's `recipe.json` says what its weights come from.
-
-    Raises:
-        FileNotFoundError: If a stage's file is missing.
-    """
-    folders = []
-    for name in ("dev", "schnell"):
-        folder = output_dir / f"miniature-{name}"
-        write_pipeline(folder, load_stage(name, work_dir))
-        record = {
-            stage: read_tensors(work_dir / f"{stage}.safetensors")[1]
-            for stage in ("vae", "text", "base", "dev", name)
-        }
-        write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
-        folders.append(folder)
-    return folders
 
 
 def find_commit() -> str:

@@ -123,7 +123,7 @@ def train(
         warn_of_other_batch(inputs.start, batches_per_step)
         prepare_output(config.output_dir, inputs.start)
         write_run(config, inputs, policy, accelerator)
-        curves = Curves(config.output_dir, state.step, validates=bool(inputs.held_out))
+        curves = Curves(config.output_dir, state.step, num_validation=len(inputs.held_out))
     _start_tracker(accelerator, config)
 
     def save() -> None:
@@ -134,7 +134,7 @@ def train(
         with _saved_on_failure(save), state.averaged():
             losses = measure_loss(transformer, inputs.held_out, config, inputs.scale, accelerator)
         if curves is not None:
-            curves.write_validation(state.step, losses.tolist())
+            curves.write_validation(state.step, losses)
         accelerator.log({"validation_loss": losses.mean().item()}, step=state.step)
 
     attention = right_attention(

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from urae.adapters.files import LORA_FILE_NAME
 from urae.config import flatten
 from urae.storage import write_atomic
@@ -154,20 +157,22 @@ def prepare_output(output_dir: Path, start: Start) -> None:
 class Curves:
     """The run's CSV files; on resuming, rows after the checkpoint are dropped."""
 
-    def __init__(self, output_dir: Path, step: int, *, validates: bool) -> None:
+    def __init__(self, output_dir: Path, step: int, *, num_validation: int) -> None:
         self._losses = output_dir / LOSS_FILE
         self._validation = output_dir / VALIDATION_FILE
         _start_csv(self._losses, ["step", "loss", "grad_norm", "seconds", *_LEVELS], step)
-        if validates:
-            _start_csv(self._validation, ["step", "loss", *_LEVELS], step)
+        if num_validation:
+            samples = [f"sample_{number}" for number in range(1, num_validation + 1)]
+            _start_csv(self._validation, ["step", "loss", *_LEVELS, *samples], step)
 
     def write_step(self, report: StepReport) -> None:
         row = [report.step, report.loss, report.grad_norm, f"{report.seconds:.4f}"]
         _append_row(self._losses, [*row, *report.level_losses])
 
-    def write_validation(self, step: int, level_losses: Sequence[float]) -> None:
-        mean = sum(level_losses) / len(level_losses)
-        _append_row(self._validation, [step, mean, *level_losses])
+    def write_validation(self, step: int, losses: Float[Tensor, "samples levels"]) -> None:
+        """Write the mean, the means by level, then by sample, which make for paired intervals."""
+        means = [losses.mean(), *losses.mean(dim=0), *losses.mean(dim=1)]
+        _append_row(self._validation, [step, *(mean.item() for mean in means)])
 
 
 def _start_csv(path: Path, columns: list[str], step: int) -> None:

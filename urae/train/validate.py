@@ -45,18 +45,18 @@ def measure_loss(
     config: TrainConfig,
     scale: LatentScale,
     accelerator: Accelerator,
-) -> Float[Tensor, " levels"]:
-    """Return the mean loss at the middle of each quarter of the noise levels.
+) -> Float[Tensor, "samples levels"]:
+    """Return each sample's loss at the middle of each quarter of the noise levels.
 
     Args:
         model: The transformer itself, not its wrapper for several devices.
         samples: Held out; shared out among the devices.
         config: Of the run.
         scale: Of the VAE's latents.
-        accelerator: Sums over the devices.
+        accelerator: Gathers from the devices.
     """
     device = accelerator.device
-    sums = torch.zeros(NUM_LEVELS, device=device)
+    losses = torch.zeros(len(samples), NUM_LEVELS, device=device)
     for number in range(accelerator.process_index, len(samples), accelerator.num_processes):
         batch = sample_batch(
             [samples[number]],
@@ -69,6 +69,6 @@ def measure_loss(
         for level in range(NUM_LEVELS):
             sigmas = torch.full((1,), (level + 0.5) / NUM_LEVELS, device=device)
             at_level = replace(batch, sigmas=sigmas)
-            sums[level] += compute_losses(model, at_level, config.guidance_scale)[0]
-    total: Tensor = accelerator.reduce(sums, "sum")
-    return total / len(samples)
+            losses[number, level] = compute_losses(model, at_level, config.guidance_scale)[0]
+    gathered: Tensor = accelerator.reduce(losses, "sum")  # each device has its own rows
+    return gathered
