@@ -165,7 +165,7 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
     for name, result in {
         "stages.train_stage": Path("vae.safetensors"),
-        "stages.export_pipelines": [Path("miniature-dev")],
+        "export.export_pipelines": [Path("miniature-dev")],
         "stages.load_stage": SimpleNamespace(
             to=lambda _: SimpleNamespace(set_progress_bar_config=lambda **_: None)
         ),

@@ -25,7 +25,7 @@ def run(*arguments, cwd) -> str:
     return done.stdout
 
 
-def test_the_chain_from_a_folder_of_pictures_to_a_picture(tmp_path):
+def test_the_chain_from_a_folder_of_pictures_to_a_picture(urae, tmp_path):
     """cache -> train -> convert -> generate, both stages, over the reference's folder."""
     data = tmp_path / "data"
     data.mkdir()
@@ -37,19 +37,21 @@ def test_the_chain_from_a_folder_of_pictures_to_a_picture(tmp_path):
     run("cache", data, *small, "--max-sequence-length", 48, cwd=tmp_path)
     train = (*small, "--adapter.rank", 4, "--steps", 3)
     recipe = ROOT / "recipes" / "flux_dev_2k_lora.toml"
-    run("train", recipe, "--data", data, "--output", "lora", *train, cwd=tmp_path)
+    assert urae("train", recipe, "--data", data, "--output", "lora", *train)[0] == 0
     recipe = ROOT / "recipes" / "flux_dev_4k_minor.toml"
     over = ("--adapter.over", '["lora"]')
-    run("train", recipe, "--data", data, "--output", "minor", *train, *over, cwd=tmp_path)
-    run("convert", "lora", "minor", "--output", "plain.safetensors", cwd=tmp_path)
+    assert urae("train", recipe, "--data", data, "--output", "minor", *train, *over)[0] == 0
+    assert urae("convert", "lora", "minor", "--output", "plain.safetensors")[0] == 0
     layers = read_adapter(tmp_path / "plain.safetensors").layers
     assert {pair.down.shape[0] for pair in layers.values()} == {12}
     pictures = []
     for adapters in (("lora", "minor"), ("plain.safetensors",)):
         flags = [flag for adapter in adapters for flag in ("--adapter", adapter)]
-        path = run("generate", "a red circle", *model, "--size", "96x64", "--steps", 2, "--seed",
-                   1, *flags, "--output", adapters[0] + "-out", cwd=tmp_path)  # fmt: skip
-        pictures.append(Image.open(tmp_path / path.strip()))
+        folder = tmp_path / f"{adapters[0]}-out"
+        size = ("--size", "96x64", "--steps", 2, "--seed", 1, "--output", folder)
+        assert urae("generate", "a red circle", *model, *size, *flags)[0] == 0
+        (path,) = folder.iterdir()
+        pictures.append(Image.open(path))
     assert pictures[0].size == (96, 64)
     difference = max(
         abs(a - b) for a, b in zip(pictures[0].tobytes(), pictures[1].tobytes(), strict=True)
