@@ -1,5 +1,6 @@
 """The miniature that ships with the package, as a model like any other."""
 
+import csv
 import json
 import tomllib
 
@@ -8,13 +9,17 @@ import torch
 from diffusers import FluxPipeline
 
 from urae.backbones.flux import PACKAGED, fetch_model, find_native_side
+from urae.features.cache import CacheConfig, cache
 from urae.generate import GenerateConfig, generate
 from urae.miniature.check import check_scene
 from urae.miniature.model import HELD_OUT_SEED, POLICY
 from urae.miniature.score import held_out_scenes, summarize
+from urae.miniature.sources import write_folder
 from urae.miniature.synthetic import generate_pictures
 from urae.miniature.world import caption, sample_scene
 from urae.resolution import read_base_policy
+from urae.train import train
+from urae.train.config import OptimizerConfig, TrainConfig
 
 MAX_BYTES = 36_000_000
 
@@ -71,6 +76,29 @@ def test_larger_pictures_repeat_objects(pipe):
     found = score(pipe, side=512, count=8)
     assert found["share"] <= 0.5 and found["objects"] <= 0.5
     assert found["background"] == 1
+
+
+def test_a_short_run_beyond_native_size_learns(tmp_path):
+    """The loss on held-out pictures, each compared with itself, falls."""
+    data = tmp_path / "data"
+    write_folder(data, "clean", range(12), 1, 384, 384)
+    cache(CacheConfig(data, "miniature-dev", 384))
+    config = TrainConfig(
+        model="miniature-dev",
+        data_dir=data,
+        output_dir=tmp_path / "run",
+        resolution=384,
+        steps=24,
+        num_validation=5,
+        gradient_checkpointing="off",
+        optimizer=OptimizerConfig(name="adamw", lr=2e-3),
+    )
+    train(config)
+    with (config.output_dir / "validation.csv").open(newline="") as file:
+        first, last = csv.DictReader(file)
+    names = [name for name in first if name.startswith("sample_")]
+    changes = torch.tensor([float(last[name]) - float(first[name]) for name in names])
+    assert changes.mean() + 1.96 * changes.std() / len(changes) ** 0.5 < 0
 
 
 def test_generating_with_it(tmp_path):
