@@ -17,11 +17,12 @@ def build(settings, origin="recipe.toml"):
 def test_every_recipe_parses(path):
     config = build_config(TrainConfig, {**read_toml(path), **PATHS}, str(path))
     assert config.guidance_scale == 1.0
-    assert config.optimizer.name == "prodigy"
+    assert (config.optimizer.name == "prodigy") == path.name.startswith("flux_")
     assert config.policy is None
     assert config.adapter.kind == ("minor" if "minor" in path.name else "lora")
     assert bool(config.adapter.over) == ("minor" in path.name)
-    assert config.resolution == (4096 if "4k" in path.name else 2048)
+    native = 1024 if path.name.startswith("flux_") else 256
+    assert config.resolution == native * (4 if "4k" in path.name else 2)
 
 
 def test_there_are_recipes_for_both_models_and_stages():
