@@ -26,6 +26,7 @@ from urae.miniature.model import (
     write_pipeline,
     write_weights,
 )
+from urae.miniature.paths import GuidedPaths
 from urae.miniature.pool import Pool, tokenize, write_terse_caption
 from urae.miniature.recipe import load_recipe
 from urae.miniature.score import ScoreConfig, score_pipeline, summarize
@@ -145,6 +146,30 @@ def test_sigmas_lean_to_the_noisy_end():
     assert ((shifted > 0) & (shifted < 1)).all()
     assert plain.median() == pytest.approx(0.5, abs=0.02)
     assert shifted.median() == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_guided_paths_lead_from_noise_to_where_the_velocity_points():
+    pool = Pool(
+        torch.randn(7, 16, 4, 4),
+        torch.arange(7)[:, None],
+        torch.arange(7)[:, None],
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.zeros(1, 1, dtype=torch.long),
+    )
+    paths = GuidedPaths(pool, 5, (2.0, 4.0), sigma_shift=3.0)
+    generator = torch.Generator().manual_seed(0)
+    restarts, arrivals = 0, 0
+    for _ in range(100):
+        paths.restart(generator)
+        assert ((paths.guidance >= 2) & (paths.guidance <= 4)).all()
+        assert torch.equal(paths.t5_ids, paths.clip_ids)
+        restarts += (paths.sigmas == 1).sum().item()
+        ends = pool.latents[paths.t5_ids[:, 0]]
+        paths.advance((paths.latents - ends) / paths.sigmas[:, None, None, None])
+        done = paths.sigmas == 0
+        arrivals += done.sum().item()
+        torch.testing.assert_close(paths.latents[done], ends[done], rtol=0, atol=1e-5)
+    assert 5 * 100 / 32 <= restarts <= 5 * (100 / 16 + 1) and restarts - 5 <= arrivals <= restarts
 
 
 def test_dropped_captions_are_the_empty_one():

@@ -72,7 +72,7 @@ class DistillStage:
     guidance: tuple[float, float] = (1.0, 5.0)
     """Scales are drawn uniformly between these."""
     sigma_shift: float = 3.0
-    """Time shift of the uniform distribution that the guided student's sigmas are drawn from."""
+    """Time shift of the guided student's sigmas, drawn uniformly or on the guided paths."""
 
 
 @dataclass(frozen=True)
