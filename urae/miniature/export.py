@@ -9,8 +9,8 @@ from urae.miniature.stages import load_stage
 from urae.storage import read_tensors, write_atomic
 
 _NEEDS = {
-    "dev": ("vae", "text", "base", "dev"),
-    "schnell": ("vae", "text", "base", "dev", "schnell"),
+    "dev": ("vae", "text", "base", "refined", "dev"),
+    "schnell": ("vae", "text", "base", "refined", "dev", "schnell"),
 }
 _CARD = """\
 ---

@@ -93,7 +93,7 @@ def train_flow(
     read_weights(run.file("text"), {name: parts[name] for name in TEXT_PARTS})
     model.to(run.device)
     logger.info("%.2f M parameters", count_parameters([model.transformer]) / 1e6)
-    pool = _build_pool(config.num_scenes, config.side, run)
+    pool = _build_pool(config.num_scenes, config.side, run, config.first_seed)
     compute = _compile(model, run)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,12 +117,12 @@ def train_flow(
 def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     """Distil classifier-free guidance into a guidance embedding (arXiv:2210.03142, stage one).
 
-    It learns from the base stage's transformer, on noised renders and, as many again, on states
+    It learns from the refined base's transformer, on noised renders and, as many again, on states
     of the guided paths, where the renders alone leave much to learn. Arguments and result as of
     `train_flow`.
     """
-    teacher = _load("base", run, stored_guided=False, guided=False)
-    student = _load("base", run, stored_guided=False, guided=True)
+    teacher = _load("refined", run, stored_guided=False, guided=False)
+    student = _load("refined", run, stored_guided=False, guided=True)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
@@ -221,8 +221,8 @@ def sample_shifted_sigmas(size: int, shift: float, generator: torch.Generator) -
     return shift_sigmas(torch.sigmoid(normal), shift)
 
 
-def _build_pool(num_scenes: int, side: int, run: StageRun) -> Pool:
-    return build_pool(run.file("vae"), num_scenes, side, first_seed=0, device=run.device)
+def _build_pool(num_scenes: int, side: int, run: StageRun, first_seed: int = 0) -> Pool:
+    return build_pool(run.file("vae"), num_scenes, side, first_seed=first_seed, device=run.device)
 
 
 def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> CaptionedTransformer:
