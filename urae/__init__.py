@@ -1,7 +1,8 @@
 """Ultra-resolution adaptation of FLUX: 2K and 4K images on stock diffusers.
 
-`adapt` turns a stock pipeline into an ultra-resolution one, `restore` undoes it, and
-`ResolutionPolicy` says how positions, attention and the schedule follow the resolution.
+`adapt` turns a stock pipeline into an ultra-resolution one, `optimize` makes it faster, `restore`
+undoes both, and `ResolutionPolicy` says how positions, attention and the schedule follow the
+resolution.
 """
 
 from importlib import import_module
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from urae.adapters.adapt import adapt, restore
+    from urae.generate.optimize import optimize
     from urae.resolution import ResolutionPolicy
 
 __version__ = "0.1.0"
-__all__ = ["ResolutionPolicy", "__version__", "adapt", "restore"]
+__all__ = ["ResolutionPolicy", "__version__", "adapt", "optimize", "restore"]
 
 _HOMES = {
     "ResolutionPolicy": "urae.resolution",
     "adapt": "urae.adapters.adapt",
+    "optimize": "urae.generate.optimize",
     "restore": "urae.adapters.adapt",
 }
 

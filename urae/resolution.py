@@ -44,7 +44,7 @@ class ResolutionPolicy:
     """L0: text and image tokens at the base's native size (FLUX.1: 512 + 64 x 64)."""
     time_shift: float | Literal["dynamic"] | None = None
     """Sampling schedule: None is the scheduler's own static shift, a number > 0 replaces it,
-    "dynamic" is the resolution-dependent shift of stock diffusers. Training is never shifted."""
+    "dynamic" is the resolution-dependent shift of stock diffusers. Training has its own."""
     attention: Literal["full", "local"] = "full"
     """Where a picture is larger than native: "local" lets image tokens see their neighbourhood, the
     text and a coarse view of the rest, an approximation with a tenth of the keys at 4K."""
@@ -267,6 +267,14 @@ def remove_policy(module: nn.Module) -> None:
         if positions.local is not None:
             positions.local.remove()
         module.pos_embed = positions.stock
+
+
+def change_policy(module: nn.Module, policy: ResolutionPolicy) -> None:
+    """Let an adapted transformer follow another policy; its adapters stay what they are."""
+    before = find_policy(module)
+    assert before is not None
+    after = apply_policy(module, policy, before.adapter_names)
+    after.adapter_sources = before.adapter_sources
 
 
 def find_policy(module: nn.Module) -> ResolutionPositions | None:

@@ -4,7 +4,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -398,13 +397,39 @@ def test_compiling_where_it_pays(monkeypatch):
 def test_a_job_compiles_the_blocks(settings, monkeypatch):
     compiled = []
     monkeypatch.setattr(job_module, "pays_to_compile", lambda *_: True)
-    monkeypatch.setattr(
-        FluxTransformer2DModel, "compile_repeated_blocks", lambda self: compiled.append(self)
-    )
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
     (path,) = generate(settings())
-    assert len(compiled) == 1
+    assert len(compiled) == 3  # one a block
     with Image.open(path) as image:
         assert image.text["compiled"] == "true"
+        assert json.loads(image.text["parts"]) == ["attention-backend", "compile"]
+
+
+def test_parts_by_name(settings, expected, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("URAE_CACHE_DIR", str(tmp_path))
+    lora = (str(expected / "dev_2k_lora.safetensors"),)
+    (exact,) = generate(settings(adapters=lora, steps=8))
+    changes = {"adapters": lora, "steps": 8, "output_dir": tmp_path / "parts"}
+    for memory in ("resident", "streamed"):
+        parts = ("taylorseer-cache=3",)
+        (path,) = generate(settings(parts=parts, memory=memory, overwrite=True, **changes))
+        with Image.open(path) as image:
+            found = image.tobytes()
+            assert found != Image.open(exact).tobytes()
+            assert json.loads(image.text["parts"]) == ["attention-backend", "taylorseer-cache=3"]
+            assert image.text["speed"] == "exact"
+    assert "taylorseer-cache=3: the pictures are approximations" in caplog.text
+    (path,) = generate(settings(parts=("mag-cache=0",), overwrite=True, **changes))
+    assert Image.open(path).tobytes() == Image.open(exact).tobytes()
+
+
+def test_parts_are_checked_before_weights_load(settings, no_weights):
+    with pytest.raises(ValueError, match="part 'magic' is unknown; known: "):
+        settings(parts=("magic",))
+    with pytest.raises(ValueError, match=r"fp8 needs a GPU of .* this machine runs on cpu"):
+        generate(settings(parts=("fp8",)))
+    with pytest.raises(ValueError, match="--memory 8bit and --part 8bit both quantise"):
+        generate(settings(parts=("8bit",), memory="8bit"))
 
 
 def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_path):

@@ -180,7 +180,7 @@ def test_streamed_blocks_are_compiled_once_a_kind(load_pipe, expected, monkeypat
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", lambda f: compile_function(f, backend=counter))
-    compile_blocks(transformer, streamed=True)
+    compile_blocks(transformer)
     stream_blocks(transformer, CPU)
     for _ in range(2):
         assert rel(predict_velocity(transformer, *inputs, 3.5), wanted) < 1e-6

@@ -22,6 +22,7 @@ from urae.resolution import (
     read_base_policy,
     remove_policy,
 )
+from urae.undo import is_optimized, undo
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def adapt(
         FileNotFoundError: If an adapter is missing, or the original weights that a minor adapter
             needs.
     """
-    transformer = _transformer_of(pipe)
+    transformer = transformer_of(pipe)
     positions = find_policy(transformer)
     sources = as_sources(adapters)
     if positions is not None and pipe not in _adapted_pipes:
@@ -72,12 +73,17 @@ def adapt(
             _adapt_controlnets(pipe, positions.policy)
             _adapted_pipes.add(pipe)
             return pipe
-        if any(_transformer_of(other) is transformer for other in _adapted_pipes):
+        if any(transformer_of(other) is transformer for other in _adapted_pipes):
             raise ValueError(
                 "this pipe's transformer is adapted already, through another pipe and differently "
                 f"({list(positions.adapter_sources) or 'no adapters'}, {positions.policy}); "
                 "urae.restore(pipe) first"
             )
+    if is_optimized(transformer):
+        raise ValueError(
+            "the transformer is optimized for the adapters that it has; call urae.restore(pipe), "
+            "then urae.adapt, then urae.optimize"
+        )
     _check_attachable(transformer)
     files = [read_adapter(source) for source in sources]
     for file in files:
@@ -111,9 +117,9 @@ def adapt(
 
 
 def restore(pipe: Pipe) -> Pipe:
-    """Undo `adapt`: the pipe's outputs are bitwise what they were before.
+    """Undo `adapt` and `optimize`: the pipe's outputs are bitwise what they were before.
 
-    Other adapters stay as they are. Nothing happens to a pipe that is not adapted. Pipes that share
+    Other adapters stay as they are. Nothing happens to a pipe that is neither. Pipes that share
     a transformer share its adapters; each has a scheduler of its own to restore.
 
     Returns:
@@ -122,7 +128,8 @@ def restore(pipe: Pipe) -> Pipe:
     Raises:
         ValueError: If adapters are fused into the base.
     """
-    transformer = _transformer_of(pipe)
+    transformer = transformer_of(pipe)
+    undo(transformer)
     if (positions := find_policy(transformer)) is not None:
         _check_attachable(transformer)
         detach(transformer, positions.adapter_names)
@@ -195,7 +202,12 @@ def _check_attachable(transformer: nn.Module) -> None:
             )
 
 
-def _transformer_of(pipe: Any) -> nn.Module:
+def transformer_of(pipe: Any) -> nn.Module:
+    """Return a pipeline's transformer, without the wrapper of `torch.compile`.
+
+    Raises:
+        ValueError: If it has none of FLUX.
+    """
     transformer = _unwrap(getattr(pipe, "transformer", None))
     positions = getattr(transformer, "pos_embed", None)
     if not isinstance(positions, ResolutionPositions) and not hasattr(positions, "axes_dim"):

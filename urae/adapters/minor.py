@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from urae.adapters.minor_cache import MinorCache, content_key, default_cache_dir
+from urae.content_cache import ContentCache, content_key, find_cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def minor_components(
         weights: Functions that load or compute one weight each (out x in) when called.
         rank: Number of components of every weight.
         device: Where to solve; `None` solves where each weight lies.
-        cache_dir: Folder of results; `None` is `default_cache_dir()`.
+        cache_dir: Folder of results; `None` is `minor` in the user's cache folder.
         progress: Called after each weight with (weights done, weights in all).
 
     Returns:
@@ -77,7 +77,7 @@ def minor_components(
     Raises:
         ValueError: If `rank` is out of range for a weight, or it is not 2-D or not finite.
     """
-    cache = MinorCache(cache_dir or default_cache_dir())
+    cache = ContentCache(cache_dir or find_cache_dir("minor"))
     splits: dict[str, MinorSplit] = {}
     announced = False
     for name, load_weight in weights.items():

@@ -21,6 +21,14 @@ class Memory(StrEnum):
     four_bit = "4bit"
 
 
+class Speed(StrEnum):
+    """What makes it faster."""
+
+    exact = "exact"
+    fast = "fast"
+    turbo = "turbo"
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -64,6 +72,13 @@ def generate_command(
     memory: Annotated[
         Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
     ] = Memory.auto,
+    speed: Annotated[
+        Speed, typer.Option(help="fast and turbo approximate, as far as was measured.")
+    ] = Speed.exact,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Something that makes it faster, NAME or NAME=STRENGTH; repeatable."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -89,6 +104,8 @@ def generate_command(
         output_dir=output,
         overwrite=overwrite,
         memory=memory.value,
+        speed=speed.value,
+        parts=tuple(part or ()),
     )
     quiet_progress_bars()
     with build_progress() as bar:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.generate.memory import Memory
+from urae.generate.parts import Speed, resolve_parts
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy
 
@@ -45,9 +46,14 @@ class GenerateConfig:
     memory: Memory = "auto"
     """Where the transformer's weights live: all on the device, streamed a block ahead, the whole
     model in turn, or in 8 or 4 bits, which approximates; `auto` takes the first that fits."""
+    speed: Speed = "exact"
+    """What makes it faster: `fast` and `turbo` approximate, as far as was measured."""
+    parts: tuple[str, ...] = ()
+    """More of what makes it faster, each NAME or NAME=STRENGTH."""
 
     def __post_init__(self) -> None:
         check_size(self.height, self.width)
+        resolve_parts(self.speed, self.parts)
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; each must have some text")
         for name in ("steps", "num_images"):

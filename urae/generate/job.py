@@ -3,7 +3,7 @@
 import gc
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -41,13 +41,16 @@ from urae.generate.estimate import (
 from urae.generate.inputs import Sampling, check_adapters, check_outputs, default_sampling
 from urae.generate.memory import (
     find_room,
+    leave_quantized_out,
     list_tiers,
     place,
     stream_layers,
 )
+from urae.generate.optimize import apply_parts, choose_parts
+from urae.generate.parts import EXACT, Part, find_bits
 from urae.generate.picture import picture_path, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
-from urae.generate.speed import compile_blocks, pays_to_compile
+from urae.generate.speed import pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.resolution import find_policy, read_base_policy
 
@@ -107,16 +110,21 @@ def generate(
     model_path = fetch_model(config.model)
     sampling, adapter_bytes = _check_inputs(config, model_path)
     device = pick_device()
-    compiled = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
+    pays = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
+    compiled = pays or "compile" in config.parts
+    parts = choose_parts(config.speed, config.parts, compiled=compiled)
     request = Request(
         config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled
     )
     tiers = list_tiers(config.memory, model_path)
+    if (bits := find_bits(parts)) is not None:
+        check_quantization(bits, device, asked="--part")
+        tiers = leave_quantized_out(tiers, config.memory, bits)
     room = find_room(build_meta_models(model_path), request, tiers, device)
     way, written = room.choose(config.memory), list[Path]()
     check_quantization(way.tier, device)
     try:
-        _run(config, jobs, sampling, way, compiled, device, written, on_progress)
+        _run(config, jobs, sampling, way, parts, device, written, on_progress)
         return written
     except (torch.OutOfMemoryError, MemoryError) as error:
         fallback = room.find_fallback(way)
@@ -132,7 +140,7 @@ def generate(
     )  # fmt: skip
     _release_memory(device)
     try:
-        _run(config, jobs, sampling, fallback, compiled, device, written, on_progress)
+        _run(config, jobs, sampling, fallback, parts, device, written, on_progress)
     except (torch.OutOfMemoryError, MemoryError) as error:
         _explain(error, config, _name_held(fallback, device), _SMALLER)
     return written
@@ -150,7 +158,7 @@ def _run(
     jobs: list[_Picture],
     sampling: Sampling,
     way: Way,
-    compiled: bool,
+    parts: Sequence[Part],
     device: torch.device,
     written: list[Path],
     on_progress: Callable[[Progress], None] | None,
@@ -158,10 +166,12 @@ def _run(
     """Load the model one way, and make the pictures that are not written yet."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    quantized = way.tier in QUANTIZED
-    if quantized:
-        logger.warning("weights in %s: the pictures are approximations", way.tier)
-    compiled = compiled and not quantized
+    inexact = [str(part) for part in parts if part.name not in EXACT]
+    if way.tier in QUANTIZED:
+        inexact.append(f"weights in {way.tier}")
+        parts = [part for part in parts if part.name != "compile"]
+    if inexact:
+        logger.warning("%s: the pictures are approximations", ", ".join(inexact))
     dtype = pick_dtype(device)
     quantization = build_quantization(way.tier, dtype)
     pipe = load_pipeline(config.model, dtype=dtype, quantization=quantization)
@@ -171,8 +181,7 @@ def _run(
     _load_loras(pipe, config.loras)
     embeds = _encode_prompts(pipe, config.prompts, sampling.max_sequence_length, device, way)
     with token_chunks(pipe.transformer) if way.chunked else nullcontext():
-        if compiled:
-            compile_blocks(pipe.transformer, streamed=way.tier == "streamed")
+        apply_parts(pipe, parts, device)
         place(pipe, way.tier, device)
         for number, job in enumerate(jobs[len(written) :], start=len(written) + 1):
 
@@ -185,8 +194,10 @@ def _run(
 
             image = _sample(pipe, embeds[job.prompt], job.seed, config, sampling, device, report)
             record = _describe(pipe, config, sampling, job.prompt, job.seed)
-            how = {"memory": way.tier, "chunked": way.chunked, "compiled": compiled}
-            save_picture(job.path, image, {**record, **how})
+            names = [str(part) for part in parts]
+            how = {"memory": way.tier, "chunked": way.chunked, "compiled": "compile" in names}
+            record |= {**how, "speed": config.speed, "parts": names}
+            save_picture(job.path, image, record)
             written.append(job.path)
 
 

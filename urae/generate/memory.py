@@ -21,6 +21,7 @@ from urae.generate.estimate import (
     Way,
     list_estimates,
 )
+from urae.generate.parts import Bits
 from urae.generate.quantize import can_quantize
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,19 @@ def list_tiers(memory: Memory, model: str | Path) -> tuple[Tier, ...]:
     single = Path(model).expanduser().is_file()
     tiers = tuple(tier for tier in AUTO_TIERS if not (single and tier in QUANTIZED))
     return tiers if memory == "auto" or memory in tiers else (memory, *tiers)
+
+
+def leave_quantized_out(tiers: Sequence[Tier], memory: Memory, bits: Bits) -> tuple[Tier, ...]:
+    """Leave out what a part that quantises the weights in place excludes.
+
+    Raises:
+        ValueError: If such a tier was named.
+    """
+    if memory in QUANTIZED:
+        raise ValueError(
+            f"--memory {memory} and --part {bits} both quantise the weights; leave one of them out"
+        )
+    return tuple(tier for tier in tiers if tier not in QUANTIZED)
 
 
 @dataclass(frozen=True)

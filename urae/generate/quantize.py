@@ -1,35 +1,53 @@
-"""Weights in 8 and 4 bits, by diffusers' own quantisation at load: approximations.
+"""Weights in 8 and 4 bits, at load by diffusers' own quantisation or in place: approximations.
 
 Adapters stay outside, in the dtype that the base computes in.
 """
 
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
 
 from urae.generate.estimate import Tier
+from urae.generate.parts import Bits
+from urae.generate.speed import check_not_offloaded, list_blocks
 
-_LIBRARIES: dict[Tier, str] = {"8bit": "torchao", "4bit": "bitsandbytes"}
+_LIBRARIES: dict[str, str] = {"fp8": "torchao", "8bit": "torchao", "4bit": "bitsandbytes"}
+_FP8_CAPABILITY = (8, 9)
+_FP8_MULTIPLE = 16  # of both sides of a matrix
 
 
-def check_quantization(tier: Tier, device: torch.device) -> None:
-    """Refuse a tier that this machine cannot quantise for; others pass.
+def check_quantization(bits: Tier | Bits, device: torch.device, asked: str = "--memory") -> None:
+    """Refuse what this machine cannot quantise to; tiers that quantise nothing pass.
+
+    Args:
+        bits: A memory tier, or bits.
+        device: Where the pipeline runs.
+        asked: How it was asked for, for the error.
 
     Raises:
-        ModuleNotFoundError: If the tier's library is not installed; says how to install it.
-        ValueError: If 4 bits are asked for without a CUDA device, on which they are made.
+        ModuleNotFoundError: If the library is not installed; says how to install it.
+        ValueError: If the device cannot do it: 4 bits are made on CUDA, fp8 wants tensor cores that
+            have it.
     """
-    if (library := _LIBRARIES.get(tier)) is None:
+    if (library := _LIBRARIES.get(bits)) is None:
         return
     if find_spec(library) is None:
         raise ModuleNotFoundError(
-            f"--memory {tier} needs the package {library}: pip install {library}"
+            f"{asked} {bits} needs the package {library}: pip install {library}"
         )
-    if tier == "4bit" and device.type != "cuda":
+    if bits == "4bit" and device.type != "cuda":
         raise ValueError(
-            f"--memory 4bit needs a CUDA device to quantise on, this machine runs on "
-            f"{device.type}; leave --memory out"
+            f"{asked} 4bit needs a CUDA device to quantise on, this machine runs on "
+            f"{device.type}; leave it out"
+        )
+    if bits == "fp8" and not _has_fp8(device):
+        raise ValueError(
+            f"{asked} fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
+            f"this machine runs on {_describe(device)}; leave it out"
         )
 
 
@@ -48,9 +66,8 @@ def build_quantization(tier: Tier, dtype: torch.dtype) -> Any:
     """
     if tier == "8bit":
         from diffusers import TorchAoConfig
-        from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        return TorchAoConfig(_build_torchao("8bit"))
     if tier == "4bit":
         from diffusers import BitsAndBytesConfig
 
@@ -58,3 +75,127 @@ def build_quantization(tier: Tier, dtype: torch.dtype) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return None
+
+
+def quantize_blocks(
+    transformer: FluxTransformer2DModel, bits: Bits, device: torch.device
+) -> Callable[[], None]:
+    """Quantise the blocks' linear layers in place; the originals stay in host memory.
+
+    With fp8 the modulation of the blocks, one row a picture, keeps its precision.
+
+    Args:
+        transformer: Adapted or not; not quantised, compiled or offloaded yet.
+        bits: To which precision.
+        device: Where to quantise. Eight bits go back to where the weights were, four stay there.
+
+    Returns:
+        What puts the original weights back, bitwise.
+
+    Raises:
+        ModuleNotFoundError, ValueError: As `check_quantization`, and if the weights are quantised
+            or offloaded already.
+    """
+    check_quantization(bits, device, asked="part")
+    check_not_offloaded(transformer)
+    linears = [
+        (parent, name, layer)
+        for block in list_blocks(transformer)
+        for parent, name, layer in _list_linears(block, bits)
+    ]
+    if any(type(layer.weight) is not nn.Parameter for _, _, layer in linears) or not linears:
+        raise ValueError(f"the weights are quantised already; leave out part {bits}")
+    quantize = _quantize_4bit if bits == "4bit" else _quantize_8bit
+    undos = [quantize(parent, name, bits, device) for parent, name, _ in linears]
+
+    def undo() -> None:
+        for undo_layer in undos:
+            undo_layer()
+
+    return undo
+
+
+def _list_linears(block: nn.Module, bits: Bits) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Give a block's linear layers with where they are; those of adapters are none of them."""
+    for path, module in block.named_modules():
+        name = path.rpartition(".")[2]
+        if not isinstance(module, nn.Linear) or "lora_" in path:
+            continue
+        if bits == "fp8" and ("norm" in path or not _suits_fp8(module)):
+            continue
+        yield block.get_submodule(path.rpartition(".")[0]), name, module
+
+
+def _suits_fp8(layer: nn.Linear) -> bool:
+    return layer.in_features % _FP8_MULTIPLE == 0 and layer.out_features % _FP8_MULTIPLE == 0
+
+
+def _quantize_8bit(
+    parent: nn.Module, name: str, bits: Bits, device: torch.device
+) -> Callable[[], None]:
+    """Let torchao quantise one layer's weight, by matrices that F.linear knows how to multiply."""
+    from torchao.quantization import quantize_
+
+    layer: nn.Linear = getattr(parent, name)
+    original, home = layer.weight, layer.weight.device
+    layer.weight = nn.Parameter(original.detach().to(device), requires_grad=False)
+    quantize_(layer, _build_torchao(bits))
+    layer.weight = nn.Parameter(layer.weight.detach().to(home), requires_grad=False)
+    vars(layer).pop("extra_repr", None)  # torchao's, which would outlive the weights
+    original.data = original.data.cpu()
+
+    def undo() -> None:
+        original.data = original.data.to(layer.weight.device)
+        layer.weight = original
+
+    return undo
+
+
+def _quantize_4bit(
+    parent: nn.Module, name: str, _bits: Bits, device: torch.device
+) -> Callable[[], None]:
+    """Put a layer of bitsandbytes in the place of one; it stays where it was quantised."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layer: nn.Linear = getattr(parent, name)
+    small = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+    small.weight = weight.to(device)
+    small.bias = layer.bias
+    setattr(parent, name, small)
+    layer.weight.data = layer.weight.data.cpu()
+
+    def undo() -> None:
+        layer.weight.data = layer.weight.data.to(small.weight.device)
+        layer.bias = small.bias
+        setattr(parent, name, layer)
+
+    return undo
+
+
+def _build_torchao(bits: Bits) -> Any:
+    if bits == "8bit":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return Int8WeightOnlyConfig(version=2)
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    # the inductor settings that it recommends are the whole process's
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), set_inductor_config=False
+    )
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

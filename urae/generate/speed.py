@@ -2,9 +2,13 @@
 
 import logging
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
 from torch.utils._triton import has_triton
 
 from urae.geometry import num_image_tokens
@@ -13,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
 _PAYS_FROM_TOKEN_STEPS = 1_600_000
+_HOOK = "urae_compiled_forward"
 
 
 def is_long(height: int, width: int, steps: int, num_pictures: int) -> bool:
@@ -36,7 +41,12 @@ def pays_to_compile(
         device: Where the transformer runs.
         height, width, steps, num_pictures: As `is_long`.
     """
-    if device.type != "cuda" or not is_long(height, width, steps, num_pictures):
+    return is_long(height, width, steps, num_pictures) and can_compile(device)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Tell whether blocks can be compiled where they run: on a GPU, with a compiler."""
+    if device.type != "cuda":
         return False
     if not has_triton() or not any(map(shutil.which, ("cc", "gcc", "clang"))):
         logger.info("blocks are not compiled: that needs Triton and a C compiler")
@@ -44,16 +54,62 @@ def pays_to_compile(
     return True
 
 
-def compile_blocks(transformer: FluxTransformer2DModel, *, streamed: bool) -> None:
-    """Compile the blocks, each kind once.
+def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
+    """Compile the forwards of the blocks, each kind once, inside of all hooks.
+
+    Hooks that stream weights or skip blocks come around them: they differ from block to block, and
+    would be compiled anew for each.
 
     Args:
         transformer: Adapted, and not offloaded yet.
-        streamed: Whether each block will be offloaded by a hook around its forward. Then only the
-            forward inside is compiled: hooks differ from block to block, and would be recompiled.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        ValueError: If the blocks have hooks of offloading already.
     """
-    if not streamed:
-        transformer.compile_repeated_blocks()
-        return
-    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        block.forward = torch.compile(block.forward)
+    check_not_offloaded(transformer)
+    registries = [
+        HookRegistry.check_if_exists_or_initialize(block) for block in list_blocks(transformer)
+    ]
+    for registry in registries:
+        registry.register_hook(_CompiledForward(), _HOOK)
+
+    def undo() -> None:
+        for registry in registries:
+            registry.remove_hook(_HOOK, recurse=False)
+
+    return undo
+
+
+def list_blocks(transformer: FluxTransformer2DModel) -> list[Any]:
+    """Return the double blocks, then the single ones."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def check_not_offloaded(transformer: FluxTransformer2DModel) -> None:
+    """Refuse blocks that something moves between devices, around which nothing more can be put.
+
+    Raises:
+        ValueError: If there are such blocks.
+    """
+    for block in list_blocks(transformer):
+        registry = getattr(block, "_diffusers_hook", None)
+        others = set() if registry is None else set(registry.hooks) - {_HOOK}
+        if others or any(hasattr(module, "_hf_hook") for module in block.modules()):
+            raise ValueError(
+                "the blocks are offloaded or hooked already, and what is to speed them up goes "
+                "inside of that; call urae.optimize first, then offload"
+            )
+
+
+class _CompiledForward(ModelHook):  # type: ignore[misc]
+    """Puts a compiled forward in the place of a block's own."""
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.compiled = torch.compile(module.forward)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled(*args, **kwargs)

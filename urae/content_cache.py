@@ -20,10 +20,10 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def default_cache_dir() -> Path:
-    """Return `minor` under `URAE_CACHE_DIR`, or under the user's cache folder for urae."""
+def find_cache_dir(kind: str) -> Path:
+    """Return folder `kind` of `URAE_CACHE_DIR`, else of the user's cache folder for urae."""
     root = os.environ.get("URAE_CACHE_DIR") or platformdirs.user_cache_dir("urae")
-    return Path(root) / "minor"
+    return Path(root) / kind
 
 
 def content_key(weight: Tensor, purpose: str) -> str:
@@ -33,7 +33,7 @@ def content_key(weight: Tensor, purpose: str) -> str:
     return digest.hexdigest()
 
 
-class MinorCache:
+class ContentCache:
     """Results on disk under content keys; troubles are logged and never raised."""
 
     def __init__(self, cache_dir: Path) -> None:
@@ -43,7 +43,7 @@ class MinorCache:
             cache_dir: The folder; files of other names in it are left alone.
         """
         self.cache_dir = cache_dir
-        self._writable = True  # until a write fails: one warning, not one a weight
+        self._writable = True  # until a write fails: one warning, not one a result
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """Load the float32 tensors stored under `key`, or `None` if absent or damaged."""

@@ -1,0 +1,319 @@
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import nn
+
+import urae
+from urae.backbones.attention import pick_attention
+from urae.generate import attention, parts, quantize
+from urae.generate.memory import stream_blocks
+from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
+from urae.resolution import find_policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def adapted(load_pipe, expected):
+    return lambda **options: urae.adapt(
+        load_pipe(), expected / "dev_2k_lora.safetensors", **options
+    )
+
+
+def apply(pipe, *names):
+    return urae.optimize(pipe, speed=None, parts=names)
+
+
+# --- which parts ----------------------------------------------------------------------------------
+
+
+def names(resolved):
+    return [str(part) for part in resolved]
+
+
+def test_a_preset_and_parts_beside_it():
+    assert names(resolve_parts("exact")) == ["attention-backend", "compile"]
+    assert names(resolve_parts(None)) == []
+    both = resolve_parts("exact", ["mag-cache=0.1", "fp8"])
+    assert names(both) == ["fp8", "attention-backend", "compile", "mag-cache=0.1"]
+    assert find_bits(both) == "fp8"
+    assert find_bits(resolve_parts("exact")) is None
+
+
+def test_a_part_that_is_named_takes_the_place_of_a_presets(monkeypatch):
+    monkeypatch.setitem(PRESETS, "turbo", (*EXACT, "8bit", "mag-cache"))
+    chosen = resolve_parts("turbo", ["taylorseer-cache=3", "fp8"])
+    assert names(chosen) == ["fp8", "attention-backend", "compile", "taylorseer-cache=3"]
+
+
+def test_strengths_default_to_the_libraries_own():
+    assert names([Part("mag-cache"), Part("first-block-cache")]) == [
+        "mag-cache=0.06",
+        "first-block-cache=0.05",
+    ]
+    assert Part.parse("mag-cache=0.06") == Part("mag-cache")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["magic"], "part 'magic' is unknown; known: fp8, 8bit"),
+        (["compile=2"], r"part compile has no strength to set; leave out =2.0"),
+        (["mag-cache=much"], "'much' is no number; a part is NAME or NAME=STRENGTH"),
+        (["mag-cache=-1"], "strength -1.0 of mag-cache must be a number from 0"),
+        (["mag-cache=inf"], "must be a number from 0"),
+        (["taylorseer-cache=2.5"], "must be a whole number from 1"),
+        (["taylorseer-cache=0"], "must be a whole number from 1"),
+        (["mag-cache", "taylorseer-cache"], "mag-cache=0.06 and taylorseer-cache=5 exclude"),
+        (["fp8", "4bit"], "exclude each other"),
+        (["compile", "compile"], "exclude each other"),
+    ],
+)
+def test_parts_that_are_none(load_pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        urae.optimize(load_pipe(), speed=None, parts=given)
+
+
+def test_a_speed_that_is_none(load_pipe):
+    with pytest.raises(ValueError, match="speed 'warp' must be exact, fast, turbo or None"):
+        urae.optimize(load_pipe(), speed="warp")
+
+
+@pytest.mark.parametrize("speed", ["fast", "turbo"])
+def test_a_preset_without_approximations_says_so(adapted, sample, speed, caplog):
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    urae.optimize(pipe, speed=speed)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+    empty = set(PRESETS[speed]) == set(EXACT)
+    assert (f"speed {speed} holds no approximation yet" in caplog.text) == empty
+
+
+def test_every_part_of_a_preset_is_one_and_fast_is_not_beyond_turbo():
+    for speed, preset in PRESETS.items():
+        assert resolve_parts(speed)
+        assert set(EXACT) <= {Part.parse(text).name for text in preset}
+    assert parts.BARS["fast"] < parts.BARS["turbo"]
+
+
+# --- in place, and undone -------------------------------------------------------------------------
+
+
+def test_on_a_cpu_exact_changes_nothing(adapted, sample):
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    assert urae.optimize(pipe) is pipe
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+    assert not any(hasattr(b, "_diffusers_hook") for b in pipe.transformer.transformer_blocks)
+
+
+def test_a_second_call_replaces_the_first(adapted, sample):
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    apply(pipe, "8bit")
+    eight = sample(pipe, 64, 64)
+    apply(pipe, "8bit")
+    assert torch.equal(sample(pipe, 64, 64), eight)
+    apply(pipe)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+def test_restore_undoes_a_pipe_that_is_not_adapted(load_pipe, sample):
+    pipe = load_pipe()
+    wanted = sample(pipe, 64, 64)
+    apply(pipe, "8bit", "first-block-cache=1")
+    assert not torch.equal(sample(pipe, 64, 64), wanted)
+    urae.restore(pipe)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+def test_an_optimized_pipe_is_not_adapted(adapted, sample, expected):
+    pipe = apply(adapted(), "8bit")
+    before = sample(pipe, 64, 64)
+    with pytest.raises(ValueError, match=r"optimized for the adapters .* urae.restore"):
+        urae.adapt(pipe, expected / "dev_4k_lora_conversion.safetensors")
+    assert torch.equal(sample(pipe, 64, 64), before)
+
+
+def test_a_failure_leaves_the_pipe_as_adapted(adapted, sample):
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    pipe.transformer.transformer_blocks[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="blocks are compiled with all their hooks"):
+        apply(pipe, "8bit", "mag-cache")
+    pipe.transformer.transformer_blocks[0]._compiled_call_impl = None
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+def test_a_transformer_that_is_compiled_whole(adapted):
+    pipe = adapted()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match="compiled as a whole"):
+        apply(pipe, "8bit")
+
+
+def test_blocks_that_are_offloaded_are_not_compiled_or_quantised(adapted):
+    pipe = adapted()
+    stream_blocks(pipe.transformer, CPU)
+    for name in ("compile", "8bit"):
+        with pytest.raises(ValueError, match="offloaded or hooked already"):
+            apply(pipe, name)
+    sequential = adapted()
+    sequential.transformer.transformer_blocks[0].attn.to_q._hf_hook = None
+    with pytest.raises(ValueError, match="offloaded or hooked already"):
+        apply(sequential, "compile")
+
+
+# --- local attention ------------------------------------------------------------------------------
+
+
+def test_local_attention_is_that_of_the_policy(adapted, sample):
+    policy = urae.ResolutionPolicy(native_sequence_length=128)
+    pipe, wanted = adapted(policy=policy), []
+    full = sample(pipe, 512, 512)
+    local = urae.ResolutionPolicy(native_sequence_length=128, attention="local")
+    wanted = sample(adapted(policy=local), 512, 512)
+    assert not torch.equal(wanted, full)
+    apply(pipe, "local-attention")
+    assert torch.equal(sample(pipe, 512, 512), wanted)
+    assert find_policy(pipe.transformer).adapter_sources
+    urae.optimize(pipe, speed=None)
+    assert torch.equal(sample(pipe, 512, 512), full)
+    assert find_policy(pipe.transformer).policy == policy
+
+
+def test_local_attention_of_a_pipe_that_is_not_adapted(load_pipe, sample, caplog):
+    pipe = load_pipe()
+    wanted = sample(pipe, 64, 64)
+    apply(pipe, "local-attention")
+    assert "beyond the native size of an adapted pipeline" in caplog.text
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+# --- the attention backend ------------------------------------------------------------------------
+
+
+def choose(monkeypatch, pipe, sample, on_gpu=True):
+    """Let a CPU stand in for the GPU; return the shapes that were timed."""
+    shapes = []
+
+    def pick(candidates, shape, *_, backward):
+        assert not backward
+        shapes.append(shape)
+        return "_native_math"
+
+    monkeypatch.setattr(attention, "pick_attention", pick)
+    monkeypatch.setattr(attention, "_decides", lambda _: on_gpu)
+    apply(pipe, "attention-backend")
+    for _ in range(2):
+        sample(pipe, 64, 96)
+    return shapes
+
+
+def backends(pipe):
+    return {each._attention_backend for each in pipe.transformer.attn_processors.values()}
+
+
+def test_the_backend_is_timed_once_at_the_shape(adapted, sample, monkeypatch):
+    pipe = adapted()
+    assert choose(monkeypatch, pipe, sample) == [(1, 4 * 6 + 64, 2, 32)]
+    assert backends(pipe) == {AttentionBackendName._NATIVE_MATH}
+    urae.restore(pipe)
+    assert backends(pipe) == {None}
+
+
+def test_a_backend_of_the_user_or_of_local_attention_is_kept(adapted, sample, monkeypatch):
+    pipe = adapted()
+    for processor in pipe.transformer.attn_processors.values():
+        processor._attention_backend = AttentionBackendName.NATIVE
+    assert choose(monkeypatch, pipe, sample) == []
+    urae.restore(pipe)
+    assert backends(pipe) == {AttentionBackendName.NATIVE}
+    local = adapted(policy=urae.ResolutionPolicy(attention="local"))
+    assert choose(monkeypatch, local, sample) == []
+    assert choose(monkeypatch, adapted(), sample, on_gpu=False) == []
+
+
+def test_a_backend_with_wrong_outputs_is_named():
+    def attend(query, key, value):
+        return value * torch.nan
+
+    with pytest.raises(FloatingPointError, match=r"right outputs .*broken: outputs are"):
+        pick_attention({"broken": attend}, (1, 8, 2, 4), torch.float32, CPU, backward=False)
+
+
+def test_packages_that_are_installed_are_candidates(monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: name == "flash_attn" or None)
+    assert attention.list_candidates()[-1] == "flash"
+    monkeypatch.setattr(attention, "find_spec", lambda _: None)
+    assert "flash" not in attention.list_candidates()
+
+
+# --- quantised weights ----------------------------------------------------------------------------
+
+
+def is_plain(layer):
+    return type(layer.weight) is nn.Parameter
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's and bitsandbytes' own
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_weights_are_quantised_and_adapters_stay_outside(adapted, sample, bits, rel, monkeypatch):
+    monkeypatch.setattr(quantize, "check_quantization", lambda *_, **__: None)  # a CPU does here
+    pipe = adapted()
+    wanted, before = sample(pipe, 64, 64), pipe.transformer.state_dict()
+    apply(pipe, bits)
+    assert 1e-4 < rel(sample(pipe, 64, 64), wanted) < 0.2
+    query = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert not is_plain(query.base_layer)
+    assert all(is_plain(layer) for layer in (query.lora_A["urae_2k"], query.lora_B["urae_2k"]))
+    assert is_plain(pipe.transformer.x_embedder)
+    with pytest.raises(ValueError, match=f"quantised already; leave out part {bits}"):
+        quantize.quantize_blocks(pipe.transformer, bits, CPU)
+    urae.optimize(pipe, speed=None)
+    after = pipe.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_fp8_leaves_modulation_and_odd_matrices_alone(adapted, monkeypatch):
+    monkeypatch.setattr(quantize, "check_quantization", lambda *_, **__: None)
+    built = quantize._build_torchao
+    monkeypatch.setattr(quantize, "_build_torchao", lambda _: built("8bit"))  # a CPU has no fp8
+    pipe = adapted()
+    block = pipe.transformer.single_transformer_blocks[0]
+    block.proj_mlp = nn.Linear(64, 250)
+    apply(pipe, "fp8")
+    assert is_plain(block.norm.linear)
+    assert is_plain(block.proj_mlp)
+    quantised = [block.proj_out, block.attn.to_q, pipe.transformer.transformer_blocks[0].ff.net[2]]
+    assert not any(is_plain(getattr(each, "base_layer", each)) for each in quantised)
+
+
+def test_fp8_is_dynamic_with_a_scale_a_row():
+    from torchao.quantization import PerRow
+
+    built = quantize._build_torchao("fp8")
+    assert all(isinstance(each, PerRow) for each in built.granularity)
+    assert not built.set_inductor_config
+
+
+def test_what_cannot_be_quantised_here(adapted, monkeypatch):
+    for bits, message in {"fp8": "capability 8.9 .* runs on cpu", "4bit": "a CUDA device"}.items():
+        with pytest.raises(ValueError, match=f"part {bits} needs .*{message}"):
+            apply(adapted(), bits)
+    monkeypatch.setattr(quantize, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match="part 8bit needs the package torchao: pip in"):
+        apply(adapted(), "8bit")
+
+
+def test_an_older_gpu_has_no_fp8(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A40")
+    with pytest.raises(ValueError, match="this machine runs on A40"):
+        quantize.check_quantization("fp8", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    quantize.check_quantization("fp8", gpu)

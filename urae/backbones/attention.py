@@ -1,0 +1,150 @@
+"""The fastest of diffusers' own attentions whose numbers are right on this device."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from jaxtyping import Float
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Shape = tuple[int, int, int, int]
+"""Batch, tokens, heads, channels of a head."""
+
+# plain `native` is no candidate: it gives cuDNN transposed views, on which the gradients of torch
+# 2.11 are NaN; `_native_cudnn` gives it copies
+CANDIDATES = ("_native_cudnn", "_native_flash", "_native_efficient")
+"""Those of torch, each a kernel of its own."""
+_CHECK_TOKENS = 1536
+_MAX_ERROR = 0.03  # bfloat16's own rounding gives about 0.005 in gradients
+
+
+def backend(name: str) -> Attend:
+    """Return one of diffusers' attentions as a function of query, key and value."""
+
+    member = AttentionBackendName(name)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output: Tensor = dispatch_attention_fn(query, key, value, backend=member)
+        return output
+
+    return attend
+
+
+def pick_attention(
+    candidates: dict[str, Attend],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backward: bool = True,
+) -> str:
+    """Return the name of the fastest attention whose gradients, or outputs, are right.
+
+    Each is checked against float32 on up to 1,536 tokens, then timed at the full shape, where its
+    numbers must be finite.
+
+    Args:
+        candidates: By name.
+        shape: Of the longest sequence.
+        dtype: Of the activations.
+        device: Where to try.
+        backward: Whether gradients matter; else the outputs alone.
+
+    Raises:
+        FloatingPointError: If all are wrong; says how for each.
+    """
+    batch, tokens, heads, head_dim = shape
+    small = (batch, min(tokens, _CHECK_TOKENS), heads, head_dim)
+    what = "gradients" if backward else "outputs"
+    faults, seconds = {}, {}
+    for name, attend in candidates.items():
+        try:
+            error = measure_error(attend, small, dtype, device, backward=backward)
+            if error > _MAX_ERROR:
+                faults[name] = f"{what} are {error:.3g} off"
+                continue
+            taken, finite = _time(attend, shape, dtype, device, backward)
+            if finite:
+                seconds[name] = taken
+            else:
+                faults[name] = f"{what} are not finite at {tokens} tokens"
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as reason:  # this device or build of torch has no such kernel
+            faults[name] = str(reason).splitlines()[0]
+    for name, fault in faults.items():
+        logger.info("attention %s is left out: %s", name, fault)
+    if not seconds:
+        texts = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+        raise FloatingPointError(
+            f"no attention gives right {what} on {device} in {dtype} ({texts}); another version "
+            "of torch may"
+        )
+    best = min(seconds, key=lambda name: seconds[name])
+    logger.info("attention %s: %.1f ms for %s", best, 1000 * seconds[best], what)
+    return best
+
+
+def measure_error(
+    attend: Attend,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backward: bool = True,
+) -> float:
+    """Return the largest relative error of an attention's gradients, or outputs, against float32.
+
+    Returns:
+        Infinity if one is not finite.
+    """
+    inputs = _draw(shape, dtype, device)
+    found = _run(attend, inputs, backward)
+    wanted = _run(backend("_native_math"), [each.float() for each in inputs], backward)
+    errors = [
+        ((one.float() - other).norm() / other.norm()).item()
+        for one, other in zip(found, wanted, strict=True)
+    ]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
+
+
+def _draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3)]
+
+
+def _run(
+    attend: Attend, inputs: Sequence[Float[Tensor, "b l h d"]], backward: bool
+) -> list[Tensor]:
+    """Return the gradients of query, key and value, or the output alone."""
+    if not backward:
+        with torch.no_grad():
+            return [attend(*inputs)]
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    output = attend(*leaves)
+    return list(torch.autograd.grad(output, leaves, inputs[0].view_as(output)))
+
+
+def _time(
+    attend: Attend, shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool
+) -> tuple[float, bool]:
+    """Return the seconds of a run, and whether all its numbers are finite."""
+    inputs = _draw(shape, dtype, device)
+    for _ in range(2):  # the first is not counted
+        _synchronize(device)
+        began = time.perf_counter()
+        numbers = _run(attend, inputs, backward)
+        _synchronize(device)
+        seconds = time.perf_counter() - began
+    return seconds, all(bool(each.isfinite().all()) for each in numbers)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,151 @@
+"""Make a pipeline faster, part by part, and undo it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from diffusers import FluxPipeline
+
+from urae.adapters.adapt import transformer_of
+from urae.backbones.flux import pick_device
+from urae.generate.attention import use_fastest_attention
+from urae.generate.parts import (
+    BARS,
+    EXACT,
+    PRESETS,
+    SCHEDULED,
+    Part,
+    Speed,
+    resolve_parts,
+)
+from urae.generate.quantize import quantize_blocks
+from urae.generate.schedule import Schedule
+from urae.generate.speed import can_compile, compile_blocks
+from urae.generate.step_cache import StepCache, StepCacheKind
+from urae.resolution import change_policy, find_policy
+from urae.undo import keep_undo, undo
+
+logger = logging.getLogger(__name__)
+
+Pipe = TypeVar("Pipe")
+Undo = Callable[[], None]
+
+
+def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] = ()) -> Pipe:
+    """Make a pipeline faster; `urae.restore` undoes it.
+
+    Call it after `urae.adapt` and before any offloading. A second call replaces the first.
+
+    Args:
+        pipe: A FLUX pipeline of diffusers.
+        speed: A preset: `exact` changes nothing but the rounding; `fast` and `turbo` add the
+            approximations that were measured inside their bars. None for `parts` alone.
+        parts: More parts, each NAME or NAME=STRENGTH.
+
+    Returns:
+        The same pipe.
+
+    Raises:
+        ValueError: If a part is unknown or does not go with another, or with the pipe. Nothing is
+            optimized then.
+    """
+    device = pick_device()
+    apply_parts(pipe, choose_parts(speed, parts, compiled=can_compile(device)), device)
+    return pipe
+
+
+def choose_parts(speed: Speed | None, parts: Sequence[str], *, compiled: bool) -> tuple[Part, ...]:
+    """List the parts to put in place, in order.
+
+    Args:
+        speed: A preset, or None.
+        parts: More parts, each NAME or NAME=STRENGTH.
+        compiled: Whether a preset's compiled blocks pay here; those that are named always come.
+
+    Raises:
+        ValueError: If a part is unknown, or two exclude each other.
+    """
+    chosen = resolve_parts(speed, parts)
+    if speed in BARS and set(PRESETS[speed]) == set(EXACT):
+        logger.warning(
+            "speed %s holds no approximation yet: none was measured inside its bar; pictures are "
+            "exact but for parts that are named",
+            speed,
+        )
+    if compiled or "compile" in parts:
+        return chosen
+    return tuple(part for part in chosen if part.name != "compile")
+
+
+def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:
+    """Put parts in place, instead of any that are.
+
+    Args:
+        pipe: A FLUX pipeline of diffusers.
+        parts: Resolved, in order.
+        device: Where the pipe will run.
+
+    Raises:
+        ValueError: As `optimize`.
+    """
+    transformer = transformer_of(pipe)
+    if pipe.transformer is not transformer:
+        raise ValueError(
+            "the transformer is compiled as a whole, which leaves no way into it; load it without "
+            "torch.compile: urae.optimize compiles the blocks"
+        )
+    undo(transformer)
+    with ExitStack() as stack:
+        schedule = Schedule(pipe)
+        for part in parts:
+            stack.callback(_apply(part, pipe, schedule, parts, device))
+        if any(part.name in SCHEDULED for part in parts):
+            stack.callback(schedule.attach(transformer).remove)
+        keep_undo(transformer, stack.pop_all())
+
+
+def _apply(
+    part: Part, pipe: Any, schedule: Schedule, parts: Sequence[Part], device: torch.device
+) -> Undo:
+    """Put one part in place, and return what undoes it."""
+    match part.name:
+        case "fp8" | "8bit" | "4bit":
+            return quantize_blocks(pipe.transformer, part.name, device)
+        case "local-attention":
+            return _attend_locally(pipe.transformer)
+        case "attention-backend":
+            return use_fastest_attention(pipe.transformer)
+        case "compile":
+            return compile_blocks(pipe.transformer)
+        case _:
+            return _cache_steps(part.name, part, pipe, schedule, parts)
+
+
+def _attend_locally(transformer: Any) -> Undo:
+    """Let the policy of an adapted transformer say `local`."""
+    positions = find_policy(transformer)
+    if positions is None:
+        logger.warning(
+            "local attention is for pictures beyond the native size of an adapted pipeline, which "
+            "this is not: nothing changes"
+        )
+        return lambda: None
+    before = positions.policy
+    change_policy(transformer, replace(before, attention="local"))
+    return lambda: change_policy(transformer, before)
+
+
+def _cache_steps(
+    kind: StepCacheKind, part: Part, pipe: Any, schedule: Schedule, parts: Sequence[Part]
+) -> Undo:
+    if not isinstance(pipe, FluxPipeline):
+        raise ValueError(
+            f"step caching goes with FluxPipeline, whose loop names its calls; this is a "
+            f"{type(pipe).__name__}: leave out {part.name}"
+        )
+    assert part.strength is not None
+    others = " ".join(str(other) for other in parts if other.name not in (*EXACT, part.name))
+    return StepCache(pipe.transformer, schedule, kind, part.strength, others).attach()

@@ -1,0 +1,128 @@
+"""What can make a pipeline faster, part by part, and which parts the presets hold.
+
+A part that approximates enters a preset when it has passed that preset's bar on the adapted
+miniature at 1024 x 1024 (`benchmarks/speed_quality.py`), and not before.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from urae.generate.step_cache import DEFAULT_STRENGTH
+
+Speed = Literal["exact", "fast", "turbo"]
+Bits = Literal["fp8", "8bit", "4bit"]
+"""Eight-bit floats for weights and activations, a scale a row; int8 weights; nf4 weights."""
+PartName = Literal[
+    Bits,
+    "local-attention",
+    "attention-backend",
+    "compile",
+    "first-block-cache",
+    "mag-cache",
+    "taylorseer-cache",
+]
+"""In the order in which they are put in place."""
+
+EXACT: tuple[PartName, ...] = ("attention-backend", "compile")
+"""Parts that change nothing but the rounding; presets take them where they pay."""
+
+PRESETS: dict[Speed, tuple[str, ...]] = {
+    "exact": EXACT,
+    "fast": EXACT,  # no approximation has been measured inside its bar yet
+    "turbo": EXACT,
+}
+BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}
+"""What the 95% interval of the difference in the scene check's share must lie inside, each way."""
+
+SCHEDULED: tuple[PartName, ...] = ("first-block-cache", "mag-cache", "taylorseer-cache")
+"""Parts that act on some steps only."""
+_EXCLUSIVE: tuple[tuple[PartName, ...], ...] = (
+    get_args(Bits),
+    ("first-block-cache", "mag-cache", "taylorseer-cache"),
+)
+_STRENGTHS: Mapping[str, float] = {str(name): n for name, n in DEFAULT_STRENGTH.items()}
+_WHOLE: tuple[PartName, ...] = ("taylorseer-cache",)  # strengths that are counts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part, and how strong it is."""
+
+    name: PartName
+    """Which."""
+    strength: float | None = None
+    """Higher is faster and further from exact; None where there is nothing to set."""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(PartName):
+            raise ValueError(
+                f"part {self.name!r} is unknown; known: {', '.join(get_args(PartName))}"
+            )
+        if self.strength is None:
+            object.__setattr__(self, "strength", _STRENGTHS.get(self.name))
+            return
+        if self.name not in _STRENGTHS:
+            raise ValueError(f"part {self.name} has no strength to set; leave out ={self.strength}")
+        least = 1 if self.name in _WHOLE else 0
+        whole = self.name not in _WHOLE or self.strength == round(self.strength)
+        if not (math.isfinite(self.strength) and self.strength >= least and whole):
+            kind = "whole number" if self.name in _WHOLE else "number"
+            raise ValueError(
+                f"strength {self.strength} of {self.name} must be a {kind} from {least}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read NAME or NAME=STRENGTH.
+
+        Raises:
+            ValueError: If it is no such part.
+        """
+        name, equals, number = text.partition("=")
+        try:
+            strength = float(number) if equals else None
+        except ValueError as error:
+            raise ValueError(
+                f"part {text!r}: {number!r} is no number; a part is NAME or NAME=STRENGTH"
+            ) from error
+        return cls(name, strength)  # type: ignore[arg-type]  # which is checked
+
+    def __str__(self) -> str:
+        return self.name if self.strength is None else f"{self.name}={self.strength:g}"
+
+
+def resolve_parts(speed: Speed | None, parts: Sequence[str] = ()) -> tuple[Part, ...]:
+    """List a preset's parts and others, in the order in which they are put in place.
+
+    Args:
+        speed: A preset; None for `parts` alone.
+        parts: NAME or NAME=STRENGTH; one that excludes a part of the preset takes its place.
+
+    Raises:
+        ValueError: If a part is unknown, or two exclude each other.
+    """
+    if speed is not None and speed not in PRESETS:
+        raise ValueError(f"speed {speed!r} must be {', '.join(PRESETS)} or None")
+    chosen = [Part.parse(text) for text in parts]
+    for i, part in enumerate(chosen):
+        for other in chosen[:i]:
+            if _exclude(part, other):
+                raise ValueError(f"parts {other} and {part} exclude each other; name one of them")
+    for text in PRESETS[speed] if speed else ():
+        part = Part.parse(text)
+        if not any(_exclude(part, other) for other in chosen):
+            chosen.append(part)
+    names = get_args(PartName)
+    return tuple(sorted(chosen, key=lambda part: names.index(part.name)))
+
+
+def _exclude(one: Part, other: Part) -> bool:
+    groups = [group for group in _EXCLUSIVE if one.name in group]
+    return one.name == other.name or any(other.name in group for group in groups)
+
+
+def find_bits(parts: Sequence[Part]) -> Bits | None:
+    """Return what the weights are quantised to by one of the parts, if any does."""
+    return next((bits for part in parts for bits in get_args(Bits) if part.name == bits), None)

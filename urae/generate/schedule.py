@@ -1,0 +1,70 @@
+"""Where in its schedule a pipeline is, as its transformer sees it."""
+
+from typing import Any
+from weakref import ref
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+# pipelines hand the timestep over in the dtype of the latents, rounded twice
+_ROUNDING = 0.01
+
+
+class Schedule:
+    """Follows a pipeline through its sigmas, one forward of its transformer after the other.
+
+    The scheduler knows the step without asking the device, and makes new sigmas for every picture,
+    so a picture that was broken off is told from the next one.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        """Follow a pipeline.
+
+        Args:
+            pipe: Of diffusers, with a flow-matching scheduler and a transformer.
+        """
+        self._pipe = ref(pipe)
+        self.picture = 0
+        """Which picture this is, counted from 1."""
+        self.index = 0
+        """Of the step, from 0."""
+        self.sigmas: Float[Tensor, " steps_1"] = torch.empty(0)
+        """Of the whole schedule; the last is 0."""
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of this forward."""
+        return float(self.sigmas[self.index])
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return len(self.sigmas) - 1
+
+    def attach(self, transformer: nn.Module) -> RemovableHandle:
+        """Follow the transformer's forwards, before any hook that is there now."""
+        return transformer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        pipe = self._pipe()
+        if pipe is not None:
+            self._read(pipe.scheduler)
+        found = float(kwargs["timestep"].flatten()[0])
+        if pipe is None or abs(found - self.sigma) > _ROUNDING * self.sigma:
+            raise ValueError(
+                f"the transformer is optimized for one pipeline, and called at noise level "
+                f"{found:.3f}, where that pipeline's schedule is not: something else runs it; call "
+                "urae.restore, then urae.optimize with the pipeline that is to run"
+            )
+
+    def _read(self, scheduler: Any) -> None:
+        if scheduler.sigmas is not self.sigmas:
+            self.sigmas = scheduler.sigmas
+            self.picture += 1
+        step = scheduler.step_index
+        if step is None:  # before the first step of a picture
+            step = scheduler.begin_index or 0
+        self.index = min(step, self.num_steps - 1)
