@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"geometry"},
     {"local_attention"},
-    {"flow", "resolution", "storage", "config"},
+    {"flow", "resolution", "storage", "config", "content_cache", "undo"},
     {"backbones"},
     {"adapters"},
     {"features", "generate"},
@@ -87,7 +87,7 @@ def test_only_the_command_line_prints_and_exits(path):
 
 
 def test_public_names():
-    assert set(urae.__all__) == {"adapt", "restore", "ResolutionPolicy", "__version__"}
+    assert set(urae.__all__) == {"adapt", "optimize", "restore", "ResolutionPolicy", "__version__"}
     for name in urae.__all__:
         assert getattr(urae, name)
     with pytest.raises(AttributeError, match="no attribute 'train_all'"):

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import multiprocessing
 
 from urae.backbones.flux import load_transformer
 from urae.geometry import build_image_ids, build_text_ids
 from urae.resolution import ResolutionPolicy, apply_policy
+from urae.train.output import find_previews
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -70,7 +73,8 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path, rel):
         command = [
             *launcher, "-m", "urae", "train", str(ROOT / "recipes" / "flux_dev_2k_lora.toml"),
             "--data", str(GOLDEN / "train_data"), "--model", str(GOLDEN / "base_dev"),
-            "--resolution", "256", "--adapter.rank", "4", "--steps", "2", *arguments,
+            "--resolution", "256", "--adapter.rank", "4", "--steps", "2",
+            "--preview-prompts", '["a", "b", "c"]', *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -87,3 +91,12 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path, rel):
     )
     for key, tensor in one.items():
         assert rel(two[key], tensor) < 1e-4
+    shared, alone = (
+        {path.relative_to(tmp_path / name): path for path in find_previews(tmp_path / name)}
+        for name in ("two", "one")
+    )
+    assert shared.keys() == alone.keys()
+    assert len(alone) == 6  # three prompts before the first step and after the last
+    for name, path in alone.items():
+        first, second = (np.asarray(Image.open(each)).astype(int) for each in (path, shared[name]))
+        assert np.abs(first - second).max() <= 1

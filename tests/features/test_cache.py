@@ -45,13 +45,13 @@ os.fsync = wait_once
 report = cache(CacheConfig(shared, model, 192, 48))
 (shared / "child_report").write_text(json.dumps(asdict(report)))
 
-def kill_at_tenth(descriptor, calls=[]):
+def kill_at_eleventh(descriptor, calls=[]):
     calls.append(descriptor)
-    if len(calls) == 10:
+    if len(calls) == 11:
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(descriptor)
 
-os.fsync = kill_at_tenth
+os.fsync = kill_at_eleventh
 cache(CacheConfig(killed, model, 192, 48))
 """
 
@@ -63,7 +63,7 @@ def features_of(folder: Path) -> dict[str, object]:
             read_header(path),
             {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()},
         )
-        for path in folder.glob("*.safetensors")
+        for path in folder.rglob("*.safetensors")
     }
 
 
@@ -156,6 +156,19 @@ def test_metadata_says_what_a_file_was_made_from(cached, base_dev):
     }
 
 
+def test_the_empty_prompt_is_cached_once(cached, cached_copy, settings, base_dev):
+    path = Path(".urae") / "empty_prompt_embed.safetensors"
+    found = load_file(cached / path)
+    t5, clip = Encoders(Path(base_dev)).encode_caption("", 48)
+    assert torch.equal(found["caption_feature_t5"], t5)
+    assert torch.equal(found["caption_feature_clip"], clip)
+    before = (cached_copy / path).stat().st_mtime_ns
+    cache(settings(cached_copy))
+    assert (cached_copy / path).stat().st_mtime_ns == before
+    cache(settings(cached_copy, max_sequence_length=32))
+    assert load_file(cached_copy / path)["caption_feature_t5"].shape[0] == 32
+
+
 def test_the_model_says_how_many_text_tokens(cached_copy, settings, base_dev, tmp_path):
     model = shutil.copytree(base_dev, tmp_path / "short")
     path = model / "tokenizer_2" / "tokenizer_config.json"
@@ -180,11 +193,14 @@ def test_the_references_files_are_kept_unless_overwritten(
 ):
     folder = Path(shutil.copytree(train_data, tmp_path / "data"))
     before = features_of(folder)
+    report = cache(settings(folder))
+    assert (report.latents.kept, report.embeds.kept) == (NUM_IMAGES, NUM_CAPTIONS)
+    after = features_of(folder)
+    assert after.pop("empty_prompt_embed.safetensors")
+    assert after == before
     with monkeypatch.context() as patch:
         refuse_to_load(patch)
-        report = cache(settings(folder))
-    assert (report.latents.kept, report.embeds.kept) == (NUM_IMAGES, NUM_CAPTIONS)
-    assert features_of(folder) == before
+        assert cache(settings(folder)).embeds.kept == NUM_CAPTIONS
     report = cache(settings(folder, overwrite=True))
     assert (report.latents.encoded, report.embeds.encoded) == (NUM_IMAGES, NUM_CAPTIONS)
 
@@ -280,7 +296,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
 
     def fill(descriptor):
         calls.append(descriptor)
-        if len(calls) > 9:
+        if len(calls) > 10:  # all captions, the empty prompt and a picture
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
@@ -288,7 +304,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
         patch.setattr(os, "fsync", fill)
         with pytest.raises(OSError, match=r"no space left for .* free some space and run again"):
             cache(settings(folder))
-    assert len(features_of(folder)) == 9
+    assert len(features_of(folder)) == 10
     assert not list(folder.glob(".*.tmp"))
     report = cache(settings(folder))
     assert report.latents.encoded + report.embeds.encoded == NUM_IMAGES + NUM_CAPTIONS - 9
@@ -355,7 +371,7 @@ def test_processes_share_the_work(child, settings, cached):
 def test_a_killed_run_is_resumed_to_the_same_bits(child, settings, cached):
     process, _, folder = child
     assert process.wait(120) == -signal.SIGKILL
-    assert len(features_of(folder)) == 9
+    assert len(features_of(folder)) == 10
     assert len(list(folder.glob(".*.tmp"))) == 1  # killed in the middle of a write
     report = cache(settings(folder))
     assert (report.embeds.unchanged, report.latents.unchanged) == (NUM_CAPTIONS, 1)

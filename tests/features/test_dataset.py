@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from urae.features.captions import check_weights, choose_caption
 from urae.features.dataset import (
     Sample,
     batch_for_step,
     build_batches,
     check_cache,
-    choose_caption,
     list_samples,
     load_embeds,
     load_latents,
@@ -37,7 +37,7 @@ def test_the_references_cache_is_read(train_data):
     check_cache(samples, **DIMS, resolution=256, fingerprints=Fingerprints("any", "any"))
     mean, std = load_latents(samples[0])
     assert mean.shape == std.shape == (16, 24, 32)
-    prompt_embeds, pooled = load_embeds(samples[0], "prompt")
+    prompt_embeds, pooled = load_embeds(samples[0].embed_paths["prompt"])
     assert prompt_embeds.shape == (48, 32)
     assert pooled.shape == (24,)
     stored = load_file(train_data / "image_0_prompt_embed.safetensors")
@@ -106,6 +106,37 @@ def test_captions_are_mixed():
     assert draw("a") == {"a": 2000}
     assert draw("prompt", "a", share=1.0) == {"prompt": 2000}
     assert draw("prompt", "a", share=0.0) == {"a": 2000}
+
+
+def test_captions_are_drawn_by_weight():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(columns, **weights):
+        sample = Sample("a", Path(), dict.fromkeys(columns, Path()), 64, 64)
+        return Counter(choose_caption(sample, 0.2, generator, weights) for _ in range(2000))
+
+    counts = draw("abc", a=3, b=1, c=0)
+    assert set(counts) == {"a", "b"}
+    assert abs(counts["a"] - 1500) < 97  # five standard deviations of the binomial
+    assert draw("bc", a=3, b=1) == {"b": 2000}  # what has no weight is not drawn
+    counts = draw(["prompt", "b"], prompt=0.1, b=0.1)
+    assert abs(counts["prompt"] - 1000) < 112
+
+
+def test_weights_of_captions_that_are_not_there():
+    samples = [
+        Sample(
+            name, Path(f"{name}_latent_code.safetensors"), dict.fromkeys(columns, Path()), 64, 64
+        )
+        for name, columns in (("one", ["prompt", "long"]), ("two", ["prompt"]))
+    ]
+    check_weights(samples, {"prompt": 1, "long": 0})
+    message = r"a column 'short', which no picture has; there are long, prompt"
+    with pytest.raises(ValueError, match=message):
+        check_weights(samples, {"prompt": 1, "short": 1})
+    message = r"two_latent_code.safetensors has no caption with a weight .* only prompt; give"
+    with pytest.raises(ValueError, match=message):
+        check_weights(samples, {"prompt": 0, "long": 1})
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])

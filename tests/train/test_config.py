@@ -46,10 +46,25 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"adapter": {"rank": 0}}, r"adapter: rank 0 must be at least 1"),
         ({"adapter": {"kind": "dora"}}, r"adapter.kind: .*'lora' or 'minor'.*'dora'"),
         ({"original_caption_share": 1.5}, r"original_caption_share 1.5 must be between"),
+        ({"preview_every": 0}, r"preview_every 0 must be at least 1"),
+        ({"preview_prompts": ["a", " "]}, r"a prompt in preview_prompts is empty"),
+        ({"preview_seeds": []}, r"preview_seeds \(\) must be one or more"),
+        ({"preview_seeds": [-1]}, r"preview_seeds \(-1,\) must be one or more between 0"),
+        ({"caption_dropout": -0.1}, r"caption_dropout -0.1 must be between 0 and 1"),
+        ({"caption_weights": {"a": -1}}, r"caption_weights: -1.0 of 'a' must be 0 or more"),
+        ({"caption_weights": {"a": 0}}, r"caption_weights must give some column a weight above 0"),
+        ({"caption_weights": {"a": "b"}}, r"caption_weights.a: .*number.*, not 'b'"),
         ({"optimizer": {"lr": -1.0}}, r"lr -1.0 must be a positive"),
         ({"optimizer": {"beta1": 2.0}}, r"beta1 2.0 must be"),
+        ({"optimizer": {"name": "sgd"}}, r"optimizer.name: .*'muon', not 'sgd'"),
+        (
+            {"optimizer": {"name": "schedule-free", "beta1": 0.0}},
+            r"optimizer: beta1 0.0 must be above 0 for schedule-free",
+        ),
         ({"optimizer": {"weight_decay": float("nan")}}, r"weight_decay nan must be"),
         ({"seed": -1}, r"seed -1 must be"),
+        ({"timestep_sampling": "normal"}, r"timestep_sampling: .*'logit-normal', not 'normal'"),
+        ({"timestep_shift": 0.0}, r"timestep_shift 0.0 must be a positive number or 'resolution'"),
         ({"guidance_scale": float("nan")}, r"guidance_scale nan must be"),
         ({"resume": True, "overwrite": True}, r"exclude each other"),
     ],
@@ -89,10 +104,13 @@ def test_bad_overrides(arguments, message):
         override({"steps": 3}, arguments)
 
 
-def test_one_adapter_under_it_needs_no_list():
+def test_one_of_a_list_needs_no_list():
     settings = {}
     override(settings, ["--adapter.over", "runs/lora"])
     assert build(settings).adapter.over == ("runs/lora",)
+    override(settings, ["--preview-prompts", "a lighthouse", "--preview-seeds", "3"])
+    config = build(settings)
+    assert (config.preview_prompts, config.preview_seeds) == (("a lighthouse",), (3,))
 
 
 def test_recipes_that_cannot_be_read(tmp_path):

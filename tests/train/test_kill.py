@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from urae.train import OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints, find_damage
+from urae.train.output import find_previews
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,8 @@ def test_killed_runs_resume_bitwise(settings, minor, tmp_path, kind):
         ema_decay=0.9 if kind == "adamw" else None,
         num_validation=1 if kind == "adamw" else 0,
         validate_every=5,
+        preview_prompts=("a lighthouse",) if kind == "adamw" else (),
+        preview_every=10,
         optimizer=OptimizerConfig("prodigy") if kind == "prodigy" else OptimizerConfig("adamw"),
     )
     if kind == "minor":
@@ -80,6 +83,12 @@ def test_killed_runs_resume_bitwise(settings, minor, tmp_path, kind):
                         config.output_dir / "pytorch_lora_weights.safetensors")  # fmt: skip
             for name in ("loss.csv", "validation.csv") if kind == "adamw" else ("loss.csv",):
                 assert curve(output_dir / name) == curve(config.output_dir / name)
+            previews = [
+                [path.read_bytes() for path in find_previews(each)]
+                for each in (output_dir, config.output_dir)
+            ]
+            assert previews[0] == previews[1]
+            assert len(previews[0]) == (4 if kind == "adamw" else 0)
             assert not list(output_dir.glob(".*"))
             num_done += 1
             continue

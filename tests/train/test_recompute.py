@@ -13,11 +13,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from urae.adapters.files import read_adapter
+from urae.backbones.attention import backend, measure_error, pick_attention
 from urae.backbones.flux import load_transformer, predict_velocity
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train import AdapterConfig, recompute
 from urae.train.adapter import attach_for_training
-from urae.train.attention import backend, measure_error, pick_attention, right_attention
+from urae.train.attention import right_attention
 from urae.train.recompute import choose_checkpointing, count_step_bytes, set_checkpointing
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -208,7 +209,7 @@ def test_wrong_gradients_are_refused(fault, error):
 
 
 def test_gradients_must_be_finite_at_the_full_length_too(monkeypatch):
-    monkeypatch.setattr("urae.train.attention._CHECK_TOKENS", SHAPE[1] - 1)
+    monkeypatch.setattr("urae.backbones.attention._CHECK_TOKENS", SHAPE[1] - 1)
 
     def attend(query, key, value):
         output = backend("native")(query, key, value)

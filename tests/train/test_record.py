@@ -30,6 +30,9 @@ def test_the_config_is_rebuilt(settings, minor, policy):
         policy=policy,
         ema_decay=0.999,
         num_validation=1,
+        preview_prompts=("one", 'a "second"'),
+        preview_seeds=(3, 4),
+        caption_weights={"prompt": 1.0, "generated_prompt": 0.5},
         optimizer=OptimizerConfig("adamw", lr=1e-5, weight_decay=0.0),
     )
     train(config)
@@ -85,7 +88,7 @@ def test_odd_values_are_toml():
         "large": 2**63 - 1,
         "none": None,
         "list": ("a", "b"),
-        "section": {"on": True, "inner": {"x": 1}},
+        "section": {"on": True, "inner": {"x": 1}, "a dot.": {'a "key"': 2}},
     }
     found = tomllib.loads(format_toml(settings, {"text": "what it is", "section": "and that"}))
     assert found == {

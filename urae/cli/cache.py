@@ -37,7 +37,8 @@ def cache_command(
 
     Several processes may share a folder, and a killed run goes on where it stopped.
     """
-    from urae.features.cache import REPORT_NAME, WORK_DIR, CacheConfig, cache
+    from urae.features.cache import REPORT_NAME, CacheConfig, cache
+    from urae.features.store import WORK_DIR
 
     config = CacheConfig(data_dir, model, resolution, max_sequence_length, overwrite)
     quiet_progress_bars()

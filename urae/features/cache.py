@@ -20,9 +20,11 @@ from urae.features.store import (
     EMBED_SUFFIX,
     FORMAT_KEY,
     FORMAT_VERSION,
+    WORK_DIR,
     Fingerprints,
     Status,
     digest,
+    empty_prompt_path,
     find_status,
     fingerprint_encoders,
     name_dtype,
@@ -32,7 +34,6 @@ from urae.features.store import (
 from urae.geometry import check_side
 from urae.storage import write_atomic
 
-WORK_DIR = ".urae"
 REPORT_NAME = "cache_report.json"
 
 Progress = Callable[[str, int, int], None]
@@ -127,6 +128,8 @@ def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheRepo
         names = [source.embed_path(column).name for source, column in captions]
         for number in claims.share(names, lambda done: progress("captions", done, len(captions))):
             job.encode_caption(*captions[number])
+        with claims.claim("empty prompt", wait=True):
+            job.encode_empty_prompt()
         encoders.free_text_encoders()
         names = [source.latent_path.name for source in images]
         for number in claims.share(names, lambda done: progress("images", done, len(images))):
@@ -196,16 +199,14 @@ class _Job:
 
     def encode_caption(self, source: Source, column: str) -> None:
         """Write one caption's embeddings, unless another process just has."""
-        path, caption = source.embed_path(column), source.captions[column]
-        identity = self.embed_identity | {"caption_sha256": digest(caption)}
-        if find_status(path, identity) is Status.CURRENT:
+        if self._write_embeds(source.embed_path(column), source.captions[column]):
+            self.report.embeds.encoded += 1
+        else:
             self.report.embeds.shared += 1
-            return
-        with explain_memory("the text encoders", "closing what else uses the GPU"):
-            t5, clip = self.encoders.encode_caption(caption, self.text_tokens)
-        tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
-        write_features(path, tensors, identity | {"model": self.config.model})
-        self.report.embeds.encoded += 1
+
+    def encode_empty_prompt(self) -> None:
+        """Write the empty prompt's embeddings, for caption dropout, unless they are up to date."""
+        self._write_embeds(empty_prompt_path(self.config.data_dir), "")
 
     def encode_image(self, source: Source) -> None:
         """Write one image's latents, unless another process just has or the file is damaged."""
@@ -229,6 +230,17 @@ class _Job:
         }
         write_features(source.latent_path, {"mean": mean, "std": std}, identity | facts)
         self.report.latents.encoded += 1
+
+    def _write_embeds(self, path: Path, caption: str) -> bool:
+        """Encode a caption into a file, and return whether it was due."""
+        identity = self.embed_identity | {"caption_sha256": digest(caption)}
+        if find_status(path, identity) is Status.CURRENT:
+            return False
+        with explain_memory("the text encoders", "closing what else uses the GPU"):
+            t5, clip = self.encoders.encode_caption(caption, self.text_tokens)
+        tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
+        write_features(path, tensors, identity | {"model": self.config.model})
+        return True
 
     def _pick_bucket(self, source: Source, height: int, width: int) -> tuple[int, int]:
         bucket = pick_bucket(height, width, self.config.resolution)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,8 +26,6 @@ from urae.features.store import (
     split_embed_name,
 )
 from urae.geometry import VAE_FACTOR
-
-ORIGINAL_COLUMN = "prompt"
 
 
 @dataclass(frozen=True)
@@ -95,6 +92,7 @@ def check_cache(
     clip_dim: int,
     resolution: int | None = None,
     fingerprints: Fingerprints | None = None,
+    empty_prompt: Path | None = None,
 ) -> None:
     """Check, by headers alone, that a cache is what a model is to be trained on.
 
@@ -107,11 +105,19 @@ def check_cache(
         clip_dim: Width of its pooled prompt embeddings (FLUX.1: 768).
         resolution: The one that images should be cached for; None to take any.
         fingerprints: Of the model's encoders; None to take any.
+        empty_prompt: File of the empty prompt's embeddings, if they are to be there too.
 
     Raises:
         ValueError: If a file does not fit, naming it and both values.
     """
-    length: int | None = None
+    embeds = [path for sample in samples for path in sample.embed_paths.values()]
+    if empty_prompt is not None:
+        if not empty_prompt.exists():
+            raise ValueError(
+                f"caption_dropout needs the empty prompt's embeddings, {empty_prompt}, which are "
+                "not there; run `urae cache` on this folder once more"
+            )
+        embeds.append(empty_prompt)
     for sample in samples:
         header = read_header(sample.latent_path)
         for key in LATENT_KEYS:
@@ -122,17 +128,18 @@ def check_cache(
             _expect(sample.latent_path, "resolution", found, str(resolution))
         if header.metadata and fingerprints:
             _expect(sample.latent_path, "VAE", header.metadata["vae"], fingerprints.vae)
-        for path in sample.embed_paths.values():
-            header = read_header(path)
-            tokens, width = _shape(path, header, EMBED_KEYS[0], 2)
-            _expect(path, "width of T5's embeddings", width, t5_dim)
-            (width,) = _shape(path, header, EMBED_KEYS[1], 1)
-            _expect(path, "width of CLIP's embedding", width, clip_dim)
-            length = tokens if length is None else length
-            _expect(path, "max_sequence_length", tokens, length)
-            if header.metadata and fingerprints:
-                found = header.metadata["text_encoders"]
-                _expect(path, "text encoders", found, fingerprints.text_encoders)
+    length: int | None = None
+    for path in embeds:
+        header = read_header(path)
+        tokens, width = _shape(path, header, EMBED_KEYS[0], 2)
+        _expect(path, "width of T5's embeddings", width, t5_dim)
+        (width,) = _shape(path, header, EMBED_KEYS[1], 1)
+        _expect(path, "width of CLIP's embedding", width, clip_dim)
+        length = tokens if length is None else length
+        _expect(path, "max_sequence_length", tokens, length)
+        if header.metadata and fingerprints:
+            found = header.metadata["text_encoders"]
+            _expect(path, "text encoders", found, fingerprints.text_encoders)
 
 
 def _shape(path: Path, header: Header, key: str, num_axes: int) -> tuple[int, ...]:
@@ -149,7 +156,7 @@ def _expect(path: Path, what: str, found: int | str, wanted: int | str) -> None:
     if found != wanted:
         raise ValueError(
             f"feature file {path} was cached for another setting: {what} is {found}, this run "
-            f"wants {wanted}; run `urae cache` with this run's model and resolution"
+            f"wants {wanted}; run `urae cache` with this run's model, resolution and text length"
         )
 
 
@@ -163,30 +170,14 @@ def load_latents(sample: Sample) -> tuple[Float[Tensor, "c h w"], Float[Tensor, 
     return tensors["mean"], tensors["std"]
 
 
-def load_embeds(sample: Sample, column: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " p"]]:
+def load_embeds(path: Path) -> tuple[Float[Tensor, "l d"], Float[Tensor, " p"]]:
     """Read a caption's `prompt_embeds` and `pooled_prompt_embeds`, as stored, on the CPU.
 
     Raises:
         ValueError: If the file is corrupt or not finite.
     """
-    tensors = read_features(sample.embed_paths[column], EMBED_KEYS)
+    tensors = read_features(path, EMBED_KEYS)
     return tensors[EMBED_KEYS[0]], tensors[EMBED_KEYS[1]]
-
-
-def choose_caption(sample: Sample, original_share: float, generator: torch.Generator) -> str:
-    """Draw the caption column to train on.
-
-    Args:
-        sample: Its columns are drawn from.
-        original_share: Probability of `prompt`, where there are others: URAE has 0.2. The rest
-            is shared evenly.
-        generator: On the CPU.
-    """
-    others = sorted(column for column in sample.embed_paths if column != ORIGINAL_COLUMN)
-    draw = float(torch.rand((), generator=generator))
-    if not others or (ORIGINAL_COLUMN in sample.embed_paths and draw < original_share):
-        return ORIGINAL_COLUMN
-    return others[int(torch.randint(len(others), (), generator=generator))]
 
 
 def build_batches(

@@ -5,6 +5,7 @@ folder. The metadata is ours: it says what a file was made from.
 
     <stem>_latent_code.safetensors       mean, std: 16 x h/8 x w/8
     <stem>_<column>_embed.safetensors    caption_feature_t5: L x d, caption_feature_clip: p
+    .urae/empty_prompt_embed.safetensors the same, of no caption at all
 """
 
 import hashlib
@@ -24,6 +25,8 @@ from urae.storage import write_atomic
 
 LATENT_SUFFIX = "_latent_code.safetensors"
 EMBED_SUFFIX = "_embed.safetensors"
+WORK_DIR = ".urae"
+"""Folder in a data folder for what belongs to no image."""
 LATENT_KEYS = ("mean", "std")
 EMBED_KEYS = ("caption_feature_t5", "caption_feature_clip")
 
@@ -67,6 +70,11 @@ def latent_path(data_dir: Path, stem: str) -> Path:
 def embed_path(data_dir: Path, stem: str, column: str) -> Path:
     """Name the prompt embeddings of an image's caption in `column`."""
     return data_dir / f"{stem}_{column}{EMBED_SUFFIX}"
+
+
+def empty_prompt_path(data_dir: Path) -> Path:
+    """Name the embeddings of the empty prompt, which stands in for captions that are left out."""
+    return data_dir / WORK_DIR / f"empty_prompt{EMBED_SUFFIX}"
 
 
 def split_embed_name(name: str, stems: Collection[str]) -> tuple[str, str] | None:

@@ -1,7 +1,9 @@
 """One training batch, a pure function of the seed and the samples' counters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,8 +11,41 @@ from jaxtyping import Float
 from torch import Tensor
 
 from urae.backbones.flux import LatentScale
-from urae.features.dataset import Sample, choose_caption, load_embeds, load_latents
-from urae.flow import sample_sigmas
+from urae.features.captions import choose_caption
+from urae.features.dataset import Sample, load_embeds, load_latents
+from urae.flow import TimestepSampling, find_resolution_shift, sample_sigmas, shift_sigmas
+from urae.geometry import num_image_tokens
+
+
+@dataclass(frozen=True)
+class Draws:
+    """By which rules batches are drawn, the same for the whole run."""
+
+    seed: int
+    """Of the run."""
+    scale: LatentScale
+    """Of the VAE's latents."""
+    original_caption_share: float
+    """Probability of the caption column `prompt`."""
+    caption_weights: Mapping[str, float] | None
+    """Of caption columns, in place of the share."""
+    caption_dropout: float
+    """Probability of the empty prompt."""
+    empty_prompt: Path
+    """File of its embeddings; read only if captions are left out."""
+    timestep_sampling: TimestepSampling
+    timestep_shift: float | Literal["resolution"]
+    """Of the sigmas drawn; `resolution` is that of the sample's size."""
+    scheduler: Mapping[str, Any]
+    """The base's, whose settings say how a shift follows the size."""
+
+    def shift(self, sample: Sample) -> float:
+        """Return the time shift of a sample's sigmas."""
+        if self.timestep_shift == "resolution":
+            return find_resolution_shift(
+                num_image_tokens(sample.height, sample.width), self.scheduler
+            )
+        return self.timestep_shift
 
 
 @dataclass(frozen=True)
@@ -25,13 +60,7 @@ class Batch:
 
 
 def sample_batch(
-    samples: Sequence[Sample],
-    counters: Sequence[int],
-    *,
-    seed: int,
-    original_caption_share: float,
-    scale: LatentScale,
-    device: torch.device,
+    samples: Sequence[Sample], counters: Sequence[int], draws: Draws, device: torch.device
 ) -> Batch:
     """Draw caption, latents, noise and sigma of each sample.
 
@@ -40,16 +69,14 @@ def sample_batch(
         counters: How many samples the whole run, over all devices, trained on before each; with
             the seed it decides everything random, so no two devices draw alike and a resumed run
             draws the same.
-        seed: Of the run.
-        original_caption_share: Probability of the caption column `prompt`.
-        scale: Of the VAE's latents.
+        draws: The run's rules.
         device: Where the batch goes.
 
     Raises:
         ValueError: If the samples' prompt embeddings differ in length.
     """
     drawn = [
-        _draw(sample, _generator(seed, counter), original_caption_share)
+        _draw(sample, _generator(draws.seed, counter), draws)
         for sample, counter in zip(samples, counters, strict=True)
     ]
     lengths = {embeds.shape[0] for _, _, _, embeds, _ in drawn}
@@ -61,18 +88,22 @@ def sample_batch(
     latents, noise, sigmas, embeds, pooled = (
         torch.stack(column).to(device) for column in zip(*drawn, strict=True)
     )
-    return Batch(scale.normalize(latents), noise, sigmas, embeds, pooled)
+    return Batch(draws.scale.normalize(latents), noise, sigmas, embeds, pooled)
 
 
 def _draw(
-    sample: Sample, generator: torch.Generator, original_caption_share: float
+    sample: Sample, generator: torch.Generator, draws: Draws
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    column = choose_caption(sample, original_caption_share, generator)
-    embeds, pooled = load_embeds(sample, column)
+    column = choose_caption(sample, draws.original_caption_share, generator, draws.caption_weights)
     mean, std = (part.float() for part in load_latents(sample))
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
-    return latents, noise, sample_sigmas(1, generator)[0], embeds, pooled
+    sigmas = sample_sigmas(1, generator, draws.timestep_sampling)
+    sigma = shift_sigmas(sigmas, draws.shift(sample))[0]
+    # last, so that all else is drawn as without it
+    is_dropped = float(torch.rand((), generator=generator)) < draws.caption_dropout
+    path = draws.empty_prompt if is_dropped else sample.embed_paths[column]
+    return latents, noise, sigma, *load_embeds(path)
 
 
 def _generator(seed: int, counter: int) -> torch.Generator:

@@ -200,26 +200,40 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> 
     plain = json.loads(metadata["urae.optimizer"])
     state: dict[int, dict[str, Any]] = {int(key): values for key, values in plain["state"].items()}
     for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        index, *sections, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for section in sections:
+            values = values.setdefault(section, {})
+        values[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
 
 
 def _flatten(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in state_dict["state"].items():
-        plain[str(index)] = {}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                plain[str(index)][name] = value
+    plain = {
+        str(index): _split_off_tensors(values, str(index), tensors)
+        for index, values in state_dict["state"].items()
+    }
     groups = [
         {name: _as_number(value) for name, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     return tensors, {"state": plain, "param_groups": groups}
+
+
+def _split_off_tensors(
+    values: dict[str, Any], prefix: str, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Put the tensors of nested values among `tensors` by dotted names, and return the rest."""
+    plain = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}.{name}"] = value
+        elif isinstance(value, dict):
+            plain[name] = _split_off_tensors(value, f"{prefix}.{name}", tensors)
+        else:
+            plain[name] = value
+    return plain
 
 
 def _as_number(value: Any) -> Any:

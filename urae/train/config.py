@@ -1,12 +1,14 @@
 """What a training run is: one typed object, built from a recipe, the command line or Python."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
+from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
 
@@ -18,11 +20,12 @@ _AT_LEAST_ONE = (
     "checkpoint_every",
     "keep_checkpoints",
     "validate_every",
+    "preview_every",
 )
 
 
 def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int) else value
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ class OptimizerConfig:
 
     __pydantic_config__ = _STRICT
 
-    name: Literal["prodigy", "adamw"] = "prodigy"
-    """Prodigy finds its own step size; AdamW wants a learning rate of about 1e-4."""
+    name: Literal["prodigy", "adamw", "adamw8bit", "schedule-free", "muon"] = "prodigy"
+    """Prodigy finds its own step size; the others want a learning rate, AdamW about 1e-4."""
     lr: float = 1.0
     """Learning rate; 1 for Prodigy."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; Muon's momentum."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay of the second moment; Muon has none."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -68,6 +71,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        if self.name == "schedule-free" and self.beta1 == 0:
+            raise ValueError("beta1 0.0 must be above 0 for schedule-free; 0.9 is usual")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay {self.weight_decay} must be 0 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -100,6 +105,14 @@ class TrainConfig:
     """Guidance fed to a guidance-distilled base; 1 is crucial (section 3.3)."""
     original_caption_share: float = 0.2
     """Share of samples that train with `prompt` rather than `generated_prompt`."""
+    caption_weights: Mapping[str, float] | None = None
+    """How often each caption column is drawn, by its weight, in place of the share."""
+    caption_dropout: float = 0.0
+    """Share of samples that train with the empty prompt."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """How noise levels are drawn: the paper's `uniform`, or `logit-normal`, mostly the middle."""
+    timestep_shift: float | Literal["resolution"] = 1.0
+    """Shift of the levels towards noise, 1 for none; `resolution` is FLUX's own for the size."""
     seed: int = 0
     """Decides initial weights, order, captions, noise and timesteps."""
     gradient_checkpointing: Literal["auto", "off", "selective", "full", "offload"] = "full"
@@ -118,6 +131,12 @@ class TrainConfig:
     """Samples held out of training, on which the loss is measured at fixed noises."""
     validate_every: int = 200
     """Steps between measurements of the held-out samples."""
+    preview_prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Prompts to make pictures of as training goes, squares of `resolution` pixels."""
+    preview_seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = (0,)
+    """Seeds of their noise; each prompt is made with each."""
+    preview_every: int = 200
+    """Steps between previews."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Experiment tracker, through accelerate."""
     resume: bool = False
@@ -134,6 +153,9 @@ class TrainConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        shift = self.timestep_shift
+        if shift != "resolution" and not (math.isfinite(shift) and shift > 0):
+            raise ValueError(f"timestep_shift {shift} must be a positive number or 'resolution'")
         if self.num_validation < 0:
             raise ValueError(f"num_validation {self.num_validation} must be 0 or more")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -148,5 +170,23 @@ class TrainConfig:
             raise ValueError(
                 f"original_caption_share {self.original_caption_share} must be between 0 and 1"
             )
+        if not all(prompt.strip() for prompt in self.preview_prompts):
+            raise ValueError("a prompt in preview_prompts is empty; each must have some text")
+        if not self.preview_seeds or not all(0 <= seed < 2**63 for seed in self.preview_seeds):
+            raise ValueError(
+                f"preview_seeds {self.preview_seeds} must be one or more between 0 and 2^63 - 1"
+            )
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout {self.caption_dropout} must be between 0 and 1")
+        if self.caption_weights is not None:
+            _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
+
+
+def _check_caption_weights(weights: Mapping[str, float]) -> None:
+    for column, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"caption_weights: {weight} of {column!r} must be 0 or more")
+    if not any(weights.values()):
+        raise ValueError("caption_weights must give some column a weight above 0")

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from urae.adapters.files import AdapterFile, check_fits, read_adapter
 from urae.backbones.flux import (
-    LatentScale,
     build_meta_transformer,
     fetch_model,
     read_latent_scale,
 )
+from urae.features.captions import check_weights
 from urae.features.dataset import Sample, check_cache, list_samples
-from urae.features.store import fingerprint_encoders
+from urae.features.store import empty_prompt_path, fingerprint_encoders
 from urae.geometry import PATCH
 from urae.train.adapter import check_rank, read_adapters
+from urae.train.batch import Draws
 from urae.train.config import TrainConfig
 from urae.train.output import Start, find_start
 from urae.train.validate import hold_out
@@ -34,7 +37,8 @@ class Inputs:
     held_out: list[Sample]
     """To validate with."""
     data_hash: str
-    scale: LatentScale
+    draws: Draws
+    """By which rules batches are drawn."""
     over: list[AdapterFile]
     initial: AdapterFile | None
     """The adapter's weights to go on from, None for fresh ones."""
@@ -54,6 +58,9 @@ def check_inputs(config: TrainConfig) -> Inputs:
     train_samples, held_out = hold_out(samples, config.num_validation, config.seed)
     model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
     meta = build_meta_transformer(model_path)
+    if config.caption_weights is not None:
+        check_weights(samples, config.caption_weights)
+    empty_prompt = empty_prompt_path(config.data_dir) if config.caption_dropout else None
     check_cache(
         samples,
         latent_channels=meta.config.in_channels // PATCH**2,
@@ -61,8 +68,9 @@ def check_inputs(config: TrainConfig) -> Inputs:
         clip_dim=meta.config.pooled_projection_dim,
         resolution=config.resolution,
         fingerprints=fingerprint_encoders(model_path),
+        empty_prompt=empty_prompt,
     )
-    data_hash = fingerprint_samples(samples)
+    data_hash = fingerprint_features(samples, empty_prompt)
     check_rank(config.adapter, meta)
     over, initial = read_adapters(config.adapter)
     average = None
@@ -77,7 +85,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         train_samples,
         held_out,
         data_hash,
-        read_latent_scale(model_path),
+        _read_draws(config, model_path),
         over,
         initial,
         average,
@@ -85,22 +93,43 @@ def check_inputs(config: TrainConfig) -> Inputs:
     )
 
 
-def fingerprint_samples(samples: Sequence[Sample]) -> str:
+def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
+    scheduler = FlowMatchEulerDiscreteScheduler()  # its defaults are FLUX.1's
+    if model_path.is_dir():
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model_path / "scheduler")
+    return Draws(
+        seed=config.seed,
+        scale=read_latent_scale(model_path),
+        original_caption_share=config.original_caption_share,
+        caption_weights=config.caption_weights,
+        caption_dropout=config.caption_dropout,
+        empty_prompt=empty_prompt_path(config.data_dir),
+        timestep_sampling=config.timestep_sampling,
+        timestep_shift=config.timestep_shift,
+        scheduler=scheduler.config,
+    )
+
+
+def fingerprint_features(samples: Sequence[Sample], empty_prompt: Path | None) -> str:
     """Identify the features of a run without reading them whole.
+
+    Args:
+        samples: All of the run.
+        empty_prompt: File of the empty prompt's embeddings, if the run draws it.
 
     Returns:
         SHA-256 over the name, size, beginning (which holds what `urae cache` says of the file's
         origin) and end of each file, 64 hex digits.
     """
     digest = hashlib.sha256()
-    for sample in samples:
-        for path in (sample.latent_path, *sample.embed_paths.values()):
-            with path.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                digest.update(f"{path.name}:{size}\n".encode())
-                for begin in (0, max(0, size - _EDGE_BYTES)):
-                    stream.seek(begin)
-                    digest.update(stream.read(_EDGE_BYTES))
+    paths = [path for s in samples for path in (s.latent_path, *s.embed_paths.values())]
+    for path in [*paths, *([empty_prompt] if empty_prompt else [])]:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(f"{path.name}:{size}\n".encode())
+            for begin in (0, max(0, size - _EDGE_BYTES)):
+                stream.seek(begin)
+                digest.update(stream.read(_EDGE_BYTES))
     return digest.hexdigest()
 
 

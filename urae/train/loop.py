@@ -33,12 +33,14 @@ from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
-from urae.train.output import Curves, StepReport, prepare_output
+from urae.train.monitor import Monitor
+from urae.train.optimizer import PACKAGES
+from urae.train.output import StepReport, prepare_output
+from urae.train.preview import Previewer
 from urae.train.ranks import explain_lost_rank, warn_of_other_batch
 from urae.train.recompute import count_tokens, prepare_blocks
 from urae.train.record import write_run
 from urae.train.state import build_state
-from urae.train.validate import measure_loss
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,14 @@ def train(
     accelerator = _build_accelerator(config)
     inputs = check_inputs(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    policy = config.policy or read_base_policy(inputs.model_path)
+    previewer = None
+    if config.preview_prompts:  # first, so that the text encoders have room
+        previewer = Previewer(config, inputs.model_path, policy)
 
     transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
     with _enough_memory():
         transformer.to(accelerator.device).requires_grad_(False)
-    policy = config.policy or read_base_policy(inputs.model_path)
     apply_policy(transformer, policy)
     adapter = attach_for_training(
         transformer, config.adapter, inputs.over, inputs.initial, config.seed
@@ -118,24 +123,15 @@ def train(
         "data_hash": inputs.data_hash,
         "config": flatten(asdict(config)),
     }
-    curves = None
     if accelerator.is_main_process:
         warn_of_other_batch(inputs.start, batches_per_step)
         prepare_output(config.output_dir, inputs.start)
         write_run(config, inputs, policy, accelerator)
-        curves = Curves(config.output_dir, state.step, num_validation=len(inputs.held_out))
-    _start_tracker(accelerator, config)
+    monitor = Monitor(config, inputs, accelerator, transformer, previewer)
 
     def save() -> None:
         if accelerator.is_main_process:
             state.save(config, metadata, record)
-
-    def validate() -> None:
-        with _saved_on_failure(save), state.averaged():
-            losses = measure_loss(transformer, inputs.held_out, config, inputs.scale, accelerator)
-        if curves is not None:
-            curves.write_validation(state.step, losses)
-        accelerator.log({"validation_loss": losses.mean().item()}, step=state.step)
 
     attention = right_attention(
         accelerator.device,
@@ -145,8 +141,9 @@ def train(
         tokens=count_tokens(inputs.samples),
     )
     with explain_lost_rank(), _enough_memory(), attention, catch_stop() as stop:
-        if inputs.held_out and state.step == 0:
-            validate()
+        if state.step == 0:
+            with _saved_on_failure(save):
+                monitor.measure(state)
         while state.step < config.steps:
             began = time.perf_counter()
             with _saved_on_failure(save):  # the step has changed nothing yet
@@ -172,14 +169,12 @@ def train(
                 width=done.samples[-1].width,
                 memory_gib=_peak_memory(accelerator.device),
             )
-            if curves is not None:
-                curves.write_step(report)
-                if on_step is not None:
-                    on_step(report)
-            accelerator.log({"loss": loss, "grad_norm": grad_norm}, step=state.step)
+            monitor.log_step(report)
+            if accelerator.is_main_process and on_step is not None:
+                on_step(report)
+            with _saved_on_failure(save):
+                monitor.measure(state)
             finished = state.step == config.steps
-            if inputs.held_out and (finished or state.step % config.validate_every == 0):
-                validate()
             if finished or stopping or state.step % config.checkpoint_every == 0:
                 save()
             if stopping:
@@ -204,7 +199,7 @@ def accumulate(
 
     Args:
         model: The transformer in training, as prepared for the devices.
-        inputs: Samples and latent scale.
+        inputs: Samples, and how batches are drawn.
         num_batches: Batches that the run, on all devices, has trained on before.
         config: Of the run.
         accelerator: Knows the devices.
@@ -217,14 +212,7 @@ def accumulate(
         chosen = batch_for_step(inputs.samples, config.batch_size, seed=config.seed, step=number)
         samples = [inputs.samples[at] for at in chosen.indices]
         chosen_samples += samples
-        batch = sample_batch(
-            samples,
-            chosen.counters,
-            seed=config.seed,
-            original_caption_share=config.original_caption_share,
-            scale=inputs.scale,
-            device=accelerator.device,
-        )
+        batch = sample_batch(samples, chosen.counters, inputs.draws, accelerator.device)
         last = index == config.gradient_accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
             each = compute_losses(model, batch, config.guidance_scale)
@@ -256,10 +244,9 @@ def _enough_memory() -> AbstractContextManager[None]:
 
 
 def _build_accelerator(config: TrainConfig) -> Accelerator:
-    packages = {"prodigy": "prodigyopt", "adamw": "torch"}
-    for choice in filter(None, (config.optimizer.name, config.tracker)):
-        package = packages.get(choice, choice)
-        if find_spec(package) is None:
+    optimizer, tracker = config.optimizer.name, config.tracker
+    for choice, package in ((optimizer, PACKAGES.get(optimizer)), (tracker, tracker)):
+        if package is not None and find_spec(package) is None:
             raise ModuleNotFoundError(
                 f"{choice} needs the package {package}: pip install {package}"
             )
@@ -272,11 +259,3 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
     # the recipe decides, not the user's accelerate settings: backward would divide once more
     accelerator.gradient_accumulation_steps = 1
     return accelerator
-
-
-def _start_tracker(accelerator: Accelerator, config: TrainConfig) -> None:
-    if config.tracker is None:
-        return
-    flat = flatten(asdict(config))
-    settings = {key: value for key, value in flat.items() if value is not None}
-    accelerator.init_trackers("urae", config=settings)

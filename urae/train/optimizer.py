@@ -1,12 +1,17 @@
 """Optimizers by name, from kept libraries."""
 
-import contextlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import torch
 from torch import nn
 
 from urae.train.config import OptimizerConfig
+
+PACKAGES = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes", "schedule-free": "schedulefree"}
+"""What optimizers need beside torch; a package is imported only if its optimizer is asked for."""
 
 
 def build_optimizer(
@@ -14,24 +19,66 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a recipe.
 
+    Args:
+        parameters: Matrices, the factors of an adapter.
+        config: Which, and how it learns.
+
     Raises:
         ModuleNotFoundError: If its package is not installed.
     """
-    betas = (config.beta1, config.beta2)
+    optimizer: torch.optim.Optimizer
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "muon":
+        return torch.optim.Muon(
+            parameters, momentum=config.beta1, adjust_lr_fn="match_rms_adamw", **options
+        )
+    options["betas"] = (config.beta1, config.beta2)
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay
-        )
-    from prodigyopt import Prodigy  # an extra: only training needs it
+        return torch.optim.AdamW(parameters, **options)
+    if config.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
-        optimizer: torch.optim.Optimizer = Prodigy(
-            parameters,
-            lr=config.lr,
-            betas=betas,
-            weight_decay=config.weight_decay,
-            decouple=True,
-            use_bias_correction=True,
-            safeguard_warmup=True,
-        )
+        optimizer = AdamW8bit(parameters, **options)
+    elif config.name == "schedule-free":
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(parameters, **options)
+        optimizer.train()  # type: ignore[attr-defined]
+    else:
+        from prodigyopt import Prodigy
+
+        options |= {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+        with redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
+            optimizer = Prodigy(parameters, **options)
     return optimizer
+
+
+def keeps_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer trains at other weights than those to use: schedule-free ones."""
+    return "train_mode" in optimizer.param_groups[0]
+
+
+@contextmanager
+def weights_to_use(optimizer: Any) -> Iterator[None]:
+    """Put the weights that an optimizer has found in place for a while.
+
+    Schedule-free optimizers take gradients between their average, which is what they find, and
+    where they are. Their own way there and back rounds, so the trained weights are set aside.
+
+    Args:
+        optimizer: In training, as it is again afterwards, to the bit.
+    """
+    if not keeps_average(optimizer):
+        yield
+        return
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    trained = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for parameter, data in zip(parameters, trained, strict=True):
+            parameter.data = data

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LOSS_FILE = "loss.csv"
 VALIDATION_FILE = "validation.csv"
+PREVIEW_DIR = "previews"
 
 _LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 
@@ -36,6 +37,7 @@ _LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 _FREE_FIELDS = {
     "data_dir", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "validate_every",
     "tracker", "resume", "overwrite", "gradient_checkpointing", "compile",
+    "preview_prompts", "preview_seeds", "preview_every",
     "gradient_accumulation",  # the order of samples does not depend on it
     "model", "adapter.over",  # compared by their weights, wherever they lie now
 }  # fmt: skip
@@ -140,18 +142,33 @@ def _check_same_settings(
 
 
 def prepare_output(output_dir: Path, start: Start) -> None:
-    """Make a run's folder ready: an earlier run goes, damaged checkpoints are set aside."""
+    """Make a run's folder ready: an earlier run goes, damaged checkpoints are set aside.
+
+    Previews after the checkpoint go too: they are made again.
+    """
     clear_partial(output_dir)
     if start.checkpoint is None:
         for checkpoint in find_checkpoints(output_dir):
             checkpoint.discard()
         (output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
+    for path, step in find_previews(output_dir).items():
+        if start.checkpoint is None or step > start.step:
+            path.unlink()
     for checkpoint, reason in start.damaged:
         aside = checkpoint.set_aside()
         logger.warning(
             f"{checkpoint.path} is damaged ({reason}); it is kept as {aside.name}, and the run "
             f"goes on from step {start.step}"
         )
+
+
+def find_previews(output_dir: Path) -> dict[Path, int]:
+    """Find the pictures that a run has written as it went, and their steps, first ones first."""
+    found = {
+        path: int(path.stem.removeprefix("step-"))
+        for path in (output_dir / PREVIEW_DIR).glob("*/step-*.png")
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 class Curves:
@@ -173,6 +190,18 @@ class Curves:
         """Write the mean, the means by level, then by sample, which make for paired intervals."""
         means = [losses.mean(), *losses.mean(dim=0), *losses.mean(dim=1)]
         _append_row(self._validation, [step, *(mean.item() for mean in means)])
+
+
+def read_validation(output_dir: Path) -> list[tuple[int, tuple[float, ...]]]:
+    """Read the steps at which the held-out loss was measured, and that of each sample then."""
+    with (output_dir / VALIDATION_FILE).open(newline="") as file:
+        return [
+            (
+                int(row["step"]),
+                tuple(float(row[name]) for name in row if name.startswith("sample_")),
+            )
+            for row in csv.DictReader(file)
+        ]
 
 
 def _start_csv(path: Path, columns: list[str], step: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,10 +22,12 @@ from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.config import TrainConfig
 from urae.train.inputs import Inputs
+from urae.train.optimizer import PACKAGES
 
 RUN_FILE = "run.toml"
 RECORD_SECTION = "record"
 
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OPTIONS = ("data_dir", "output_dir", "resume", "overwrite")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 _HEADER = """\
@@ -92,13 +95,14 @@ def format_toml(settings: Mapping[str, Any], comments: Mapping[str, str], sectio
     prefix = f"{section}." if section else ""
     lines, sections = [], []
     for name, value in settings.items():
+        key = name if _BARE_KEY.fullmatch(name) else _format_value(name)
         text = comments.get(prefix + name)
         comment = f"# {text}\n" if text else ""
         if isinstance(value, Mapping):
-            inner = format_toml(value, comments, prefix + name)
-            sections.append(f"\n{comment}[{prefix}{name}]\n{inner}")
+            inner = format_toml(value, comments, prefix + key)
+            sections.append(f"\n{comment}[{prefix}{key}]\n{inner}")
         elif value is not None:
-            lines.append(f"{comment}{name} = {_format_value(value)}\n")
+            lines.append(f"{comment}{key} = {_format_value(value)}\n")
     return "".join(lines + sections)
 
 
@@ -137,7 +141,8 @@ def find_commit() -> str | None:
 
 
 def _packages(config: TrainConfig) -> list[str]:
-    return [*_PACKAGES, *(["prodigyopt"] if config.optimizer.name == "prodigy" else [])]
+    package = PACKAGES.get(config.optimizer.name)
+    return [*_PACKAGES, *([package] if package else [])]
 
 
 def _name_device(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """What a run changes as it goes: weights, their average, optimizer and counters."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from urae.train.average import Average
 from urae.train.checkpoint import PLAIN_FILE, load_optimizer, save_checkpoint
 from urae.train.config import TrainConfig
 from urae.train.inputs import Inputs
-from urae.train.optimizer import build_optimizer
+from urae.train.optimizer import build_optimizer, keeps_average, weights_to_use
 
 
 @dataclass
@@ -38,11 +38,14 @@ class TrainingState:
         self.step += 1
         self.num_batches += num_batches
         if self.average is not None:
-            self.average.update(self.step)
+            with weights_to_use(self.optimizer):
+                self.average.update(self.step)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the weights that the run is for in place: the average, where there is one."""
-        return nullcontext() if self.average is None else self.average.in_place()
+        if self.average is not None:
+            return self.average.in_place()
+        return weights_to_use(self.optimizer)
 
     def write_adapter(self, folder: Path, metadata: Mapping[str, str]) -> Path:
         """Write the adapter that the run is for into a folder."""
@@ -64,7 +67,7 @@ class TrainingState:
 
         def write_weights(folder: Path) -> None:
             self.write_adapter(folder, metadata)
-            if self.average is not None:
+            if self.average is not None or keeps_average(self.optimizer):
                 plain = {**metadata, "urae.step": str(self.step)}
                 self.adapter.write(folder / PLAIN_FILE, plain)
 

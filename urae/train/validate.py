@@ -9,9 +9,8 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from urae.backbones.flux import LatentScale
 from urae.features.dataset import Sample
-from urae.train.batch import sample_batch
+from urae.train.batch import Draws, sample_batch
 from urae.train.config import TrainConfig
 from urae.train.loss import NUM_LEVELS, compute_losses
 
@@ -43,7 +42,7 @@ def measure_loss(
     model: nn.Module,
     samples: Sequence[Sample],
     config: TrainConfig,
-    scale: LatentScale,
+    draws: Draws,
     accelerator: Accelerator,
 ) -> Float[Tensor, "samples levels"]:
     """Return each sample's loss at the middle of each quarter of the noise levels.
@@ -52,20 +51,14 @@ def measure_loss(
         model: The transformer itself, not its wrapper for several devices.
         samples: Held out; shared out among the devices.
         config: Of the run.
-        scale: Of the VAE's latents.
+        draws: Of the run; here sigmas are fixed and no caption is left out.
         accelerator: Gathers from the devices.
     """
     device = accelerator.device
+    whole = replace(draws, caption_dropout=0.0)
     losses = torch.zeros(len(samples), NUM_LEVELS, device=device)
     for number in range(accelerator.process_index, len(samples), accelerator.num_processes):
-        batch = sample_batch(
-            [samples[number]],
-            [_FIRST_COUNTER + number],
-            seed=config.seed,
-            original_caption_share=config.original_caption_share,
-            scale=scale,
-            device=device,
-        )
+        batch = sample_batch([samples[number]], [_FIRST_COUNTER + number], whole, device)
         for level in range(NUM_LEVELS):
             sigmas = torch.full((1,), (level + 0.5) / NUM_LEVELS, device=device)
             at_level = replace(batch, sigmas=sigmas)

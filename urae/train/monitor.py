@@ -1,0 +1,108 @@
+"""What a run tells of itself: curves, the loss on held-out samples, previews, the tracker."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import FluxTransformer2DModel
+from PIL import Image
+
+from urae.config import flatten
+from urae.train.config import TrainConfig
+from urae.train.departure import warn_of_departure, warn_of_standstill
+from urae.train.inputs import Inputs
+from urae.train.output import Curves, StepReport
+from urae.train.preview import Preview, Previewer, write_previews
+from urae.train.state import TrainingState
+from urae.train.validate import measure_loss
+
+
+class Monitor:
+    """Watches a run from outside: nothing here changes what it trains.
+
+    All processes take part in measuring, the main one writes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        accelerator: Accelerator,
+        transformer: FluxTransformer2DModel,
+        previewer: Previewer | None,
+    ) -> None:
+        """Open the curves, dropping what came after the checkpoint, and the tracker.
+
+        Args:
+            config: Of the run.
+            inputs: Says where the run starts, and what is held out.
+            accelerator: Knows the devices and the tracker.
+            transformer: In training, not its wrapper for several devices.
+            previewer: What makes previews, if there are to be any.
+        """
+        self.config = config
+        self.inputs = inputs
+        self.accelerator = accelerator
+        self.transformer = transformer
+        self.previewer = previewer
+        self.curves = None
+        if accelerator.is_main_process:
+            num_validation = len(inputs.held_out)
+            self.curves = Curves(
+                config.output_dir, inputs.start.step, num_validation=num_validation
+            )
+        if config.tracker is not None:
+            flat = flatten(asdict(config))
+            settings = {key: value for key, value in flat.items() if value is not None}
+            accelerator.init_trackers("urae", config=settings)
+
+    def log_step(self, report: StepReport) -> None:
+        """Write what a step did."""
+        if self.curves is not None:
+            self.curves.write_step(report)
+        figures = {"loss": report.loss, "grad_norm": report.grad_norm}
+        self.accelerator.log(figures, step=report.step)
+
+    def measure(self, state: TrainingState) -> None:
+        """Take the held-out loss and previews of the weights that the run is for, where due."""
+        if self.inputs.held_out and self._is_due(state.step, self.config.validate_every):
+            with state.averaged():
+                self._validate(state.step)
+        if self.previewer is not None and self._is_due(state.step, self.config.preview_every):
+            with state.averaged():
+                self._preview(self.previewer, state.step)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self.config.steps or step % every == 0
+
+    def _validate(self, step: int) -> None:
+        inputs = self.inputs
+        losses = measure_loss(
+            self.transformer, inputs.held_out, self.config, inputs.draws, self.accelerator
+        )
+        if self.curves is not None:
+            self.curves.write_validation(step, losses)
+            warn_of_departure(self.config.output_dir)
+        self.accelerator.log({"validation_loss": losses.mean().item()}, step=step)
+
+    def _preview(self, previewer: Previewer, step: int) -> None:
+        """Share the previews out among the devices, and write them on the main one."""
+        accelerator = self.accelerator
+        mine = previewer.previews[accelerator.process_index :: accelerator.num_processes]
+        drawn = [(preview, previewer.draw(self.transformer, preview)) for preview in mine]
+        pictures = dict(gather_object(drawn))
+        if accelerator.is_main_process:
+            write_previews(self.config.output_dir, step, pictures, self.config.model)
+            self._track(pictures, step)
+            warn_of_standstill(self.config.output_dir)
+
+    def _track(self, pictures: Mapping[Preview, Image.Image], step: int) -> None:
+        values = {
+            f"previews/{preview.name}": np.array(image)[None] for preview, image in pictures.items()
+        }
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):  # trackio's has none
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(values, step=step, **options)
