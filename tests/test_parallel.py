@@ -1,5 +1,6 @@
 """Several processes on the CPU (gloo): context parallelism and data parallelism."""
 
+import math
 import os
 import socket
 import subprocess
@@ -100,3 +101,51 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path, rel):
     for name, path in alone.items():
         first, second = (np.asarray(Image.open(each)).astype(int) for each in (path, shared[name]))
         assert np.abs(first - second).max() <= 1
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+def train_a_line(rank: int, port: int, folder: str, num_ranks: int) -> None:
+    from torch import distributed
+
+    from urae.miniature.loop import LoopConfig, StageRun, run_loop
+
+    if num_ranks > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks
+        )
+    device = torch.device("cpu")
+    # stopped halfway by the clock, then gone on with
+    for max_seconds, done in ((-1.0, False), (math.inf, True)):
+        run = StageRun(Path(folder), 0, {}, device, max_seconds, rank, num_ranks)
+        line = Line()
+        wanted = torch.arange(12.0).view(4, 3)
+        own = wanted[rank * run.share(4) : (rank + 1) * run.share(4)]
+
+        def compute_loss(step, generator, line=line, own=own):
+            return (line.weight - own).square().mean(), {}
+
+        found = run_loop(line, compute_loss, LoopConfig(120, 0.1), "line", run)
+        assert (found is not None) == done
+        if num_ranks > 1:
+            distributed.barrier()
+    torch.save(found.weight, Path(folder) / f"{rank}.pt")
+    if num_ranks > 1:
+        distributed.destroy_process_group()
+
+
+def test_two_processes_share_a_stage_of_the_miniature(tmp_path):
+    for folder in ("two", "one"):
+        (tmp_path / folder).mkdir()
+    arguments = (free_port(), str(tmp_path / "two"), 2)
+    multiprocessing.spawn(train_a_line, arguments, nprocs=2)
+    train_a_line(0, 0, str(tmp_path / "one"), 1)
+    first, second, alone = (
+        torch.load(tmp_path / name) for name in ("two/0.pt", "two/1.pt", "one/0.pt")
+    )
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone)

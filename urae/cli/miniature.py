@@ -60,11 +60,16 @@ def train_command(
 ) -> None:
     """Train one stage; a GPU is wanted."""
     import logging
+    import os
 
     from urae.miniature.stages import train_stage
 
-    logging.getLogger("urae.miniature").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        logging.getLogger("urae.miniature").setLevel(logging.INFO)
     path = train_stage(stage.value, recipe, work, max_seconds=60 * max_minutes, commit=commit)
+    if not first:
+        return
     if path is None:
         console.print("[yellow]stopped:[/] run the same command to go on")
     else:
@@ -143,3 +148,12 @@ def export_command(
 
     for folder in export_pipelines(work, output):
         console.print("[green]done:[/]", Text(str(folder)))
+
+
+@miniature_app.command("unpack")
+def unpack_command(work: Work = _WORK, verbose: Verbose = False) -> None:
+    """Write the stages' files that come with the package, to train others from them."""
+    from urae.miniature.export import unpack_pipelines
+
+    for path in unpack_pipelines(work):
+        console.print("[green]done:[/]", Text(str(path)))

@@ -56,7 +56,7 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
     pictures = _render_pictures(config, run.device)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = _sample_pixels(pictures, config, run.seed, step)
+        pixels = _sample_pixels(pictures, config, run, step)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with run.autocast():
             moments_noise = torch.randn(
@@ -74,6 +74,8 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
     averaged: Any = run_loop(model, compute_loss, config.loop, "vae", run)
     if averaged is None:
         return False
+    if run.rank:
+        return True
     vae = averaged.vae
     statistics = measure_latents(vae, config.num_held_out, run.device)
     record = {"latent_mean": str(statistics.mean), "latent_std": str(statistics.std)}
@@ -133,13 +135,13 @@ def _render_pictures(config: VaeStage, device: torch.device) -> dict[int, Tensor
 
 
 def _sample_pixels(
-    pictures: Mapping[int, Tensor], config: VaeStage, seed: int, step: int
+    pictures: Mapping[int, Tensor], config: VaeStage, run: StageRun, step: int
 ) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(run.seed_step(step))
     large = torch.rand((), generator=generator).item() < config.large_share
     sides = config.large_sides if large else (NATIVE_SIDE,)
     side = sides[int(torch.randint(len(sides), (), generator=generator))]
-    count = max(1, config.pixels // side**2)
+    count = max(1, run.share(config.pixels) // side**2)
     chosen = torch.randint(len(pictures[side]), (count,), generator=generator)
     return to_pixels(pictures[side][chosen.to(pictures[side].device)])
 

@@ -1,11 +1,18 @@
-"""The trained miniatures as they ship: pipelines in diffusers layout, each with its model card."""
+"""The trained miniatures as they ship: pipelines in diffusers layout, each with its model card.
+
+And the way back: what ships holds the files of the stages that it was made from, all but two.
+"""
 
 import json
 import tomllib
 from pathlib import Path
 
-from urae.miniature.model import write_pipeline
+import torch
+
+from urae.backbones.flux import PACKAGED, load_pipeline
+from urae.miniature.model import write_pipeline, write_weights
 from urae.miniature.stages import load_stage
+from urae.miniature.text import TEXT_PARTS
 from urae.storage import read_tensors, write_atomic
 
 _NEEDS = {
@@ -57,3 +64,25 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
         write_atomic(folder / "README.md", card.encode())
         folders.append(folder)
     return folders
+
+
+def unpack_pipelines(work_dir: Path) -> list[Path]:
+    """Write the stages' files that the packaged pipelines hold, to go on from them.
+
+    `base`, `refined` and the teachers do not ship. Files that are there are kept.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for name, folder in PACKAGED.items():
+        kind = name.removeprefix("miniature-")
+        record = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        pipe = load_pipeline(name, dtype=torch.float16)
+        stages = {"vae": ("vae",), "text": TEXT_PARTS, kind: ("transformer",)}
+        for stage, parts in stages.items():
+            path = work_dir / f"{stage}.safetensors"
+            if not path.exists():
+                write_weights(path, {part: getattr(pipe, part) for part in parts}, record[stage])
+                written.append(path)
+    return written

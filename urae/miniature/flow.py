@@ -95,10 +95,11 @@ def train_flow(
     logger.info("%.2f M parameters", count_parameters([model.transformer]) / 1e6)
     pool = _build_pool(config.num_scenes, config.side, run, config.first_seed)
     compute = _compile(model, run)
+    batch_size = run.share(config.batch_size)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         long_text = step % _LONG_TEXT_EVERY == 0
-        size = config.batch_size // _LONG_TEXT_SHARE or 1 if long_text else config.batch_size
+        size = batch_size // _LONG_TEXT_SHARE or 1 if long_text else batch_size
         batch = sample_batch(pool, size, generator, config.caption_dropout)
         sigmas = sample_shifted_sigmas(size, config.sigma_shift, generator)
         noisy = add_noise(batch.latents, batch.noise, sigmas)
@@ -126,7 +127,7 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
-    half = config.batch_size // 2
+    half = run.share(config.batch_size) // 2
     paths = GuidedPaths(pool, half, config.guidance, config.sigma_shift)
     ones = torch.ones(2 * half, device=run.device)
 
@@ -167,17 +168,18 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
+    batch_size = run.share(config.batch_size)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = sample_batch(pool, config.batch_size, generator, 0.0)
+        batch = sample_batch(pool, batch_size, generator, 0.0)
         segment = step % _SCHNELL_STEPS  # 0 starts from pure noise
         own_path = (step // _SCHNELL_STEPS) % 2 == 1
-        guidance = batch.noise.new_full((config.batch_size,), (low + high) / 2)
+        guidance = batch.noise.new_full((batch_size,), (low + high) / 2)
 
         def follow(model: Any, latents: Tensor, start: float, stop: float, steps: int) -> Tensor:
             for index in range(steps):
                 sigma = start + (stop - start) * index / steps
-                sigmas = latents.new_full((config.batch_size,), sigma)
+                sigmas = latents.new_full((batch_size,), sigma)
                 velocity = model(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
                 latents = latents + (stop - start) / steps * velocity.float()
             return latents
@@ -188,12 +190,12 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
                 if own_path:
                     latents = follow(compute, batch.noise, 1.0, start, segment)
                 else:
-                    sigmas = batch.noise.new_full((config.batch_size,), start)
+                    sigmas = batch.noise.new_full((batch_size,), start)
                     latents = add_noise(batch.latents, batch.noise, sigmas)
                 target = (follow(look_up, latents, start, stop, _TEACHER_STEPS) - latents) / (
                     stop - start
                 )
-            sigmas = latents.new_full((config.batch_size,), start)
+            sigmas = latents.new_full((batch_size,), start)
             velocity = compute(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
         loss = (velocity.float() - target).square().mean()
         return loss, {}
@@ -261,5 +263,6 @@ def _run(
     averaged: Any = run_loop(model, compute_loss, config.loop, stage, run)
     if averaged is None:
         return False
-    write_weights(run.file(stage), {"transformer": averaged.transformer}, run.metadata)
+    if run.rank == 0:
+        write_weights(run.file(stage), {"transformer": averaged.transformer}, run.metadata)
     return True

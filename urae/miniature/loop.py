@@ -1,4 +1,7 @@
-"""The loop of every stage of the miniature's training: EMA, resumable, stopped by the clock."""
+"""The loop of every stage of the miniature's training: EMA, resumable, stopped by the clock.
+
+Under torchrun the processes share each batch, and average their gradients.
+"""
 
 import logging
 import time
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from urae.train.guards import safe_attention
@@ -17,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _LOG_EVERY_SECONDS = 20.0
 _KEEP_EVERY_SECONDS = 240.0
+_CLOCK_EVERY_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,27 @@ class StageRun:
     device: torch.device
     max_seconds: float
     """Stop after these; the same call goes on."""
+    rank: int = 0
+    """Of this process among those that share the stage."""
+    num_ranks: int = 1
+    """Processes that share the stage, each with its part of every batch."""
+
+    def seed_step(self, step: int) -> int:
+        """Return the seed of this process's chance in a step."""
+        return (self.seed * 1_000_003 + step) * self.num_ranks + self.rank
+
+    def share(self, count: int) -> int:
+        """Return this process's part of a batch.
+
+        Raises:
+            ValueError: If the processes cannot share it evenly.
+        """
+        if count % self.num_ranks:
+            raise ValueError(
+                f"a batch of {count} cannot be shared evenly by {self.num_ranks} processes; start "
+                "a number of them that divides it"
+            )
+        return count // self.num_ranks
 
     def file(self, stage: str) -> Path:
         """Return a stage's file."""
@@ -80,7 +105,7 @@ def run_loop(
         compute_loss: Calls the module.
         config: Steps and learning rate.
         stage: Name of the stage; its state between calls is a file until the stage is done.
-        run: Each step's generator is seeded from its seed and the step.
+        run: Each step's generator is seeded from its seed, the step and the process.
 
     Returns:
         The averaged module when the last step is done, None if the clock ran out before.
@@ -103,9 +128,11 @@ def run_loop(
     logged_step = step
     with safe_attention():
         while step < config.steps:
-            generator.manual_seed(run.seed * 1_000_003 + step)
+            generator.manual_seed(run.seed_step(step))
             loss, figures = compute_loss(step, generator)
             loss.backward()  # type: ignore[no-untyped-call]
+            if run.num_ranks > 1:
+                _average_gradients(module)
             norm = nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
             optimizer.step()
             schedule.step()
@@ -121,15 +148,17 @@ def run_loop(
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"step {step}: loss {loss.item()}; lower lr")
                 logged, logged_step = now, step
-            out_of_time = now - began > run.max_seconds
-            if step < config.steps and (out_of_time or now - kept > _KEEP_EVERY_SECONDS):
+            out_of_time = _is_over(now - began > run.max_seconds, step, run)
+            due = out_of_time or now - kept > _KEEP_EVERY_SECONDS
+            if due and step < config.steps and run.rank == 0:
                 _save_state(state_path, state, step)
                 kept = time.monotonic()
             if out_of_time:
                 break
     if step < config.steps:
         return None
-    state_path.unlink(missing_ok=True)
+    if run.rank == 0:
+        state_path.unlink(missing_ok=True)
     averaged: nn.Module = average.module
     return averaged
 
@@ -138,6 +167,28 @@ def _rate(step: int, config: LoopConfig) -> float:
     rising = (step + 1) / config.warmup_steps
     falling = (config.steps - step) / (config.decay_share * config.steps)
     return min(1.0, rising, falling)
+
+
+def _average_gradients(module: nn.Module) -> None:
+    """Give every process the mean of the gradients of all."""
+    gradients = [each.grad for each in module.parameters() if each.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    together /= distributed.get_world_size()
+    parts = torch.split(together, [gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _is_over(late: bool, step: int, run: StageRun) -> bool:
+    """Tell whether to stop, which several processes agree on now and then."""
+    if run.num_ranks == 1:
+        return late
+    if step % _CLOCK_EVERY_STEPS:
+        return False
+    flag = torch.tensor(float(late), device=run.device)
+    distributed.all_reduce(flag)
+    return flag.item() > 0
 
 
 def _save_state(path: Path, state: Mapping[str, Any], step: int) -> None:

@@ -1,11 +1,15 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
 import math
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers import FluxPipeline
+from torch import distributed
 
 from urae import __version__
 from urae.backbones.flux import pick_device
@@ -49,6 +53,8 @@ def train_stage(
 ) -> Path | None:
     """Train one stage of the miniature.
 
+    Under torchrun the processes share each batch; on a GPU each.
+
     Args:
         name: One of `STAGES`.
         recipe_path: A TOML file of all stages.
@@ -60,7 +66,8 @@ def train_stage(
         The stage's file, or None if the time ran out before its last step.
 
     Raises:
-        ValueError: If the stage is unknown or the recipe is wrong.
+        ValueError: If the stage is unknown, the recipe is wrong, or the processes cannot share
+            its batches.
         FileNotFoundError: If an earlier stage's file is missing.
     """
     if name not in STAGES:
@@ -72,9 +79,27 @@ def train_stage(
         "urae.stage": name,
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
-    run = StageRun(work_dir, recipe.seed, metadata, pick_device(), max_seconds)
     work_dir.mkdir(parents=True, exist_ok=True)
-    return run.file(name) if STAGES[name](recipe, run) else None
+    with _join_ranks() as (rank, num_ranks):
+        run = StageRun(work_dir, recipe.seed, metadata, pick_device(), max_seconds, rank, num_ranks)
+        return run.file(name) if STAGES[name](recipe, run) else None
+
+
+@contextmanager
+def _join_ranks() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun has started, if it has, each on its own GPU."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks == 1:
+        yield 0, 1
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield distributed.get_rank(), num_ranks
+        distributed.barrier()  # the file is whole when any of them returns
+    finally:
+        distributed.destroy_process_group()
 
 
 def load_stage(name: str, work_dir: Path) -> FluxPipeline:

@@ -66,10 +66,11 @@ def train_text(config: TextStage, run: StageRun) -> bool:
     parts = build_miniature("dev", guided=True, seed=run.seed)
     model = _Reader(parts["text_encoder"], parts["text_encoder_2"]).to(run.device)
     data = _Captions(range(config.num_captions), run.device)
+    batch_size = run.share(config.batch_size)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         long = step % _LONG_EVERY == 0
-        size = max(1, config.batch_size // _LONG_SHARE) if long else config.batch_size
+        size = max(1, batch_size // _LONG_SHARE) if long else batch_size
         chosen = torch.randint(len(data.t5_ids), (size,), generator=generator, device=run.device)
         t5_ids, t5_labels = data.t5_ids[chosen], data.t5_labels[chosen]
         if long:
@@ -83,6 +84,8 @@ def train_text(config: TextStage, run: StageRun) -> bool:
     averaged: Any = run_loop(model, compute_loss, config.loop, "text", run)
     if averaged is None:
         return False
+    if run.rank:
+        return True
     record = _measure(averaged, config.num_held_out, run.device)
     logger.info("text done: %s", record)
     trained = {name: getattr(averaged, name) for name in TEXT_PARTS}
