@@ -78,7 +78,7 @@ def unpack_pipelines(work_dir: Path) -> list[Path]:
     for name, folder in PACKAGED.items():
         kind = name.removeprefix("miniature-")
         record = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-        pipe = load_pipeline(name, dtype=torch.float16)
+        pipe = load_pipeline(name, dtype=torch.float32)
         stages = {"vae": ("vae",), "text": TEXT_PARTS, kind: ("transformer",)}
         for stage, parts in stages.items():
             path = work_dir / f"{stage}.safetensors"
