@@ -130,10 +130,10 @@ def train_a_line(rank: int, port: int, folder: str, num_ranks: int) -> None:
             return (line.weight - own).square().mean(), {}
 
         found = run_loop(line, compute_loss, LoopConfig(120, 0.1), "line", run)
-        assert (found is not None) == done
+        assert found == done
         if num_ranks > 1:
             distributed.barrier()
-    torch.save(found.weight, Path(folder) / f"{rank}.pt")
+    torch.save(line.weight, Path(folder) / f"{rank}.pt")
     if num_ranks > 1:
         distributed.destroy_process_group()
 

@@ -19,7 +19,6 @@ class Stage(StrEnum):
     vae = "vae"
     text = "text"
     base = "base"
-    refined = "refined"
     dev = "dev"
     schnell = "schnell"
     teacher_512 = "teacher_512"

@@ -71,12 +71,10 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
         loss = error + config.edge_weight * edges + config.kl_weight * divergence
         return loss, {"error": error, "edges": edges, "kl": divergence}
 
-    averaged: Any = run_loop(model, compute_loss, config.loop, "vae", run)
-    if averaged is None:
+    if not run_loop(model, compute_loss, config.loop, "vae", run):
         return False
     if run.rank:
         return True
-    vae = averaged.vae
     statistics = measure_latents(vae, config.num_held_out, run.device)
     record = {"latent_mean": str(statistics.mean), "latent_std": str(statistics.std)}
     for side in (NATIVE_SIDE, *config.large_sides):

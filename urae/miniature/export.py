@@ -16,8 +16,8 @@ from urae.miniature.text import TEXT_PARTS
 from urae.storage import read_tensors, write_atomic
 
 _NEEDS = {
-    "dev": ("vae", "text", "base", "refined", "dev"),
-    "schnell": ("vae", "text", "base", "refined", "dev", "schnell"),
+    "dev": ("vae", "text", "base", "dev"),
+    "schnell": ("vae", "text", "base", "dev", "schnell"),
 }
 _CARD = """\
 ---
@@ -69,7 +69,7 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
 def unpack_pipelines(work_dir: Path) -> list[Path]:
     """Write the stages' files that the packaged pipelines hold, to go on from them.
 
-    `base`, `refined` and the teachers do not ship. Files that are there are kept.
+    `base` and the teachers do not ship. Files that are there are kept.
 
     Returns:
         The files written.

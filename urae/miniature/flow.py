@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _SCHNELL_STEPS = 4
 _TEACHER_STEPS = 4  # of the guided model within one of the student's
-_LONG_TEXT_EVERY, _LONG_TEXT_SHARE = 20, 4  # of the steps, and of a batch, those padded to 512
+_LONG_TEXT_EVERY, _LONG_TEXT_SHARE = 50, 4  # of the steps, and of a batch, those padded to 512
 
 
 class Batch(NamedTuple):
@@ -93,7 +93,7 @@ def train_flow(
     read_weights(run.file("text"), {name: parts[name] for name in TEXT_PARTS})
     model.to(run.device)
     logger.info("%.2f M parameters", count_parameters([model.transformer]) / 1e6)
-    pool = _build_pool(config.num_scenes, config.side, run, config.first_seed)
+    pool = _build_pool(config.num_scenes, config.side, run)
     compute = _compile(model, run)
     batch_size = run.share(config.batch_size)
 
@@ -118,12 +118,12 @@ def train_flow(
 def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     """Distil classifier-free guidance into a guidance embedding (arXiv:2210.03142, stage one).
 
-    It learns from the refined base's transformer, on noised renders and, as many again, on states
+    It learns from the base's transformer, on noised renders and, as many again, on states
     of the guided paths, where the renders alone leave much to learn. Arguments and result as of
     `train_flow`.
     """
-    teacher = _load("refined", run, stored_guided=False, guided=False)
-    student = _load("refined", run, stored_guided=False, guided=True)
+    teacher = _load("base", run, stored_guided=False, guided=False)
+    student = _load("base", run, stored_guided=False, guided=True)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
@@ -223,8 +223,11 @@ def sample_shifted_sigmas(size: int, shift: float, generator: torch.Generator) -
     return shift_sigmas(torch.sigmoid(normal), shift)
 
 
-def _build_pool(num_scenes: int, side: int, run: StageRun, first_seed: int = 0) -> Pool:
-    return build_pool(run.file("vae"), num_scenes, side, first_seed=first_seed, device=run.device)
+def _build_pool(num_scenes: int, side: int, run: StageRun) -> Pool:
+    """Build the pool, or this process's part of it."""
+    count = run.share(num_scenes)
+    first = run.rank * count
+    return build_pool(run.file("vae"), count, side, first_seed=first, device=run.device)
 
 
 def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> CaptionedTransformer:
@@ -260,9 +263,8 @@ def _run(
     stage: str,
     run: StageRun,
 ) -> bool:
-    averaged: Any = run_loop(model, compute_loss, config.loop, stage, run)
-    if averaged is None:
+    if not run_loop(model, compute_loss, config.loop, stage, run):
         return False
     if run.rank == 0:
-        write_weights(run.file(stage), {"transformer": averaged.transformer}, run.metadata)
+        write_weights(run.file(stage), {"transformer": model.transformer}, run.metadata)
     return True

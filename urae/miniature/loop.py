@@ -7,12 +7,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from urae.train.guards import safe_attention
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _LOG_EVERY_SECONDS = 20.0
 _KEEP_EVERY_SECONDS = 240.0
 _CLOCK_EVERY_STEPS = 50
+_ALIGNMENT = 64  # elements
 
 
 @dataclass(frozen=True)
@@ -97,32 +98,33 @@ ComputeLoss = Callable[[int, torch.Generator], tuple[Tensor, Mapping[str, Tensor
 
 def run_loop(
     module: nn.Module, compute_loss: ComputeLoss, config: LoopConfig, stage: str, run: StageRun
-) -> nn.Module | None:
+) -> bool:
     """Train a module; called again after a stop, it goes on where it was.
 
     Args:
-        module: Float32, on the run's device; trained in place.
+        module: Float32, on the run's device; trained in place. When the last step is done, it holds
+            the averaged weights.
         compute_loss: Calls the module.
         config: Steps and learning rate.
         stage: Name of the stage; its state between calls is a file until the stage is done.
         run: Each step's generator is seeded from its seed, the step and the process.
 
     Returns:
-        The averaged module when the last step is done, None if the clock ran out before.
+        Whether the last step is done; if not, the clock ran out before.
 
     Raises:
         FloatingPointError: At the first loss that is not finite.
     """
     state_path = run.file(stage).with_suffix(".state.pt")
+    weights = FlatParameters(module)
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+        [weights.vector], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
         fused=run.on_gpu,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    decay: Any = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
-    average: Any = AveragedModel(module, multi_avg_fn=decay)
-    state = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
-    step = _load_state(state_path, state, run.device)
+    average = weights.vector.detach().clone()
+    tensors = {"weights": weights.vector.detach(), "average": average}
+    step = _load_state(state_path, tensors, optimizer, schedule, run.device)
     generator = torch.Generator(run.device)
     began = logged = kept = time.monotonic()
     logged_step = step
@@ -131,13 +133,14 @@ def run_loop(
             generator.manual_seed(run.seed_step(step))
             loss, figures = compute_loss(step, generator)
             loss.backward()  # type: ignore[no-untyped-call]
+            weights.gather_gradient()
             if run.num_ranks > 1:
-                _average_gradients(module)
-            norm = nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+                distributed.all_reduce(weights.gradient)
+                weights.gradient /= run.num_ranks
+            norm = nn.utils.clip_grad_norm_([weights.vector], config.max_grad_norm)
             optimizer.step()
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update_parameters(module)
+            average.lerp_(weights.vector.detach(), 1 - config.ema_decay if step else 1.0)
             step += 1
             now = time.monotonic()
             if now - logged > _LOG_EVERY_SECONDS or step == config.steps:
@@ -151,33 +154,62 @@ def run_loop(
             out_of_time = _is_over(now - began > run.max_seconds, step, run)
             due = out_of_time or now - kept > _KEEP_EVERY_SECONDS
             if due and step < config.steps and run.rank == 0:
-                _save_state(state_path, state, step)
+                _save_state(state_path, tensors, optimizer, schedule, step)
                 kept = time.monotonic()
             if out_of_time:
                 break
     if step < config.steps:
-        return None
+        return False
+    weights.vector.detach().copy_(average)
     if run.rank == 0:
         state_path.unlink(missing_ok=True)
-    averaged: nn.Module = average.module
-    return averaged
+    return True
+
+
+class FlatParameters:
+    """A module's trainable parameters as one vector, of which they become parts.
+
+    Clipping, the optimizer, the average and the exchange between processes are then one kernel each
+    in place of one a parameter: launching those takes longer than a step of so small a model.
+
+    Args:
+        module: Its trainable parameters are of one dtype, on one device, dense in memory.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [each for each in module.parameters() if each.requires_grad]
+        first = self._parameters[0]
+        ends = list(accumulate(_aligned(each.numel()) for each in self._parameters))
+        self.vector = nn.Parameter(first.new_zeros(ends[-1]))
+        self.gradient = torch.zeros_like(self.vector)
+        self._gradients = []
+        for each, start in zip(self._parameters, [0, *ends[:-1]], strict=True):
+            part, gradient = (
+                flat.detach().as_strided(each.shape, each.stride(), start)
+                for flat in (self.vector, self.gradient)
+            )
+            part.copy_(each.detach())
+            each.data = part
+            self._gradients.append(gradient)
+        self.vector.grad = self.gradient
+
+    def gather_gradient(self) -> None:
+        """Move the parameters' gradients into the vector's."""
+        gradients = [each.grad for each in self._parameters if each.grad is not None]
+        torch._foreach_copy_(self._gradients, gradients)
+        for each in self._parameters:
+            each.grad = None
+
+
+def _aligned(count: int) -> int:
+    """Round up to where compiled kernels want a parameter to begin."""
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 def _rate(step: int, config: LoopConfig) -> float:
     rising = (step + 1) / config.warmup_steps
     falling = (config.steps - step) / (config.decay_share * config.steps)
     return min(1.0, rising, falling)
-
-
-def _average_gradients(module: nn.Module) -> None:
-    """Give every process the mean of the gradients of all."""
-    gradients = [each.grad for each in module.parameters() if each.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(together)
-    together /= distributed.get_world_size()
-    parts = torch.split(together, [gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _is_over(late: bool, step: int, run: StageRun) -> bool:
@@ -191,18 +223,25 @@ def _is_over(late: bool, step: int, run: StageRun) -> bool:
     return flag.item() > 0
 
 
-def _save_state(path: Path, state: Mapping[str, Any], step: int) -> None:
+def _save_state(
+    path: Path, tensors: Mapping[str, Tensor], optimizer: Any, schedule: Any, step: int
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    torch.save({"step": step, **{name: each.state_dict() for name, each in state.items()}}, beside)
+    states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    torch.save({"step": step, **tensors, **states}, beside)
     beside.replace(path)
 
 
-def _load_state(path: Path, state: Mapping[str, Any], device: torch.device) -> int:
+def _load_state(
+    path: Path, tensors: Mapping[str, Tensor], optimizer: Any, schedule: Any, device: torch.device
+) -> int:
     if not path.is_file():
         return 0
     saved = torch.load(path, map_location=device, weights_only=True)
-    for name, each in state.items():
-        each.load_state_dict(saved[name])
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
     logger.info("going on from step %d", saved["step"])
     return int(saved["step"])

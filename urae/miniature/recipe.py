@@ -52,8 +52,6 @@ class FlowStage:
     """Scenes a step."""
     num_scenes: int = 131_072
     """Rendered and encoded once, before the first step."""
-    first_seed: int = 0
-    """Of the scenes; their seeds follow one another."""
     side: int = 256
     """Of the pictures in pixels."""
     caption_dropout: float = 0.1
@@ -86,7 +84,6 @@ class MiniatureRecipe:
     vae: VaeStage
     text: TextStage
     base: FlowStage
-    refined: FlowStage
     dev: DistillStage
     schnell: DistillStage
     teacher_512: FlowStage

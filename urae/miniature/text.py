@@ -81,14 +81,13 @@ def train_text(config: TextStage, run: StageRun) -> bool:
         clip_loss = _cross_entropy(clip_logits, data.clip_labels[chosen], _CLIP_CLASSES)
         return t5_loss + clip_loss, {"T5": t5_loss, "CLIP": clip_loss}
 
-    averaged: Any = run_loop(model, compute_loss, config.loop, "text", run)
-    if averaged is None:
+    if not run_loop(model, compute_loss, config.loop, "text", run):
         return False
     if run.rank:
         return True
-    record = _measure(averaged, config.num_held_out, run.device)
+    record = _measure(model, config.num_held_out, run.device)
     logger.info("text done: %s", record)
-    trained = {name: getattr(averaged, name) for name in TEXT_PARTS}
+    trained = {name: getattr(model, name) for name in TEXT_PARTS}
     write_weights(run.file("text"), trained, {**run.metadata, **record})
     return True
 
