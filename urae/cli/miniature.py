@@ -107,13 +107,28 @@ def data_command(
 
 @miniature_app.command("score")
 def score_command(
-    stage: Annotated[Stage, typer.Argument(help="A trained transformer.")],
+    stage: Annotated[
+        Stage | None, typer.Argument(help="A trained transformer of the work folder, or none.")
+    ] = None,
     work: Work = _WORK,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a stage [dim](miniature-dev)[/]; any that `urae generate` takes."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Of the model; repeat in order: 2K LoRA, then 4K.")
+    ] = None,
     side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 256,
     captions: Annotated[int, typer.Option(min=1, help="Held-out captions.")] = 500,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 24,
-    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale; 0 for schnell.")] = 3.5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps [dim](24, schnell 4)[/].")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale [dim](3.5, schnell 0)[/].")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that check pictures.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     verbose: Verbose = False,
@@ -121,19 +136,28 @@ def score_command(
     """Generate pictures of held-out captions and print how many pass the scene check."""
     import json
 
-    from urae.backbones.flux import pick_device
-    from urae.miniature.score import ScoreConfig, score_pipeline, summarize
-    from urae.miniature.stages import load_stage
+    from urae.miniature.score import (
+        DEFAULT_MODEL,
+        ScoreConfig,
+        default_sampling,
+        load_scored,
+        score_pipeline,
+        summarize,
+    )
     from urae.storage import write_atomic
 
     quiet_progress_bars()
-    pipe = load_stage(stage.value, work).to(pick_device())
-    pipe.set_progress_bar_config(disable=True)
+    name, adapters = stage.value if stage else None, adapter or []
+    pipe = load_scored(model=model, stage=name, work_dir=work, adapters=adapters)
+    usual_steps, usual_guidance = default_sampling(pipe, name)
+    steps = usual_steps if steps is None else steps
+    guidance = usual_guidance if guidance is None else guidance
     config = ScoreConfig(side, captions, seeds, steps, guidance, workers)
     found = summarize(score_pipeline(pipe, config))
     console.print(Text(", ".join(f"{name} {value:.3f}" for name, value in found.items())))
     if output:
-        write_atomic(output, json.dumps({"stage": stage.value, **found}, indent=1).encode())
+        what = {"stage": name} if name else {"model": model or DEFAULT_MODEL, "adapters": adapters}
+        write_atomic(output, json.dumps({**what, **found}, indent=1).encode())
 
 
 @miniature_app.command("export")

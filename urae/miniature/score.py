@@ -4,16 +4,22 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
 from jaxtyping import UInt8
 from torch import Tensor
 
+from urae.adapters.adapt import adapt
+from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
 from urae.miniature.check import SceneReport, Score, check_scene, score
 from urae.miniature.model import HELD_OUT_SEED
+from urae.miniature.stages import load_stage
 from urae.miniature.synthetic import generate_pictures
 from urae.miniature.world import Scene, caption, sample_scene
+
+DEFAULT_MODEL = "miniature-dev"
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,55 @@ class ScoreConfig:
     """Processes that check while the next pictures are made."""
 
 
-def held_out_scenes(count: int) -> list[Scene]:
-    """Return scenes that the miniature was not trained on."""
-    return [sample_scene(HELD_OUT_SEED + number) for number in range(count)]
+def load_scored(
+    *,
+    model: str | None = None,
+    stage: str | None = None,
+    work_dir: Path = Path(),
+    adapters: Sequence[str] = (),
+) -> FluxPipeline:
+    """Load what is to be scored, on this machine's device.
+
+    Args:
+        model: As `urae generate` takes it; the miniature that ships if no stage is named either.
+        stage: A trained stage of the work folder, in place of a model.
+        work_dir: Of the stages' files.
+        adapters: For the model, in order; without any it is the stock pipeline.
+
+    Raises:
+        ValueError: If both model and stage are named, or adapters for a stage.
+        FileNotFoundError: If a model, stage or adapter is missing.
+    """
+    if stage is not None and (model is not None or adapters):
+        given = f"model {model}" if model is not None else f"adapter {adapters[0]}"
+        raise ValueError(
+            f"stage {stage} and {given} exclude each other; leave the stage out to score a model, "
+            "with adapters or without"
+        )
+    device = pick_device()
+    if stage is not None:
+        pipe = load_stage(stage, work_dir)
+    else:
+        pipe = load_pipeline(model or DEFAULT_MODEL, dtype=pick_dtype(device))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    return adapt(pipe, adapters) if adapters else pipe
+
+
+def default_sampling(pipe: FluxPipeline, stage: str | None = None) -> tuple[int, float]:
+    """Return the steps and guidance scale that a miniature is made for.
+
+    Args:
+        pipe: Of a model or stage.
+        stage: Its name, if it is one: those without distilled guidance take a classifier-free one.
+    """
+    few = stage == "schnell" if stage else not pipe.transformer.config.guidance_embeds
+    return (4, 0.0) if few else (24, 3.5)
+
+
+def held_out_scenes(count: int, first: int = 0) -> list[Scene]:
+    """Return scenes that the miniature was not trained on, from number `first` on."""
+    return [sample_scene(HELD_OUT_SEED + number) for number in range(first, first + count)]
 
 
 def score_pipeline(pipe: FluxPipeline, config: ScoreConfig) -> list[SceneReport]:
@@ -49,16 +101,53 @@ def score_pipeline(pipe: FluxPipeline, config: ScoreConfig) -> list[SceneReport]
     Returns:
         A report a picture: all captions with the first noise, then with the next.
     """
-    scenes = held_out_scenes(config.num_captions)
-    jobs = [(scene, number) for number in range(config.num_seeds) for scene in scenes]
+    scenes = held_out_scenes(config.num_captions) * config.num_seeds
+    numbers = [index // config.num_captions for index in range(len(scenes))]
+    pictures = draw_scenes(
+        pipe,
+        scenes,
+        numbers,
+        side=config.side,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+    )
     # not forked: this process may hold a GPU and threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.workers, context, initializer=_use_one_thread) as pool:
         checks = [
             pool.submit(check_scene, picture.numpy(), scene)
-            for picture, (scene, _) in zip(_generate(pipe, jobs, config), jobs, strict=True)
+            for picture, scene in zip(pictures, scenes, strict=True)
         ]
         return [check.result() for check in checks]
+
+
+def draw_scenes(
+    pipe: FluxPipeline,
+    scenes: Sequence[Scene],
+    numbers: Sequence[int],
+    *,
+    side: int,
+    steps: int,
+    guidance_scale: float,
+) -> Iterator[UInt8[Tensor, "3 h w"]]:
+    """Generate a picture of each scene's caption; the same scene and number give the same noise.
+
+    Args:
+        pipe: A miniature pipeline on its device, adapted or not.
+        scenes: Their captions are drawn.
+        numbers: Of each picture's noise, 0 to 999.
+        side: Of the square pictures in pixels.
+        steps: Denoising steps.
+        guidance_scale: As in `ScoreConfig`.
+    """
+    noises = [
+        torch.Generator().manual_seed(scene.seed * 1000 + number)
+        for scene, number in zip(scenes, numbers, strict=True)
+    ]
+    captions = [caption(scene) for scene in scenes]
+    return generate_pictures(
+        pipe, captions, noises, side=side, steps=steps, guidance_scale=guidance_scale
+    )
 
 
 def summarize(reports: Sequence[SceneReport]) -> dict[str, float]:
@@ -73,17 +162,3 @@ def summarize(reports: Sequence[SceneReport]) -> dict[str, float]:
 
 def _use_one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def _generate(
-    pipe: FluxPipeline, jobs: Sequence[tuple[Scene, int]], config: ScoreConfig
-) -> Iterator[UInt8[Tensor, "3 h w"]]:
-    noises = [torch.Generator().manual_seed(scene.seed * 1000 + number) for scene, number in jobs]
-    return generate_pictures(
-        pipe,
-        [caption(scene) for scene, _ in jobs],
-        noises,
-        side=config.side,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-    )
