@@ -57,6 +57,19 @@ def test_same_seed_same_bits_and_another_seed_others(settings, tmp_path):
     assert not same(runs[0], runs[2])
 
 
+def test_where_down_alone_trains_up_stays(settings, minor, tmp_path):
+    config = settings(adapter=replace(minor, trains="down"), ema_decay=0.99)
+    whole = train(config)
+    adapter = read_adapter(whole.adapter_path)
+    for name, pair in adapter.layers.items():
+        assert torch.equal(pair.up, adapter.initial[name].up)
+        assert not torch.equal(pair.down, adapter.initial[name].down)
+    parts = replace(config, output_dir=tmp_path / "parts", steps=2, checkpoint_every=2)
+    train(parts)
+    resumed = train(replace(parts, steps=4, resume=True))
+    assert same(whole.adapter_path, resumed.adapter_path)
+
+
 @pytest.mark.parametrize("kind", ["lora", "minor"])
 def test_a_tiny_overfit_falls(settings, minor, kind):
     losses = []

@@ -96,6 +96,10 @@ def attach_for_training(
             name: LowRank(p.down.float().cpu(), p.up.float().cpu()) for name, p in initial.items()
         }
     parameters = attach_trainable(transformer, _NAME[config.kind], layers, initial)
+    if config.trains == "down":
+        for up in parameters[1::2]:  # A and B of each layer in turn
+            up.requires_grad_(False)
+        parameters = parameters[::2]
     return TrainingAdapter(transformer, _NAME[config.kind], initial, parameters, metadata)
 
 

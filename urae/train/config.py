@@ -42,10 +42,17 @@ class AdapterConfig:
     """Adapters under this one, frozen: files, folders or owner/repo/file on the hub."""
     init: str | None = None
     """Start from this adapter's weights: a file, or a checkpoint folder of the reference."""
+    trains: Literal["both", "down"] = "both"
+    """Factors that learn; with `down` the other one stays as it begins (MiCA, arXiv:2604.01694)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank {self.rank} must be at least 1")
+        if self.trains == "down" and self.kind == "lora" and self.init is None:
+            raise ValueError(
+                "trains 'down' needs adapter.init for a LoRA: a fresh one has an up factor of "
+                "zeros, which would stay"
+            )
 
 
 @dataclass(frozen=True)

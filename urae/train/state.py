@@ -93,5 +93,7 @@ def build_state(adapter: TrainingAdapter, config: TrainConfig, inputs: Inputs) -
         if inputs.average is not None:
             layers = read_factors(adapter.transformer, adapter.name)  # in the parameters' order
             weights = [factor for name in layers for factor in inputs.average.layers[name]]
+            if config.adapter.trains == "down":
+                weights = weights[::2]
         average = Average(adapter.parameters, config.ema_decay, weights)
     return TrainingState(adapter, optimizer, average, start.step, start.num_batches)
