@@ -146,12 +146,13 @@ def jobs(monkeypatch, tmp_path):
     """Put recorders in the place of the four jobs, and what the pages name in a folder."""
     from urae.features.cache import CacheReport
     from urae.generate.plan import Plan
+    from urae.study import StudyResult
     from urae.train import TrainResult
 
     calls = {}
 
     def stand_in(name, result):
-        def job(config, *_, **__):
+        def job(config=None, *_, **__):
             calls[name] = config
             return result
 
@@ -163,12 +164,16 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.adapters.convert.convert", stand_in("convert", Path("out")))
     monkeypatch.setattr("urae.generate.generate", stand_in("generate", [Path("a.png")]))
     monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
+    study = StudyResult(1, 1, Path("a.md"))
+    monkeypatch.setattr("urae.study.run_study", stand_in("study", study))
     for name, result in {
         "stages.train_stage": Path("vae.safetensors"),
         "export.export_pipelines": [Path("miniature-dev")],
         "stages.load_stage": SimpleNamespace(
             to=lambda _: SimpleNamespace(set_progress_bar_config=lambda **_: None)
         ),
+        "score.load_scored": None,
+        "score.default_sampling": (24, 3.5),
         "score.score_pipeline": [SceneReport(*[True] * 9)],
         "sources.write_folder": None,
     }.items():
@@ -214,9 +219,11 @@ def test_options_in_prose_exist():
     commands += [sub for each in commands for sub in getattr(each, "commands", {}).values()]
     known = {name for each in commands for parameter in each.params for name in parameter.opts}
     from urae.config import describe_fields
+    from urae.study import StudyConfig
     from urae.train import TrainConfig
 
-    known |= {f"--{row[0]}".replace("_", "-") for row in describe_fields(TrainConfig)}
+    for fields in (TrainConfig, StudyConfig):
+        known |= {f"--{row[0]}".replace("_", "-") for row in describe_fields(fields)}
     known |= {"--help", "--name", "--check"}  # --name stands for any; --check is a benchmark's
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", prose(page)):

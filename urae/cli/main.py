@@ -14,6 +14,7 @@ from urae.cli.convert import convert_command
 from urae.cli.generate import generate_command
 from urae.cli.miniature import miniature_app
 from urae.cli.plan import plan_app
+from urae.cli.study import study_command
 from urae.cli.train import train_command
 
 USER_ERROR, FAILURE = 2, 1
@@ -48,13 +49,13 @@ def root(
 
 
 app.command("cache")(cache_command)
-app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    train_command
-)
+_FIELDS_TOO = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("train", context_settings=_FIELDS_TOO)(train_command)
 app.command("convert")(convert_command)
 app.command("generate")(generate_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(miniature_app, name="miniature")
+app.command("study", context_settings=_FIELDS_TOO)(study_command)
 
 
 _USER_ERRORS = (

@@ -1,0 +1,122 @@
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from urae.study import run, run_study
+from urae.study.questions import QUESTIONS, table_2
+from urae.study.run import list_cells
+
+FIGURES = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), 0.5)
+
+
+@pytest.fixture
+def two_cells(monkeypatch):
+    """Question a, but for two of its cells: guidance 1 and 3.5."""
+    short = replace(QUESTIONS["a"], cells=lambda bench: table_2(bench)[:2])
+    monkeypatch.setitem(QUESTIONS, "a", short)
+
+
+def test_a_cell_from_scenes_to_figures(study, two_cells, monkeypatch):
+    monkeypatch.setitem(
+        QUESTIONS, "a", replace(QUESTIONS["a"], cells=lambda bench: table_2(bench)[:1])
+    )
+    config = study("a", steps=2)
+    told = []
+    result = run_study(config, on_progress=lambda *done: told.append(done))
+    assert (result.done, result.total) == (1, 1) and told == [(0, 1), (1, 1)]
+    (row,) = csv.DictReader((config.output_dir / "a.csv").read_text().splitlines())
+    assert 0 <= float(row["score"]) <= 1 and float(row["held_out_loss"]) > 0
+    assert float(row["validation"]) != float(row["validation_before"])
+    assert row["training.steps"] == "2" and row["device"] == "cpu" and row["dtype"] == "float32"
+    # the same command again has nothing to do; another setting is another cell
+    monkeypatch.setattr(run, "run_group", lambda *_, **__: pytest.fail("ran again"))
+    assert run_study(config).done == 1
+    with pytest.raises(pytest.fail.Exception):
+        run_study(study("a", steps=3))
+
+
+def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
+    scored = []
+
+    def score(cell, *_):
+        scored.append((cell.seed, cell.factors["guidance"]))
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return FIGURES
+
+    monkeypatch.setattr(run, "make_data", lambda *_: None)
+    monkeypatch.setattr(run, "_train", lambda *_: None)
+    monkeypatch.setattr(run, "_score", score)
+    config = study("a", num_seeds=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config)
+    assert run_study(config).done == 4
+    assert scored == [(0, 1.0), (0, 3.5), (0, 3.5), (1, 1.0), (1, 3.5)]
+
+
+def test_no_cell_is_begun_when_the_time_is_up(study, two_cells, monkeypatch):
+    monkeypatch.setattr(run, "make_data", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("began"))
+    config = study("a", max_minutes=1e-9)
+    result = run_study(config)
+    assert (result.done, result.total) == (0, 2)
+    assert result.text_path.read_text() == "Not run yet.\n"
+
+
+def test_a_run_that_was_cut_off_is_resumed(study, two_cells, tmp_path):
+    cell, _ = list_cells(study("a", steps=4))
+    start = run.Start("miniature-dev", run.prepare_start(cell.training, tmp_path).adapter)
+    config = run.build_train_config(cell.training, start, tmp_path, tmp_path / "run")
+    assert (config.resume, config.overwrite) == (False, True)
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    config = run.build_train_config(cell.training, start, tmp_path, tmp_path / "run")
+    assert (config.resume, config.overwrite) == (True, False)
+
+
+def test_seeds_have_captions_of_their_own_and_cells_share_them(study, two_cells, monkeypatch):
+    import torch
+
+    from urae.study import measure
+
+    drawn = []
+
+    def draw(pipe, scenes, numbers, **sampling):
+        drawn.append([scene.seed for scene in scenes])
+        return [torch.zeros(3, 128, 128, dtype=torch.uint8) for _ in scenes]
+
+    monkeypatch.setattr(measure, "draw_scenes", draw)
+    pipe = type("Pipe", (), {"device": torch.device("cpu")})()
+    for cell in list_cells(study("a", num_seeds=2, num_captions=2)):
+        found = measure.measure_pictures(pipe, cell.scoring)
+        assert found["score"] == 0 and found["spectrum"] > 0
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
+    assert not set(drawn[0]) & set(drawn[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", ["c", "d", "e", "f"])
+def test_every_question_runs(letter, study, schnell, lora_2k, monkeypatch):
+    cells = QUESTIONS[letter].cells
+
+    def fewer(bench):  # one of each kind of run
+        some = {}
+        for cell in cells(bench):
+            kind = (cell.training and cell.training.adapter, cell.scoring.model, *cell.factors)
+            some.setdefault(kind, cell)
+        return list(some.values())
+
+    monkeypatch.setitem(QUESTIONS, letter, replace(QUESTIONS[letter], cells=fewer))
+    config = study(letter, schnell=schnell, adapter_2k=lora_2k)
+    result = run_study(config)
+    assert result.done == result.total > 0
+
+
+@pytest.mark.slow
+def test_cells_in_several_processes(study, two_cells):
+    config = study("a", workers=2)
+    result = run_study(config)
+    assert result.done == result.total == 2
+    files = list((config.work_dir / "study" / "results").glob("*.json"))
+    assert len({json.loads(file.read_text())["figures"]["held_out_loss"] for file in files}) == 2

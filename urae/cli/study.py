@@ -1,0 +1,80 @@
+"""`urae study`: the paper's claims on the miniature, one question a command."""
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+from urae.config import build_config, override
+
+
+class Letter(StrEnum):
+    """The questions."""
+
+    a = "a"
+    b = "b"
+    c = "c"
+    d = "d"
+    e = "e"
+    f = "f"
+
+
+def study_command(
+    context: typer.Context,
+    question: Annotated[
+        Letter,
+        typer.Argument(
+            help="a: adapter, data, guidance; b: share of synthetic data; c: components and rank; "
+            "d: resolution policy; e: bf16 residual; f: transfer to schnell."
+        ),
+    ],
+    work: Annotated[
+        Path, typer.Option(help="Folder of the stages' files; results go into study/ there.")
+    ] = Path("runs/miniature"),
+    output: Annotated[Path, typer.Option(help="Folder for table, plot and text.")] = Path(
+        "docs/study"
+    ),
+    model: Annotated[str, typer.Option(help="The guided base.")] = "miniature-dev",
+    schnell: Annotated[str, typer.Option(help="Four-step base of f.")] = "miniature-schnell",
+    adapter: Annotated[
+        str | None, typer.Option(help="2K LoRA under the 4K stage of c [dim](the shipped one)[/].")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; several share a GPU well.")] = 1,
+    max_minutes: Annotated[
+        float, typer.Option(min=0.01, help="Begin no cell after these; the same command goes on.")
+    ] = math.inf,
+    verbose: Verbose = False,
+) -> None:
+    """Train and score a question's cells, as far as they are not done, and report what they say.
+
+    Sizes are fields of StudyConfig: --num-seeds 5 --steps 1000 --num-captions 200.
+    """
+    settings: dict[str, Any] = {
+        "question": question.value,
+        "work_dir": work,
+        "output_dir": output,
+        "model": model,
+        "schnell": schnell,
+        "adapter_2k": adapter,
+        "workers": workers,
+        "max_minutes": max_minutes,
+    }
+    override(settings, context.args)
+    from urae.study import StudyConfig, run_study
+
+    config = build_config(StudyConfig, settings, "urae study")
+    quiet_progress_bars()
+    with build_progress() as bar:
+        task = bar.add_task(f"question {question.value}", total=None)
+        result = run_study(
+            config, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    text = f"{result.done} of {result.total} runs, {result.text_path}"
+    if result.done == result.total:
+        console.print("[green]done:[/]", Text(text), soft_wrap=True)
+    else:
+        console.print("[yellow]stopped:[/]", Text(f"{text}; the same command goes on"))

@@ -1,0 +1,296 @@
+"""What a study leaves: a CSV of all figures, a plot, and a text with intervals and verdicts."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from urae.config import flatten
+from urae.storage import write_atomic
+from urae.study.cells import Cell, Factor
+from urae.study.config import StudyConfig
+from urae.study.plot import draw
+from urae.study.questions import QUESTIONS, Claim, Question
+from urae.study.statistics import Estimate, compare, estimate
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished cell."""
+
+    cell: Cell
+    record: Mapping[str, Any]
+    """What its file says."""
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """By name."""
+        figures: Mapping[str, float] = self.record["figures"]
+        return figures
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is written."""
+
+    title: str
+    scale: float
+    digits: int
+
+    def write(self, value: float, sign: bool = False) -> str:
+        """Write a value."""
+        return f"{self.scale * value:{'+' if sign else ''}.{self.digits}f}"
+
+
+METRICS = {
+    "score": Metric("scene check, %", 100, 1),
+    "held_out_loss": Metric("held-out loss", 1, 4),
+    "spectrum": Metric("spectrum, dB", 1, 2),
+    "wasserstein": Metric("sliced Wasserstein", 1, 4),
+}
+"""Those of the tables, the one that decides first; more is better of it, less of the others."""
+
+_DATA_SCORE = Metric("training pictures, %", 100, 1)
+
+
+def write_report(config: StudyConfig, rows: Sequence[Row], num_cells: int) -> Path:
+    """Write table, plot and text of a question, and put the text into the page if there is one.
+
+    The page is a Markdown file beside the folder, of its name, with a place for each question.
+
+    Args:
+        config: Of the study.
+        rows: The cells that are done.
+        num_cells: Cells times seeds that there are to be.
+
+    Returns:
+        The text's path.
+    """
+    question, folder, letter = QUESTIONS[config.question], config.output_dir, config.question
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{letter}.md"
+    write_atomic(folder / f"{letter}.csv", write_csv(rows).encode())
+    if rows:
+        draw(question, summarize(rows), folder / f"{letter}.png")
+    write_atomic(path, write_text(letter, question, rows, num_cells).encode())
+    page = folder.with_suffix(".md")
+    if page.is_file():
+        prefix = f"{folder.name}/"
+        put_into_page(page, letter, write_text(letter, question, rows, num_cells, prefix))
+    return path
+
+
+def write_csv(rows: Sequence[Row]) -> str:
+    """Write a line for each cell and seed: factors, seed, figures, settings, where it ran."""
+    lines = []
+    for row in rows:
+        where = {key: row.record[key] for key in ("device", "dtype", "torch", "commit")}
+        settings = _describe_settings(row.cell)
+        lines.append(
+            {
+                **row.cell.factors,
+                "seed": row.cell.seed,
+                **row.figures,
+                "key": row.cell.key,
+                **where,
+                **settings,
+            }
+        )
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _describe_settings(cell: Cell) -> dict[str, Any]:
+    """Write all settings on one level, without the folders that things lie in."""
+    settings = flatten(asdict(cell))
+    described = {
+        name: Path(value).name if name.endswith(".name") else value
+        for name, value in settings.items()
+        if not name.startswith("factors.")
+    }
+    if cell.training is not None:
+        described["training.parts"] = ", ".join(
+            f"{part.start} to {part.stop} of {part.data.count} {part.data.source}"
+            + (f" in {part.data.teacher_steps} steps" if part.data.teacher_steps else "")
+            for part in cell.training.parts
+        )
+    return described
+
+
+Summary = list[tuple[Mapping[str, Factor], dict[str, Estimate]]]
+
+
+def summarize(rows: Sequence[Row]) -> Summary:
+    """Return the estimate of each figure over the seeds, cell by cell."""
+    groups: dict[tuple[tuple[str, Factor], ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.cell.factors.items()), []).append(row)
+    return [
+        (
+            dict(factors),
+            {
+                name: estimate([row.figures[name] for row in group])
+                for name in group[0].figures
+            },
+        )
+        for factors, group in groups.items()
+    ]  # fmt: skip
+
+
+def decide(claim: Claim, rows: Sequence[Row]) -> dict[str, Estimate] | None:
+    """Return the mean paired difference, better less worse, of each metric.
+
+    Of each seed, the differences of all pairs of cells are averaged; the interval is that of these
+    means over the seeds.
+
+    Returns:
+        By metric; None if there is no pair of finished cells.
+    """
+    names = set(claim.better) | set(claim.worse)
+    rest = {
+        id(row): tuple(item for item in row.cell.factors.items() if item[0] not in names)
+        for row in rows
+    }
+    better = [row for row in rows if claim.better.items() <= row.cell.factors.items()]
+    worse = {
+        (rest[id(row)], row.cell.seed): row
+        for row in rows
+        if claim.worse.items() <= row.cell.factors.items()
+    }
+    pairs: dict[int, list[tuple[Row, Row]]] = {}
+    for row in better:
+        if other := worse.get((rest[id(row)], row.cell.seed)):
+            pairs.setdefault(row.cell.seed, []).append((row, other))
+    most = max((len(each) for each in pairs.values()), default=0)
+    whole = [each for each in pairs.values() if len(each) == most]
+    if not whole:
+        return None
+    return {
+        name: compare(
+            [_mean(row.figures[name] for row, _ in each) for each in whole],
+            [_mean(other.figures[name] for _, other in each) for each in whole],
+        )
+        for name in METRICS
+    }
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return float(sum(listed) / len(listed))
+
+
+def judge(difference: Estimate) -> str:
+    """Say whether an interval of the deciding metric agrees with a claim."""
+    if difference.is_positive:
+        return "agrees"
+    return "disagrees" if difference.is_negative else "cannot tell"
+
+
+def write_text(
+    letter: str, question: Question, rows: Sequence[Row], num_cells: int, prefix: str = ""
+) -> str:
+    """Write the Markdown section of a question.
+
+    Args:
+        letter: Of the question.
+        question: Its claims and title.
+        rows: The cells that are done.
+        num_cells: Cells times seeds that there are to be.
+        prefix: Of the links to plot and table.
+    """
+    if not rows:
+        return "Not run yet.\n"
+    lines = [_describe_run(rows, num_cells), ""]
+    lines += [_write_claim(claim, rows) for claim in question.claims]
+    lines += ["", *_write_table(summarize(rows)), ""]
+    lines += [
+        f"![{question.title}]({prefix}{letter}.png)",
+        "",
+        f"All figures and settings: [{letter}.csv]({prefix}{letter}.csv).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _describe_run(rows: Sequence[Row], num_cells: int) -> str:
+    def name(key: str) -> str:
+        return ", ".join(sorted({str(row.record[key]) for row in rows}))
+
+    cells = len({tuple(row.cell.factors.items()) for row in rows})
+    seeds = len({row.cell.seed for row in rows})
+    unfinished = "" if len(rows) == num_cells else f" Unfinished: {len(rows)} of {num_cells} runs."
+    return (
+        f"{_count(cells, 'cell')}, {_count(seeds, 'seed')}, on {name('device')} in "
+        f"{name('dtype')}, torch {name('torch')}, commit {name('commit')}.{unfinished}"
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _write_claim(claim: Claim, rows: Sequence[Row]) -> str:
+    head = f"- {claim.text} ({claim.source}):"
+    found = decide(claim, rows)
+    if found is None:
+        return f"{head} **not tested**, its cells are missing."
+    score = found["score"]
+    others = "; ".join(
+        f"{metric.title} {write_estimate(found[name], metric, sign=True)}"
+        for name, metric in METRICS.items()
+    )
+    verdict, seeds = judge(score), _count(score.count, "seed")
+    return f"{head} **{verdict}**. Paired difference over {seeds}: {others}."
+
+
+def write_estimate(found: Estimate, metric: Metric, sign: bool = False) -> str:
+    """Write a mean with its interval, if it has one."""
+    mean = metric.write(found.mean, sign)
+    if math.isinf(found.low):
+        return f"{mean} (no interval)"
+    return f"{mean} ({metric.write(found.low, sign)} to {metric.write(found.high, sign)})"
+
+
+def _write_table(summary: Summary) -> list[str]:
+    metrics = dict(METRICS)
+    if any("data_score" in figures for _, figures in summary):
+        metrics["data_score"] = _DATA_SCORE
+    head = [*summary[0][0], *(metric.title for metric in metrics.values())]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for factors, figures in summary:
+        cells = [f"{value:g}" if isinstance(value, float) else str(value)
+                 for value in factors.values()]  # fmt: skip
+        for name, metric in metrics.items():
+            if name not in figures:
+                cells.append("")
+            elif name == "data_score":  # the same pictures for every seed
+                cells.append(metric.write(figures[name].mean))
+            else:
+                cells.append(write_estimate(figures[name], metric))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def put_into_page(page: Path, letter: str, text: str) -> None:
+    """Replace what a page says between the marks of a question.
+
+    Raises:
+        ValueError: If the page has no such marks.
+    """
+    begin, end = f"<!-- results of {letter} -->", f"<!-- end of {letter} -->"
+    before = page.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(before):
+        raise ValueError(
+            f"page {page} has no place for question {letter}; put {begin} and {end} on lines of "
+            "their own, or choose another --output"
+        )
+    after = pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", before)
+    write_atomic(page, after.encode())
