@@ -26,7 +26,7 @@ def check_plotting() -> None:
     """
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
-            "the study's plots need the package matplotlib: pip install 'urae[study]', in a clone "
+            "the study's plots need the package matplotlib: pip install matplotlib, or in a clone "
             "pip install -e '.[study]'"
         )
 

@@ -73,8 +73,8 @@ def write_report(config: StudyConfig, rows: Sequence[Row], num_cells: int) -> Pa
     question, folder, letter = QUESTIONS[config.question], config.output_dir, config.question
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{letter}.md"
-    write_atomic(folder / f"{letter}.csv", write_csv(rows).encode())
     if rows:
+        write_atomic(folder / f"{letter}.csv", write_csv(rows).encode())
         draw(question, summarize(rows), folder / f"{letter}.png")
     write_atomic(path, write_text(letter, question, rows, num_cells).encode())
     page = folder.with_suffix(".md")

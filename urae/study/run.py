@@ -1,7 +1,6 @@
 """A study: data sets first, then every cell that is not done, then the report."""
 
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -13,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import diffusers
 import torch
+import transformers
 from diffusers import FluxPipeline
 
 from urae.adapters.adapt import adapt, restore
@@ -32,8 +33,6 @@ from urae.study.starts import Start, prepare_start
 from urae.train import OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.record import find_commit
-
-logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 OnProgress = Callable[[int, int], None]
@@ -287,7 +286,7 @@ def _run_all(
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(threads,)
+        workers, context, initializer=_start_worker, initargs=(threads,)
     ) as pool:
         futures = [pool.submit(_work_on_gpu, work, number, item) for number, item in
                    enumerate(items)]  # fmt: skip
@@ -298,6 +297,12 @@ def _run_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _start_worker(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _work_on_gpu(work: Callable[[Item], None], number: int, item: Item) -> None:
