@@ -9,6 +9,7 @@ attention acts through hooks of the transformer and the mask that stock processo
 import inspect
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -118,7 +119,7 @@ class ResolutionPolicy:
             raise ValueError(f"{origin}: resolution policy: {where}: {first['msg']}") from error
 
 
-def read_base_policy(model_path: str | Path | None) -> ResolutionPolicy:
+def read_base_policy(model_path: str | os.PathLike[str] | None) -> ResolutionPolicy:
     """Return the policy that a base model's folder carries, else FLUX.1's.
 
     Args:

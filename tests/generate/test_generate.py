@@ -231,7 +231,7 @@ def test_models_that_are_none(settings, no_weights, tmp_path, content, message):
 def small_gpu(monkeypatch):
     """Estimates as for a GPU; the job itself runs on the CPU."""
 
-    def find_room(models, request, tiers, device):
+    def find_room(models, request, tiers, _ranks):
         return Room(list_estimates(models, request, 2**30, tiers), 2**30, 2**30)
 
     monkeypatch.setattr(job_module, "find_room", find_room)

@@ -5,6 +5,7 @@ from torch._dynamo.testing import CompileCounter
 import urae
 from urae.backbones.flux import build_meta_models, predict_velocity
 from urae.backbones.free_memory import free_bytes, vae_bytes
+from urae.backbones.ranks import Ranks
 from urae.generate.estimate import AUTO_TIERS, Request, Way, list_estimates
 from urae.generate.memory import (
     Room,
@@ -65,7 +66,7 @@ def test_nothing_that_fits(room):
 
 
 def test_without_a_gpu_nothing_is_chosen():
-    room = find_room({}, Request(4096, 4096), AUTO_TIERS, CPU)
+    room = find_room({}, Request(4096, 4096), AUTO_TIERS, Ranks(CPU))
     assert room.choose("auto") == Way("resident")
     assert room.choose("streamed") == Way("streamed")
     assert room.find_fallback(Way("resident")) is None

@@ -90,9 +90,7 @@ def adapt(
         check_fits(file, transformer)
     names = _name_adapters(files, adapter_names)
     _check_names_free(transformer, names)
-    if policy is None:
-        policies = [file.policy for file in files if file.policy is not None]
-        policy = policies[-1] if policies else read_base_policy(_path_of(pipe))
+    policy = choose_policy(policy, files, _path_of(pipe))
     build_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
     updates = compute_updates(
         files, lambda layers: open_original_weights(transformer, layers), device=pick_device()
@@ -114,6 +112,24 @@ def adapt(
     _adapted_pipes.add(pipe)
     logger.info("adapted with %s, %s", names or "no adapter", policy)
     return pipe
+
+
+def choose_policy(
+    policy: ResolutionPolicy | None,
+    adapters: Sequence[AdapterFile],
+    model_path: str | os.PathLike[str] | None,
+) -> ResolutionPolicy:
+    """Return a policy that was asked for, else the last adapter's, else the base's.
+
+    Args:
+        policy: What was asked for.
+        adapters: In order.
+        model_path: Of the base; as in `read_base_policy`.
+    """
+    if policy is not None:
+        return policy
+    policies = [file.policy for file in adapters if file.policy is not None]
+    return policies[-1] if policies else read_base_policy(model_path)
 
 
 def restore(pipe: Pipe) -> Pipe:

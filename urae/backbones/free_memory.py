@@ -1,5 +1,7 @@
 """What memory is free, and what the VAE may take of it."""
 
+import gc
+
 import psutil
 import torch
 
@@ -40,3 +42,10 @@ def vae_bytes(device: torch.device, free: int) -> int:
     """
     usable = int(USABLE * free)
     return min(usable, _VAE_BYTES) if device.type == "cuda" else usable
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -5,18 +5,24 @@ ones. Here the picture's maps are split into stripes of rows with what their con
 beyond them, group norms take statistics of the whole picture, and attention sees all of it: the
 result is that of the unsplit model to rounding. The stock modules do the computing; nothing in the
 VAE is replaced. `vae_plan` decides where to split.
+
+Several ranks decode one picture together: each makes a band of every map, and then has the others'
+bands sent. They hold the same maps and statistics as one rank with the same stripes.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from urae.backbones.ranks import find_least
 from urae.backbones.vae_chain import Unit, find_source_rows, scale_rows, split_rows
 from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
 
@@ -25,7 +31,11 @@ Moments = tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]
 
 @torch.no_grad()
 def decode(
-    vae: AutoencoderKL, latents: Float[Tensor, "b c h w"], *, max_bytes: int | None = None
+    vae: AutoencoderKL,
+    latents: Float[Tensor, "b c h w"],
+    *,
+    max_bytes: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, "b 3 height width"]:
     """Decode latents into pixels, split as far as `max_bytes` demands.
 
@@ -34,6 +44,8 @@ def decode(
         latents: As the VAE's encoder makes them (not those of the transformer), in its dtype and
             on the device where it is to run.
         max_bytes: What may be allocated beside the weights and the latents; None: any amount.
+        group: Ranks that call this with the same latents and share the work; the least of their
+            `max_bytes` counts, and all have the pixels.
 
     Returns:
         Pixels in about [-1, 1].
@@ -43,11 +55,14 @@ def decode(
     """
     batch, _, rows, columns = latents.shape
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if group is not None and max_bytes is not None:
+        (max_bytes,) = find_least([max_bytes], latents.device, group)
     plan = plan_decode(
         vae, factor * rows, factor * columns,
         max_bytes=max_bytes, batch=batch, device=latents.device, dtype=latents.dtype,
+        num_ranks=1 if group is None else dist.get_world_size(group),
     )  # fmt: skip
-    pixels: Tensor = apply_forward_hook(_decode)(vae, latents, plan)
+    pixels: Tensor = apply_forward_hook(_decode)(vae, latents, plan, group)
     return pixels
 
 
@@ -78,9 +93,11 @@ def encode(
 
 
 # run by accelerate's hook, which brings an offloaded VAE to the device
-def _decode(vae: AutoencoderKL, latents: Tensor, plan: VaePlan) -> Tensor:
+def _decode(
+    vae: AutoencoderKL, latents: Tensor, plan: VaePlan, group: ProcessGroup | None
+) -> Tensor:
     if not plan.whole:
-        return _run_segments(plan.segments, latents)
+        return _run_segments(plan.segments, latents, group)
     quant = vae.post_quant_conv
     pixels: Tensor = vae.decoder(latents if quant is None else quant(latents))
     return pixels
@@ -96,33 +113,74 @@ def _encode(vae: AutoencoderKL, pixels: Tensor, plan: VaePlan) -> Tensor:
 # --- segments -------------------------------------------------------------------------------------
 
 
-def _run_segments(segments: tuple[Segment, ...], kept: Tensor) -> Tensor:
+def _run_segments(
+    segments: tuple[Segment, ...], kept: Tensor, group: ProcessGroup | None = None
+) -> Tensor:
     for segment in segments:
+        stripes = _Stripes(segment.stripes, group)
         if segment.stripes == 1:
             kept = _run(segment.ops, kept)
         elif segment.ops[0].kind == "attention":
-            _attend(segment.ops[0].module, kept, segment.stripes)
+            _attend(segment.ops[0].module, kept, stripes)
         else:
-            kept = _run_stripes(segment, kept)
+            kept = _run_stripes(segment, kept, stripes)
     return kept
 
 
-def _run_stripes(segment: Segment, kept: Tensor) -> Tensor:
+class _Stripes:
+    """The stripes of a map, and which rank makes which: consecutive ones, as many as the others."""
+
+    def __init__(self, count: int, group: ProcessGroup | None = None) -> None:
+        self.count = count
+        self.group = group
+        self.num_ranks = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def split(self, rows: int) -> list[list[tuple[int, int]]]:
+        """Cut rows into stripes, by the rank that makes them; of few rows some ranks have none."""
+        stripes = list(split_rows(rows, self.count))
+        each = -(-len(stripes) // self.num_ranks)
+        return [stripes[rank * each : (rank + 1) * each] for rank in range(self.num_ranks)]
+
+    def split_own(self, rows: int) -> list[tuple[int, int]]:
+        """Return this rank's stripes."""
+        return self.split(rows)[self.rank]
+
+    def share(self, made: Float[Tensor, "b c h w"]) -> None:
+        """Fill in the rows that other ranks have made, a stripe at a time to save memory."""
+        if self.group is None:
+            return
+        for owner, stripes in enumerate(self.split(made.shape[2])):
+            for first, last in stripes:
+                rows = made[:, :, first:last].contiguous()
+                dist.broadcast(rows, group=self.group, group_src=owner)
+                made[:, :, first:last] = rows
+
+
+def _run_stripes(segment: Segment, kept: Tensor, stripes: _Stripes) -> Tensor:
     """Make the map after a segment from the one before it."""
-    ops, stripes = segment.ops, segment.stripes
+    ops = segment.ops
     moments: list[Moments] = []  # of the norms in it, one after the other
     for index, op in enumerate(ops):
         if op.kind == "norm":
             moments.append(_find_moments(ops[:index], op.module, kept, stripes, moments))
     made = kept if segment.in_place else kept.new_empty(len(kept), *segment.shape)
-    waiting = made[:, :, :0]
-    start = 0
-    for first, last in split_rows(segment.shape.rows, stripes):
+    waiting: tuple[int, Tensor] | None = None  # until the next stripe has read the rows beneath it
+    for first, last in stripes.split_own(segment.shape.rows):
         rows = _run_rows(ops, kept, first, last, moments)
-        made[:, :, start:first] = waiting
-        start, waiting = first, rows
-    made[:, :, start:] = waiting
+        _put(made, waiting)
+        waiting = first, rows
+    _put(made, waiting)
+    del waiting
+    stripes.share(made)
     return made
+
+
+def _put(made: Tensor, stripe: tuple[int, Tensor] | None) -> None:
+    """Put a stripe into its place in a map."""
+    if stripe is not None:
+        first, rows = stripe
+        made[:, :, first : first + rows.shape[2]] = rows
 
 
 def _run_rows(
@@ -160,21 +218,24 @@ def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tenso
 
 
 def _find_moments(
-    ops: Unit, norm: nn.GroupNorm, kept: Tensor, stripes: int, moments: list[Moments]
+    ops: Unit, norm: nn.GroupNorm, kept: Tensor, stripes: _Stripes, moments: list[Moments]
 ) -> Moments:
     """Find mean and variance of each group of what operations make of a map, in float32.
 
     Each channel of each stripe has its own mean and variance; the group's variance is their mean
     plus the variance of the means, so no large sums cancel.
     """
-    batch, stripe_moments, heights = len(kept), [], []
-    for first, last in split_rows(scale_rows(ops, kept.shape[2]), stripes):
-        stripe_moments.append(_find_channel_moments(_run_rows(ops, kept, first, last, moments)))
-        heights.append(last - first)
-    shares = torch.tensor(heights, device=kept.device) / sum(heights)
+    batch, rows = len(kept), scale_rows(ops, kept.shape[2])
+    places = list(split_rows(rows, stripes.count))
+    found = kept.new_zeros(2, batch, norm.num_channels, len(places), dtype=torch.float32)
+    for first, last in stripes.split_own(rows):
+        made = _run_rows(ops, kept, first, last, moments)
+        found[..., places.index((first, last))] = _find_channel_moments(made)
+    if stripes.group is not None:
+        dist.all_reduce(found, group=stripes.group)  # fills in what the others have found
+    shares = torch.tensor([last - first for first, last in places], device=kept.device) / rows
     # each b x groups x channels of a group x stripes
-    found = torch.stack(stripe_moments, dim=-1)
-    variances, means = found.reshape(2, batch, norm.num_groups, -1, len(heights))
+    variances, means = found.reshape(2, batch, norm.num_groups, -1, len(places))
     mean = (means * shares).sum(3).mean(2)
     variances = variances + (means - mean[:, :, None, None]).square()
     return mean, (variances * shares).sum(3).mean(2)
@@ -210,8 +271,11 @@ def _normalize(norm: nn.GroupNorm, rows: Tensor, moments: Moments) -> Tensor:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _attend(attention: Attention, kept: Tensor, stripes: int) -> None:
-    """Run the middle block's attention in place: all keys and values, queries in stripes."""
+def _attend(attention: Attention, kept: Tensor, stripes: _Stripes) -> None:
+    """Run the middle block's attention in place: all keys and values, queries in stripes.
+
+    Keys and values are little work beside the rest, and every rank makes all of them.
+    """
     batch, channels, height, width = kept.shape
     moments = _find_moments((), attention.group_norm, kept, stripes, [])
     keys, values = (kept.new_empty(batch, height * width, channels) for _ in range(2))
@@ -229,13 +293,14 @@ def _attend(attention: Attention, kept: Tensor, stripes: int) -> None:
         made: Tensor = attention.to_out[0](found.transpose(1, 2).flatten(2))
         return made.transpose(1, 2)
 
-    for first, last in split_rows(height, stripes):
+    for first, last in split_rows(height, stripes.count):
         place = slice(first * width, last * width)
         tokens = read(first, last)
         keys[:, place] = attention.to_k(tokens)
         values[:, place] = attention.to_v(tokens)
         del tokens
-    for first, last in split_rows(height, stripes):
+    for first, last in stripes.split_own(height):
         found = answer(attention.to_q(read(first, last)))
         kept[:, :, first:last] += found.view(batch, channels, last - first, width)
         del found
+    stripes.share(kept)

@@ -4,7 +4,8 @@ A map between two units of the chain is kept whole or not at all. From one kept 
 segment; it runs on the whole map, or in stripes of rows, each made from the kept map with as many
 rows more as its convolutions reach. A group norm on the way wants statistics of the whole picture,
 so a pass over all stripes of its own. Hence fewer kept maps are less memory and more work. The plan
-is the chain of segments of least work whose peak stays within a limit.
+is the chain of segments of least work whose peak stays within a limit. Several ranks share the
+stripes of a segment; what is not in stripes, each of them does.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class VaePlan:
     peak_bytes: int
     """The most that is allocated at once, beside the weights and the argument."""
     work: float
-    """Relative to the stock model's."""
+    """Of one rank, relative to the stock model's."""
 
     @property
     def whole(self) -> bool:
@@ -70,6 +71,7 @@ def plan_decode(
     batch: int = 1,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    num_ranks: int = 1,
 ) -> VaePlan:
     """Plan the decoding of pictures of `height` x `width` pixels.
 
@@ -81,6 +83,7 @@ def plan_decode(
         batch: Pictures at once.
         dtype: Of the maps; default: the VAE's.
         device: Where it will run; default: where the VAE is.
+        num_ranks: That do it together, each within `max_bytes`.
 
     Raises:
         MemoryError: If `max_bytes` does not suffice, however it is split.
@@ -88,7 +91,7 @@ def plan_decode(
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = Shape(vae.config.latent_channels, height // factor, width // factor)
-    costs = _Costs.of(batch, dtype or vae.dtype, device or vae.device)
+    costs = _Costs.of(batch, dtype or vae.dtype, device or vae.device, num_ranks)
     return _plan(list_decoder(vae), latents, costs, max_bytes, f"decoding {width} x {height}")
 
 
@@ -114,7 +117,8 @@ def _plan(
     """Find the segments: a shortest path from map to map."""
     stock_peak, stock_work = _measure_stock(blocks, shape, costs)
     stock_bytes = stock_peak * costs.number_bytes
-    if max_bytes is None or stock_bytes <= max_bytes:
+    max_bytes = stock_bytes if max_bytes is None else max_bytes
+    if costs.num_ranks == 1 and stock_bytes <= max_bytes:
         return VaePlan((), stock_bytes, 1.0)
     units = [unit for block in blocks for unit in block]
     shapes = [shape]
@@ -166,7 +170,7 @@ def _list_ways(
         yield _build_segment(ops, shapes[start], shapes[end], costs, first=start == 0)
     if not alone and any(op.kind == "attention" for op in ops):
         return
-    stripes = 2
+    stripes = max(2, costs.num_ranks)  # then doubled, so that all ranks have as many
     while stripes * _MIN_ROWS <= shapes[end].rows:
         yield _build_segment(ops, shapes[start], shapes[end], costs, stripes, first=start == 0)
         stripes *= 2
@@ -185,12 +189,16 @@ class _Costs:
     """Whether convolutions copy what they read and write: cuDNN, into another layout."""
     accumulator: float
     """What attention accumulates in float32, in sizes of its result."""
+    num_ranks: int
+    """That share the stripes."""
 
     @classmethod
-    def of(cls, batch: int, dtype: torch.dtype, device: torch.device) -> "_Costs":
+    def of(
+        cls, batch: int, dtype: torch.dtype, device: torch.device, num_ranks: int = 1
+    ) -> "_Costs":
         on_gpu = device.type not in ("cpu", "meta")
         accumulator = 4 / dtype.itemsize if on_gpu and dtype.itemsize < 4 else 0.0
-        return cls(batch * dtype.itemsize, on_gpu, accumulator)
+        return cls(batch * dtype.itemsize, on_gpu, accumulator, num_ranks)
 
 
 def _build_segment(
@@ -213,6 +221,7 @@ def _build_segment(
         in_place = source == shape and not first and -start <= height
         new += 0 if in_place else shape.size
     kept = 0 if first else source.size
+    work //= costs.num_ranks if stripes > 1 else 1
     return Segment(ops, shape, stripes, in_place, (kept + new) * costs.number_bytes, work)
 
 

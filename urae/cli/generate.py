@@ -1,5 +1,6 @@
 """`urae generate`: prompts to pictures."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,14 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+from urae.cli.launch import launch, wants_launch
+from urae.cli.terminal import (
+    Verbose,
+    build_progress,
+    console,
+    is_first_rank,
+    quiet_progress_bars,
+)
 
 
 class Memory(StrEnum):
@@ -79,11 +87,17 @@ def generate_command(
         list[str] | None,
         typer.Option(help="Something that makes it faster, NAME or NAME=STRENGTH; repeatable."),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of this host [dim](1; under torchrun as many as it starts)[/]."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Generate pictures; each PNG holds its prompt, seed, adapters, policy and versions."""
     texts = _read_prompts(prompt, prompts)
+    if gpus is not None and wants_launch(gpus):
+        return launch(gpus, sys.argv[1:])
     from urae.backbones.flux import find_native_side
     from urae.generate import GenerateConfig, Progress, generate
     from urae.geometry import parse_size
@@ -118,6 +132,8 @@ def generate_command(
             bar.update(task, description=name, completed=progress.step)
 
         paths = generate(config, on_progress=show)
+    if not is_first_rank():
+        return
     for path in paths:
         typer.echo(path)
     plural = "s" if len(paths) > 1 else ""

@@ -12,6 +12,7 @@ from urae import __version__
 from urae.cli.cache import cache_command
 from urae.cli.convert import convert_command
 from urae.cli.generate import generate_command
+from urae.cli.launch import hand_over, is_launched
 from urae.cli.miniature import miniature_app
 from urae.cli.plan import plan_app
 from urae.cli.study import study_command
@@ -79,6 +80,9 @@ def _fail(error: BaseException, code: int) -> None:
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if is_launched():
+        hand_over(error, message)
+        sys.exit(code)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("[bold red]error:[/]", Text(message))
     sys.exit(code)

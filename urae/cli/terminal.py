@@ -19,13 +19,20 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False)
 
 
+def is_first_rank() -> bool:
+    """Tell whether this process speaks for all: of several on one job, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_up_logging(verbose: bool) -> None:
     """Show this project's warnings, or everything with --verbose; libraries stay quiet."""
     handler = RichHandler(console=console, show_time=verbose, show_path=False, show_level=True)
     logging.basicConfig(level=logging.ERROR, handlers=[handler], format="%(message)s", force=True)
     logging.captureWarnings(True)
-    logging.getLogger("urae").setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger("urae.adapters.minor").setLevel(logging.INFO)  # it can take minutes
+    quiet = logging.WARNING if is_first_rank() else logging.ERROR
+    logging.getLogger("urae").setLevel(logging.INFO if verbose else quiet)
+    if is_first_rank():
+        logging.getLogger("urae.adapters.minor").setLevel(logging.INFO)  # it can take minutes
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
     if not verbose:
         # read when the libraries are first imported, which no command has done yet
@@ -64,5 +71,5 @@ def build_progress(*fields: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and is_first_rank()),
     )

@@ -1,6 +1,5 @@
 """`urae train`: a recipe and a folder of features to an adapter."""
 
-import os
 import time
 from collections import deque
 from pathlib import Path
@@ -15,7 +14,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from urae.cli.terminal import Verbose, console, quiet_progress_bars, set_up_logging
+from urae.cli.terminal import (
+    Verbose,
+    console,
+    is_first_rank,
+    quiet_progress_bars,
+    set_up_logging,
+)
 from urae.config import build_config, describe_fields, override, read_toml
 
 if TYPE_CHECKING:
@@ -36,7 +41,7 @@ class Display:
         self._recent: deque[StepReport] = deque(maxlen=_STEPS_IN_MEAN)
         self._last_line = time.monotonic()
         self._live = Live(Spinner("dots", "loading"), console=console, transient=True)
-        if console.is_terminal and os.environ.get("RANK", "0") == "0":
+        if console.is_terminal and is_first_rank():
             self._live.start()
 
     def close(self) -> None:
@@ -143,7 +148,7 @@ def train_command(
         result = train(config, on_step=display.show)
     finally:
         display.close()
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         return  # one process speaks for all
     if result.finished:
         text = f"{result.step} steps, adapter {result.adapter_path}{display.summarize()}"

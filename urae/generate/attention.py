@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import nn
 
 from urae.backbones.attention import CANDIDATES, backend, pick_attention
+from urae.backbones.context_parallel import find_degree, supports_context_parallel
 from urae.resolution import find_policy
 
 # those of diffusers that other packages bring, by package
@@ -40,9 +41,11 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
         if taken or is_local or not _decides(tokens.device):
             return
         length = tokens.shape[1] + kwargs["encoder_hidden_states"].shape[1]
-        config = transformer.config
-        shape = (len(tokens), length, config.num_attention_heads, config.attention_head_dim)
-        candidates = {name: backend(name) for name in list_candidates()}
+        config, degree = transformer.config, find_degree(transformer)
+        heads = config.num_attention_heads // degree  # of all tokens
+        shape = (len(tokens), length, heads, config.attention_head_dim)
+        names = [n for n in list_candidates() if degree == 1 or supports_context_parallel(n)]
+        candidates = {name: backend(name) for name in names}
         name = pick_attention(candidates, shape, tokens.dtype, tokens.device, backward=False)
         chosen.append(AttentionBackendName(name))
         for processor in processors:  # set_attention_backend would set it for the whole process

@@ -59,6 +59,8 @@ class Request:
     """Of all adapters' factors in bfloat16."""
     compiled: bool = False
     """Whether the blocks are compiled; quantised ones never are."""
+    num_ranks: int = 1
+    """GPUs that make the picture together, with all weights on each."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _estimate_decode(
     try:
         plan = plan_decode(
             vae, request.height, request.width,
-            max_bytes=max_bytes, dtype=torch.bfloat16, device=gpu,
+            max_bytes=max_bytes, dtype=torch.bfloat16, device=gpu, num_ranks=request.num_ranks,
         )  # fmt: skip
     except MemoryError:
         return Stage(weights, None)

@@ -1,6 +1,5 @@
 """The generation job: prompts in, PNG files out."""
 
-import gc
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -13,11 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from urae import __version__
 from urae.adapters.adapt import adapt
 from urae.adapters.files import resolve_adapter
 from urae.backbones import vae
+from urae.backbones.context_parallel import build_mesh, context_parallel
 from urae.backbones.flux import (
     build_meta_models,
     build_meta_transformer,
@@ -28,7 +30,8 @@ from urae.backbones.flux import (
     pick_dtype,
     read_text_tokens,
 )
-from urae.backbones.free_memory import free_bytes, vae_bytes
+from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
+from urae.backbones.ranks import Ranks, explain_lost_rank, join_ranks
 from urae.generate.chunks import token_chunks
 from urae.generate.config import GenerateConfig
 from urae.generate.estimate import (
@@ -43,6 +46,8 @@ from urae.generate.memory import (
     find_room,
     leave_quantized_out,
     list_tiers,
+    name_held,
+    name_way,
     place,
     stream_layers,
 )
@@ -51,12 +56,14 @@ from urae.generate.parts import EXACT, Part, find_bits
 from urae.generate.picture import picture_path, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
 from urae.generate.speed import pays_to_compile
+from urae.generate.spread import Spread, choose_spread, find_degrees
 from urae.geometry import num_image_tokens
 from urae.resolution import find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
 _SMALLER = "a smaller --size"
+_AGAIN = "start all of them again with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -85,22 +92,35 @@ def generate(
 ) -> list[Path]:
     """Generate pictures and write them as PNG files with their whole recipe inside.
 
+    In processes that torchrun has started, each with a GPU of its own, the pictures are spread over
+    them (`urae.generate.spread`), with the same names and seeds; all of them call this alike.
+
     Args:
         config: What to generate.
-        on_progress: Called after each denoising step.
+        on_progress: Called after each denoising step, by the first process only.
 
     Returns:
-        The files, in order.
+        The files, in order, those of all processes.
 
     Raises:
-        ValueError: If an adapter is damaged or for another base; before weights load.
+        ValueError: If an adapter is damaged or for another base, or the pictures leave GPUs idle;
+            before weights load.
         FileNotFoundError: If the model, an adapter or a LoRA is missing.
         FileExistsError: If a picture of that name exists and `overwrite` is off.
         ModuleNotFoundError: If the library of a quantised tier is not installed.
         MemoryError: If the device's memory does not suffice; says which `memory` to try. With
-            `auto` that is after one more try with less.
+            `auto` on one GPU that is after one more try with less.
+        ConnectionError: If another process is lost.
     """
-    seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
+    with explain_lost_rank(_AGAIN), join_ranks(pick_device()) as ranks:
+        return _generate(config, ranks, on_progress if ranks.rank == 0 else None)
+
+
+def _generate(
+    config: GenerateConfig, ranks: Ranks, on_progress: Callable[[Progress], None] | None
+) -> list[Path]:
+    drawn = random.SystemRandom().randrange(2**32)
+    seed = ranks.agree(drawn) if config.seed is None else config.seed
     jobs = [
         _Picture(picture_path(config.output_dir, index, prompt, seed + k), prompt, seed + k)
         for index, prompt in enumerate(config.prompts)
@@ -109,41 +129,49 @@ def generate(
     check_outputs([job.path for job in jobs], config.overwrite)
     model_path = fetch_model(config.model)
     sampling, adapter_bytes = _check_inputs(config, model_path)
-    device = pick_device()
-    pays = pays_to_compile(device, config.height, config.width, sampling.steps, len(jobs))
+    device = ranks.device
+    pays = pays_to_compile(
+        device, config.height, config.width, sampling.steps, len(jobs) / ranks.count
+    )
     compiled = pays or "compile" in config.parts
     parts = choose_parts(config.speed, config.parts, compiled=compiled)
+    meta = build_meta_models(model_path)
+    spread = Spread(len(jobs), 1)
+    if ranks.count > 1:
+        degrees = find_degrees(config, sampling, parts, meta["transformer"], model_path)
+        spread = choose_spread(len(jobs), ranks.count, degrees)
     request = Request(
-        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled
-    )
+        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled,
+        spread.least_degree,
+    )  # fmt: skip
     tiers = list_tiers(config.memory, model_path)
     if (bits := find_bits(parts)) is not None:
         check_quantization(bits, device, asked="--part")
         tiers = leave_quantized_out(tiers, config.memory, bits)
-    room = find_room(build_meta_models(model_path), request, tiers, device)
+    room = find_room(meta, request, tiers, ranks)
     way, written = room.choose(config.memory), list[Path]()
     check_quantization(way.tier, device)
     try:
-        _run(config, jobs, sampling, way, parts, device, written, on_progress)
-        return written
+        _run(config, jobs, sampling, way, parts, ranks, spread, written, on_progress)
+        return [job.path for job in jobs]
     except (torch.OutOfMemoryError, MemoryError) as error:
         fallback = room.find_fallback(way)
-        failed = _name_held(way, device)
-        if config.memory != "auto" or fallback is None:
+        failed = name_held(way, device)
+        if config.memory != "auto" or fallback is None or ranks.count > 1:
             other = fallback is not None and fallback.tier != way.tier
             remedy = f"--memory {fallback.tier}" if fallback and other else _SMALLER
             _explain(error, config, failed, remedy)
     # out of the handler, whose traceback keeps what the failed try held
     logger.warning(
         "the GPU's memory did not suffice with %s: trying once more with %s",
-        failed, _name(fallback),
+        failed, name_way(fallback),
     )  # fmt: skip
-    _release_memory(device)
+    release_memory(device)
     try:
-        _run(config, jobs, sampling, fallback, parts, device, written, on_progress)
+        _run(config, jobs, sampling, fallback, parts, ranks, spread, written, on_progress)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _explain(error, config, _name_held(fallback, device), _SMALLER)
-    return written
+        _explain(error, config, name_held(fallback, device), _SMALLER)
+    return [job.path for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -159,11 +187,16 @@ def _run(
     sampling: Sampling,
     way: Way,
     parts: Sequence[Part],
-    device: torch.device,
+    ranks: Ranks,
+    spread: Spread,
     written: list[Path],
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Load the model one way, and make the pictures that are not written yet."""
+    """Load the model one way, and make this rank's pictures that are not written yet."""
+    device = ranks.device
+    mesh = build_mesh(spread.degree, device) if spread.num_shared else None
+    shared, whole = spread.list_shared(ranks.rank), spread.list_whole(ranks.rank)
+    todo = [number for number in (*shared, *whole) if jobs[number].path not in written]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     inexact = [str(part) for part in parts if part.name not in EXACT]
@@ -179,26 +212,34 @@ def _run(
     if config.adapters or config.policy or _is_beyond_native(pipe, config, sampling):
         adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
-    embeds = _encode_prompts(pipe, config.prompts, sampling.max_sequence_length, device, way)
+    prompts = tuple(jobs[number].prompt for number in todo)
+    embeds = _encode_prompts(pipe, prompts, sampling.max_sequence_length, device, way)
     with token_chunks(pipe.transformer) if way.chunked else nullcontext():
         apply_parts(pipe, parts, device)
         place(pipe, way.tier, device)
-        for number, job in enumerate(jobs[len(written) :], start=len(written) + 1):
+        for number in todo:
 
             def report(
                 _: Any, step: int, __: Any, values: dict[str, Any], number: int = number
             ) -> dict[str, Any]:
                 if on_progress is not None:
-                    on_progress(Progress(number, len(jobs), step + 1, sampling.steps))
+                    on_progress(Progress(number + 1, len(jobs), step + 1, sampling.steps))
                 return values
 
-            image = _sample(pipe, embeds[job.prompt], job.seed, config, sampling, device, report)
+            job, with_others = jobs[number], mesh if number in shared else None
+            image = _sample(
+                pipe, embeds[job.prompt], job.seed, config, sampling, device, report, with_others
+            )
+            if with_others is not None and with_others.get_local_rank("ulysses") > 0:
+                continue  # one of the group writes it
             record = _describe(pipe, config, sampling, job.prompt, job.seed)
             names = [str(part) for part in parts]
             how = {"memory": way.tier, "chunked": way.chunked, "compiled": "compile" in names}
             record |= {**how, "speed": config.speed, "parts": names}
+            record["gpus"] = 1 if with_others is None else with_others.size()
             save_picture(job.path, image, record)
             written.append(job.path)
+    ranks.wait()
 
 
 def _check_inputs(config: GenerateConfig, path: Path) -> tuple[Sampling, int]:
@@ -265,7 +306,7 @@ def _encode_prompts(
         for prompt in dict.fromkeys(prompts)
     }
     pipe.register_modules(text_encoder=None, text_encoder_2=None)
-    _release_memory(device)
+    release_memory(device)
     return embeds
 
 
@@ -278,22 +319,30 @@ def _sample(
     sampling: Sampling,
     device: torch.device,
     on_step_end: Callable[..., dict[str, Any]],
+    mesh: DeviceMesh | None = None,
 ) -> Image.Image:
-    latents = pipe(
-        **embeds._asdict(),
-        height=config.height,
-        width=config.width,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    ).images
-    return decode(pipe, latents, config.height, config.width, device)
+    with nullcontext() if mesh is None else context_parallel(pipe.transformer, mesh):
+        latents = pipe(
+            **embeds._asdict(),
+            height=config.height,
+            width=config.width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=on_step_end,
+            output_type="latent",
+        ).images
+    group = None if mesh is None else mesh.get_group("ulysses")
+    return decode(pipe, latents, config.height, config.width, device, group)
 
 
 def decode(
-    pipe: FluxPipeline, tokens: torch.Tensor, height: int, width: int, device: torch.device
+    pipe: FluxPipeline,
+    tokens: torch.Tensor,
+    height: int,
+    width: int,
+    device: torch.device,
+    group: ProcessGroup | None = None,
 ) -> Image.Image:
     """Decode packed latents into a picture, exactly, in stripes where memory is short.
 
@@ -303,6 +352,7 @@ def decode(
         height: In pixels.
         width: In pixels.
         device: Where the VAE runs.
+        group: Ranks that have the same latents, and share the work.
 
     Raises:
         MemoryError: If there is no way within what is free.
@@ -313,7 +363,7 @@ def decode(
         torch.cuda.empty_cache()
     latents = latents.to(device, pipe.vae.dtype)
     max_bytes = vae_bytes(device, free_bytes(device))
-    pixels = vae.decode(pipe.vae, latents, max_bytes=max_bytes)
+    pixels = vae.decode(pipe.vae, latents, max_bytes=max_bytes, group=group)
     pipe.maybe_free_model_hooks()
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
     return image
@@ -340,18 +390,6 @@ def _describe(
     }
 
 
-def _name(way: Way) -> str:
-    return f"--memory {way.tier}" + (" in chunks of tokens" if way.chunked else "")
-
-
-def _name_held(way: Way, device: torch.device) -> str:
-    """Name a way with what it held on a GPU at its peak."""
-    if device.type != "cuda":
-        return _name(way)
-    held = torch.cuda.max_memory_allocated(device) / 2**30
-    return f"{_name(way)}, which held {held:.1f} GiB"
-
-
 def _explain(error: BaseException, config: GenerateConfig, failed: str, remedy: str) -> NoReturn:
     """Raise an error that says what was held and what fits; the VAE's own says so already."""
     if not isinstance(error, torch.OutOfMemoryError):
@@ -360,9 +398,3 @@ def _explain(error: BaseException, config: GenerateConfig, failed: str, remedy: 
         f"the GPU's memory does not suffice for {config.width} x {config.height} pixels with "
         f"{failed}; try {remedy}"
     ) from error
-
-
-def _release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

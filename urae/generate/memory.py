@@ -12,6 +12,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
+from urae.backbones.ranks import Ranks
 from urae.generate.estimate import (
     AUTO_TIERS,
     QUANTIZED,
@@ -106,20 +107,34 @@ class Room:
 
 
 def find_room(
-    models: Mapping[str, Any], request: Request, tiers: Sequence[Tier], device: torch.device
+    models: Mapping[str, Any], request: Request, tiers: Sequence[Tier], ranks: Ranks
 ) -> Room:
-    """Estimate what a picture takes beside what is free now.
+    """Estimate what a picture takes beside what is free now, where least is.
 
     Args:
         models: FLUX's four, with or without weights, by their names in the pipeline.
         request: What is to be made.
         tiers: To choose from.
-        device: Where.
+        ranks: The processes that make such pictures at the same time.
     """
-    free = free_bytes(device)
-    on_gpu = device.type == "cuda"
+    host_share = free_host_bytes() // ranks.local_count
+    free, host = ranks.least(free_bytes(ranks.device), host_share)
+    on_gpu = ranks.device.type == "cuda"
     estimates = list_estimates(models, request, free, tiers) if on_gpu else []
-    return Room(estimates, free, free_host_bytes())
+    return Room(estimates, free, host)
+
+
+def name_way(way: Way) -> str:
+    """Name a way as the command line does."""
+    return f"--memory {way.tier}" + (" in chunks of tokens" if way.chunked else "")
+
+
+def name_held(way: Way, device: torch.device) -> str:
+    """Name a way with what it held on a GPU at its peak."""
+    if device.type != "cuda":
+        return name_way(way)
+    held = torch.cuda.max_memory_allocated(device) / 2**30
+    return f"{name_way(way)}, which held {held:.1f} GiB"
 
 
 def place(pipe: FluxPipeline, tier: Tier, device: torch.device) -> None:

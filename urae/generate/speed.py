@@ -20,20 +20,20 @@ _PAYS_FROM_TOKEN_STEPS = 1_600_000
 _HOOK = "urae_compiled_forward"
 
 
-def is_long(height: int, width: int, steps: int, num_pictures: int) -> bool:
+def is_long(height: int, width: int, steps: int, num_pictures: float) -> bool:
     """Tell whether compiling the blocks would save more time than it takes, where it can be done.
 
     Args:
         height: Of a picture in pixels.
         width: Of a picture in pixels.
         steps: Denoising steps of a picture.
-        num_pictures: In this job.
+        num_pictures: In this job; of several GPUs, the share of each.
     """
     return num_image_tokens(height, width) * steps * num_pictures >= _PAYS_FROM_TOKEN_STEPS
 
 
 def pays_to_compile(
-    device: torch.device, height: int, width: int, steps: int, num_pictures: int
+    device: torch.device, height: int, width: int, steps: int, num_pictures: float
 ) -> bool:
     """Tell whether the blocks are to be compiled: on a GPU, in a long job, with a compiler.
 

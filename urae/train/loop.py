@@ -22,6 +22,7 @@ from urae.backbones.flux import (
     load_transformer,
     pick_dtype,
 )
+from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
 from urae.features.dataset import Sample, batch_for_step
 from urae.resolution import apply_policy, read_base_policy
@@ -37,10 +38,12 @@ from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
 from urae.train.output import StepReport, prepare_output
 from urae.train.preview import Previewer
-from urae.train.ranks import explain_lost_rank, warn_of_other_batch
+from urae.train.ranks import warn_of_other_batch
 from urae.train.recompute import count_tokens, prepare_blocks
 from urae.train.record import write_run
 from urae.train.state import build_state
+
+_AGAIN = "start all of them again with --resume"
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def train(
         head_dim=transformer.config.attention_head_dim,
         tokens=count_tokens(inputs.samples),
     )
-    with explain_lost_rank(), _enough_memory(), attention, catch_stop() as stop:
+    with explain_lost_rank(_AGAIN), _enough_memory(), attention, catch_stop() as stop:
         if state.step == 0:
             with _saved_on_failure(save):
                 monitor.measure(state)
