@@ -171,7 +171,6 @@ def _run_stripes(segment: Segment, kept: Tensor, stripes: _Stripes) -> Tensor:
         _put(made, waiting)
         waiting = first, rows
     _put(made, waiting)
-    del waiting
     stripes.share(made)
     return made
 

@@ -131,6 +131,6 @@ def choose_spread(num_pictures: int, num_ranks: int, degrees: Degrees) -> Spread
     smaller = (spread_pictures(num_pictures, n, degrees.allowed) for n in range(num_ranks, 0, -1))
     most = next(each.num_ranks for each in smaller if each.num_busy == each.num_ranks)
     raise ValueError(
-        f"{num_ranks} GPUs cannot share a picture, and the job has only {num_pictures}: "
+        f"a picture cannot be shared by {num_ranks} GPUs, and the job has only {num_pictures}: "
         f"{degrees.reason}; give --gpus {most}, or more pictures"
     )
