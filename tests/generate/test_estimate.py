@@ -1,13 +1,16 @@
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from torch import distributed
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from urae.backbones.context_parallel import build_mesh, context_parallel
 from urae.backbones.flux import build_meta_models, predict_velocity
 from urae.backbones.vae_plan import plan_decode
 from urae.generate.chunks import token_chunks
@@ -107,24 +110,46 @@ class FlashAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize(("kind", "blocks"), [(0, (3, 0)), (1, (0, 2))])
-def test_the_maps_are_those_of_the_stock_forward(chunked, kind, blocks):
-    """FLUX.1's blocks at 4096 x 4096 on the meta device."""
-    dual, single = blocks
+def track_maps(dual, single, chunked, mesh=None):
+    """Return the peak of FLUX.1's blocks at 4096 x 4096 on the meta device, in maps of tokens."""
     shapes = [(1, 16, 512, 512), (1,), (1, 512, 4096), (1, 768)]
-    with torch.device("meta"):
+    with torch.device("meta"), ExitStack() as stack:
         transformer = FluxTransformer2DModel(num_layers=dual, num_single_layers=single)
         torch.nn.Module.to(transformer, torch.bfloat16)
         inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
         tracker = Tracker()
         for tensor in [*inputs, *transformer.parameters()]:
             tracker.count(tensor.untyped_storage(), made=False)
-        with token_chunks(transformer) if chunked else nullcontext(), FlashAttention(), tracker:
+        if chunked:
+            stack.enter_context(token_chunks(transformer))
+        if mesh is not None:
+            stack.enter_context(context_parallel(transformer, mesh))
+        with FlashAttention(), tracker:
             predict_velocity(transformer, *inputs, 3.5)
-    maps = tracker.peak / (66_048 * 3072 * 2)
+    return tracker.peak / (66_048 * 3072 * 2)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("kind", "blocks"), [(0, (3, 0)), (1, (0, 2))])
+def test_the_maps_are_those_of_the_stock_forward(chunked, kind, blocks):
     wanted = (_CHUNKED if chunked else _WHOLE)[kind]
-    assert maps == pytest.approx(wanted, abs=0.3)
+    assert track_maps(*blocks, chunked) == pytest.approx(wanted, abs=0.3)
+
+
+@pytest.fixture
+def two_ranks():
+    """A process group whose other rank does not exist: what it sends means nothing."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield build_mesh(2, torch.device("cpu"))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather_tensor")  # diffusers' own
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("kind", "blocks"), [(0, (3, 0)), (1, (0, 2))])
+def test_of_two_ranks_each_holds_half_the_maps(chunked, kind, blocks, two_ranks):
+    wanted = (_CHUNKED if chunked else _WHOLE)[kind]
+    assert 2 * track_maps(*blocks, chunked, two_ranks) == pytest.approx(wanted, abs=0.3)
 
 
 def test_less_memory_tier_by_tier(flux):
@@ -173,3 +198,12 @@ def test_a_model_in_a_folder(bases):
     models = build_meta_models(bases["dev"])
     assert {m.device.type for m in models.values()} == {"meta"}
     assert estimate(models, Request(64, 64), Way("resident"), GIB).peak > 0
+
+
+def test_two_gpus_hold_half_the_activations_each(flux):
+    one, two = (
+        estimate(flux, Request(4096, 4096, num_ranks=n), Way("resident"), H200) for n in (1, 2)
+    )
+    assert two.sample.weights == one.sample.weights
+    assert two.sample.working == pytest.approx(one.sample.working / 2, rel=0.01)
+    assert two.decode.working <= 7 * GIB

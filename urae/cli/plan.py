@@ -37,6 +37,7 @@ def generate_command(
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="That make the picture together.")] = 1,
     verbose: Verbose = False,
 ) -> None:
     """Print what `urae generate` would take in GPU and host memory, by where weights live."""
@@ -53,9 +54,11 @@ def generate_command(
             steps=steps,
             memory=memory.value,
             gpu_bytes=None if gpu is None else parse_bytes(gpu),
+            gpus=gpus,
         )
     )
-    _show(found, f"{width} x {height} on a GPU of {_gib(found.gpu_bytes)} GiB")
+    where = "a GPU" if gpus == 1 else f"each of {gpus} GPUs"
+    _show(found, f"{width} x {height} on {where} of {_gib(found.gpu_bytes)} GiB")
 
 
 def _show(plan: "Plan", title: str) -> None:

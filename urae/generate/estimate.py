@@ -32,7 +32,8 @@ _NUMBER_BYTES = 2  # bfloat16, as on any GPU
 _QUANTIZED_BYTES: dict[Tier, float] = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 # maps of tokens x channels in bfloat16 that are alive at the peak, in a double and in a single
-# block; the first two as tests/generate/test_estimate.py tracks them in the stock forward
+# block; the first two as tests/generate/test_estimate.py tracks them in the stock forward, of one
+# rank or several, of which each has its share of the tokens
 _WHOLE, _CHUNKED = (13, 17), (12, 13)
 # 26.5 GiB with 22.2 of weights for a forward at 4096^2 (docs/performance.md)
 _COMPILED = (11, 11)
@@ -185,8 +186,9 @@ def _list_sampling(
     tokens = num_image_tokens(request.height, request.width) + request.text_tokens
     config = transformer.config
     channels = config.num_attention_heads * config.attention_head_dim
-    one_map = tokens * channels * _NUMBER_BYTES
-    rope_tables = tokens * config.attention_head_dim * 2 * 4  # cos and sin in float32
+    own_tokens = -(-tokens // request.num_ranks)
+    one_map = own_tokens * channels * _NUMBER_BYTES
+    rope_tables = own_tokens * config.attention_head_dim * 2 * 4  # cos and sin in float32
     compiled = _is_compiled(request, way.tier)
     maps = _COMPILED if compiled else _CHUNKED if way.chunked else _WHOLE
     kinds = (transformer.transformer_blocks, transformer.single_transformer_blocks)

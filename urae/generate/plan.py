@@ -9,7 +9,8 @@ from urae.generate.estimate import Estimate, Request, list_estimates
 from urae.generate.inputs import check_adapters, default_sampling
 from urae.generate.memory import Memory, list_tiers
 from urae.generate.speed import is_long
-from urae.geometry import check_size
+from urae.generate.spread import choose_spread, degrees_of
+from urae.geometry import check_size, num_image_tokens
 
 _UNITS = {"": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
@@ -32,6 +33,8 @@ class PlanConfig:
     """A tier, or all that `auto` chooses from."""
     gpu_bytes: int | None = None
     """Of the GPU to plan for; by default what is free on this machine's."""
+    gpus: int = 1
+    """That make the picture together; the plan is for each of them."""
 
     def __post_init__(self) -> None:
         check_size(self.height, self.width)
@@ -39,6 +42,8 @@ class PlanConfig:
             raise ValueError(f"steps {self.steps} must be at least 1")
         if self.gpu_bytes is not None and self.gpu_bytes < 1:
             raise ValueError(f"GPU memory of {self.gpu_bytes} bytes must be more than 0")
+        if self.gpus < 1:
+            raise ValueError(f"gpus {self.gpus} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def plan(config: PlanConfig) -> Plan:
         config: What to plan for.
 
     Raises:
-        ValueError: If an adapter is damaged or for another base, or there is no GPU to plan for.
+        ValueError: If an adapter is damaged or for another base, there is no GPU to plan for, or so
+            many cannot share a picture.
         FileNotFoundError: If the model or an adapter is missing.
     """
     device = pick_device()
@@ -76,10 +82,15 @@ def plan(config: PlanConfig) -> Plan:
     models = build_meta_models(config.model)
     adapter_bytes = check_adapters(config.adapters, (), models["transformer"])
     sampling = default_sampling(models["transformer"])
-    compiled = is_long(config.height, config.width, config.steps or sampling.steps, 1)
+    image_tokens = num_image_tokens(config.height, config.width)
+    degrees = degrees_of(models["transformer"], image_tokens, sampling.max_sequence_length)
+    choose_spread(1, config.gpus, degrees)
+    steps = config.steps or sampling.steps
+    compiled = is_long(config.height, config.width, steps, 1 / config.gpus)
     request = Request(
-        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled
-    )
+        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled,
+        config.gpus,
+    )  # fmt: skip
     tiers = list_tiers(config.memory, config.model)
     tiers = tiers if config.memory == "auto" else (config.memory,)
     best = []

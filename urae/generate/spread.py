@@ -106,7 +106,12 @@ def find_degrees(
     image_tokens = num_image_tokens(config.height, config.width)
     if policy.attention == "local" and image_tokens > policy.native_side**2:
         return Degrees([1], "local attention needs all of a picture's tokens on one")
-    heads, text_tokens = transformer.config.num_attention_heads, sampling.max_sequence_length
+    return degrees_of(transformer, image_tokens, sampling.max_sequence_length)
+
+
+def degrees_of(transformer: FluxTransformer2DModel, image_tokens: int, text_tokens: int) -> Degrees:
+    """Find how many ranks can share a picture where nothing but its size matters."""
+    heads = transformer.config.num_attention_heads
     return Degrees(
         list_degrees(heads, image_tokens, text_tokens),
         f"its {heads} heads, {image_tokens} image tokens and {text_tokens} text tokens must be "
@@ -119,7 +124,7 @@ def choose_spread(num_pictures: int, num_ranks: int, degrees: Degrees) -> Spread
 
     Args:
         num_pictures: All of one size.
-        num_ranks: At least 2.
+        num_ranks: How many there are.
         degrees: How many can share a picture.
 
     Raises:
