@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import stopwatch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,11 +69,34 @@ def random_inputs(transformer: Any, bench: Bench, side: int) -> tuple[Tensor, ..
     return latents, sigma, *text
 
 
-def run_urae(bench: Bench, *arguments: str) -> dict[str, Any]:
-    """Run a `urae` command in its own process, watched, and return its figures."""
+@torch.no_grad()
+def time_forwards(transformer: Any, bench: Bench, side: int, count: int) -> list[float]:
+    """Time forwards at a size, after one that is not counted."""
+    from urae.backbones.flux import predict_velocity
+
+    inputs = random_inputs(transformer, bench, side)
+    found = []
+    for index in range(count + 1):
+        with stopwatch() as seconds:
+            velocity = predict_velocity(transformer, *inputs, 3.5)
+        assert velocity.isfinite().all(), "the forward is not finite"
+        if index:
+            found.append(seconds())
+    return found
+
+
+def torchrun(num_processes: int) -> list[str]:
+    """Return the words before a script that is to run in several processes."""
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*module, "--nproc-per-node", str(num_processes)]
+
+
+def run_urae(bench: Bench, *arguments: str, gpus: int = 1) -> dict[str, Any]:
+    """Run a `urae` command in a process a GPU, watched, and return the first one's figures."""
     figures = bench.work / "figures.json"
     figures.unlink(missing_ok=True)
     print("$ urae", shlex.join(arguments), flush=True)
-    watch = [sys.executable, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
+    start = [sys.executable] if gpus == 1 else torchrun(gpus)
+    watch = [*start, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
     subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
     return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}

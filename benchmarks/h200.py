@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RANK, ROOT, Bench, random_inputs, run_urae
-from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwatch, synchronize
+from bench import RANK, ROOT, Bench, run_urae, time_forwards
+from measure import describe_machine, find_commit, peak_gib, reset_peak, synchronize
 from report import write_report
 from training import ADAPTERS, WAYS, measure_train, measure_train_stock
+from two_gpus import measure_forward_two_gpus
 
 sys.path.insert(0, str(ROOT))
 
@@ -165,22 +166,6 @@ def measure_forward(bench: Bench) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def time_forwards(transformer: Any, bench: Bench, side: int, count: int) -> list[float]:
-    """Time forwards at a size, after one that is not counted."""
-    from urae.backbones.flux import predict_velocity
-
-    inputs = random_inputs(transformer, bench, side)
-    found = []
-    for index in range(count + 1):
-        with stopwatch() as seconds:
-            velocity = predict_velocity(transformer, *inputs, 3.5)
-        assert velocity.isfinite().all(), "the forward is not finite"
-        if index:
-            found.append(seconds())
-    return found
-
-
 def measure_generate_2k(bench: Bench) -> dict[str, Any]:
     """Generate 2048 x 2048 end to end from the command line, with a 2K LoRA."""
     return {"2K LoRA": generate(bench, 2048, [bench.lora], steps=28)}
@@ -197,18 +182,36 @@ def measure_generate_4k_offload(bench: Bench) -> dict[str, Any]:
     return {"the same, offloaded": generate(bench, 4096, adapters, steps=2, memory="offload")}
 
 
+def measure_generate_4k_two_gpus(bench: Bench) -> dict[str, Any]:
+    """Generate 4096 x 4096 on one GPU, then on two."""
+    adapters = [bench.lora, bench.minor]
+    return {
+        f"the same, {'one GPU' if gpus == 1 else 'two GPUs'}": generate(
+            bench, 4096, adapters, steps=28, gpus=gpus
+        )
+        for gpus in (1, 2)
+    }
+
+
 def generate(
-    bench: Bench, side: int, adapters: list[Path], *, steps: int, memory: str = "auto"
+    bench: Bench,
+    side: int,
+    adapters: list[Path],
+    *,
+    steps: int,
+    memory: str = "auto",
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """Generate one picture and describe it and what it took."""
     steps = min(steps, 4) if bench.tiny else steps
-    folder = bench.output / "pictures" / f"{side}-{memory}"
+    folder = bench.output / "pictures" / f"{side}-{memory}-{gpus}"
     figures = run_urae(
         bench,
         *("generate", PROMPT, "--model", str(bench.base), "--size", str(bench.side(side))),
         *(word for path in adapters for word in ("--adapter", str(path))),
         *("--steps", str(steps), "--guidance", "3.5", "--seed", "0"),
         *("--memory", memory, "--output", str(folder), "--overwrite"),
+        gpus=gpus,
     )
     (picture,) = folder.glob("*.png")
     description = describe_picture(picture)
@@ -225,7 +228,7 @@ def describe_picture(path: Path) -> dict[str, Any]:
     Image.MAX_IMAGE_PIXELS = None
     with Image.open(path) as image:
         contrast = sum(ImageStat.Stat(image.resize((256, 256))).stddev) / 3
-        text = {key: str(image.info.get(key)) for key in ("memory", "compiled")}
+        text = {key: str(image.info.get(key)) for key in ("memory", "compiled", "gpus")}
         return {"pixels": list(image.size), "contrast": round(contrast, 1), **text}
 
 
@@ -247,7 +250,10 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     },
     "generate_4k": measure_generate_4k,
     "generate_4k_offload": measure_generate_4k_offload,
+    "forward_two_gpus": measure_forward_two_gpus,
+    "generate_4k_two_gpus": measure_generate_4k_two_gpus,
 }
+TWO_GPUS = ("forward_two_gpus", "generate_4k_two_gpus")
 
 
 def run_part(bench: Bench, name: str, command: str) -> None:
@@ -274,7 +280,7 @@ def main() -> None:
     """Run the parts asked for, several of them each in a process of its own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("flux-dev", "tiny"), default="flux-dev")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="default: all that can run")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmark")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark-work")
     parser.add_argument("--commit", help="name it where there is no git checkout to ask")
@@ -282,6 +288,9 @@ def main() -> None:
     bench = Bench(arguments.shape, arguments.output.resolve(), arguments.work.resolve())
     if not bench.tiny and bench.device.type != "cuda":
         parser.error("the full shape needs a CUDA device; try --shape tiny")
+    if arguments.parts is None:
+        can_share = bench.tiny or torch.cuda.device_count() >= 2
+        arguments.parts = [name for name in PARTS if can_share or name not in TWO_GPUS]
     for folder in (bench.output, bench.work):
         folder.mkdir(parents=True, exist_ok=True)
     # minor components are found once, by this benchmark and not by an earlier run of something

@@ -12,6 +12,8 @@ REFERENCE_FORWARD_GIB, STOCK_FORWARD_GIB = 28.3, 28.7
 # seconds and GiB of a training step
 REFERENCE_STEP = {2048: (3.56, 30.4), 4096: (31.9, 54.1)}
 STOCK_STEP = (4.41, 30.1)
+# times that two GPUs are to be faster than one
+TWO_GPUS = (1.8, 1.92)
 
 
 def write_report(folder: Path, parts: list[str]) -> None:
@@ -43,6 +45,8 @@ def write_report(folder: Path, parts: list[str]) -> None:
     results = {name: record["result"] for name, record in found.items()}
     if "forward" in results:
         lines += ["", *table_forward(tiny, results["forward"])]
+    if "forward_two_gpus" in results:
+        lines += ["", *table_two_gpus(results["forward_two_gpus"])]
     for side, start in ((2048, ("train_stock", "train_2k")), (4096, ("train_4k",))):
         rows = {}
         for part, measured in results.items():
@@ -87,6 +91,17 @@ def table_forward(tiny: bool, result: dict[str, Any]) -> list[str]:
         ours, stock = (result[f"{who}, 2K LoRA"][str(side)]["seconds"] for who in ("urae", "stock"))
         ratios.append(f"{ours / stock:.3f} at {side}^2")
     return [*lines, "", f"urae's time over stock's, the same LoRA attached: {', '.join(ratios)}."]
+
+
+def table_two_gpus(result: dict[str, Any]) -> list[str]:
+    """List seconds of one forward on one GPU and on two, and how many times faster two are."""
+    rows = [
+        [f"{side}^2", entry["one"], entry["two"], entry["one"] / entry["two"], entry["difference"]]
+        for side, entry in result.items()
+    ]
+    header = ["one forward, 2K LoRA", "one GPU, s", "two, s", "times faster", "relative difference"]
+    must, target = TWO_GPUS
+    return [*table(header, rows), "", f"At 4096^2 {must} times is a must, {target} the target."]
 
 
 def table_train(tiny: bool, side: int, runs: dict[str, Any]) -> list[str]:

@@ -96,7 +96,8 @@ def main() -> None:
     try:
         runpy.run_module("urae", run_name="__main__")
     finally:
-        path.write_text(json.dumps(watch.report(), indent=1))
+        if os.environ.get("RANK", "0") == "0":  # of several on one job, the first
+            path.write_text(json.dumps(watch.report(), indent=1))
 
 
 def _find(dotted: str) -> Any:
