@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from torch import multiprocessing
+from torch._dynamo.utils import counters
 
 from urae.backbones import vae
 from urae.backbones.context_parallel import build_mesh, context_parallel
@@ -24,6 +25,7 @@ from urae.backbones.vae_plan import plan_decode
 from urae.generate import GenerateConfig, generate
 from urae.generate.chunks import token_chunks
 from urae.generate.memory import stream_blocks
+from urae.generate.speed import compile_blocks
 from urae.geometry import build_image_ids, build_text_ids
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train.output import find_previews
@@ -109,6 +111,29 @@ def test_two_ranks_make_the_forward_of_one(tmp_path, rel):
                 assert torch.equal(together, alone)
             else:
                 assert rel(together, alone) < (1e-5 if "fp32" in name else 1e-2), name
+
+
+def compile_and_share(ranks, folder: Path) -> None:
+    mesh = build_mesh(2, ranks.device)
+    transformer = load_transformer(GOLDEN / "base_dev", dtype=torch.float32)
+    apply_policy(transformer, ResolutionPolicy())
+    inputs = build_inputs(torch.float32)
+    with torch.no_grad():
+        alone = transformer(**inputs, return_dict=False)[0]
+        compile_blocks(transformer)
+        with context_parallel(transformer, mesh):
+            together = 1.0 * transformer(**inputs, return_dict=False)[0]
+        again = transformer(**inputs, return_dict=False)[0]
+    torch.save((alone, together, again), folder / f"{ranks.rank}.pt")
+    assert not counters["graph_break"]
+
+
+def test_compiled_blocks_are_shared(tmp_path, rel):
+    in_two(compile_and_share, tmp_path)
+    for rank in range(2):
+        alone, together, again = torch.load(tmp_path / f"{rank}.pt")
+        assert rel(together, alone) < 1e-5
+        assert rel(again, alone) < 1e-5
 
 
 def refuse_backend(ranks) -> None:

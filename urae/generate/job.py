@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from urae import __version__
 from urae.adapters.adapt import adapt
@@ -53,7 +52,7 @@ from urae.generate.memory import (
 )
 from urae.generate.optimize import apply_parts, choose_parts
 from urae.generate.parts import EXACT, Part, find_bits
-from urae.generate.picture import picture_path, save_picture
+from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
 from urae.generate.speed import pays_to_compile
 from urae.generate.spread import Spread, choose_spread, find_degrees
@@ -121,11 +120,7 @@ def _generate(
 ) -> list[Path]:
     drawn = random.SystemRandom().randrange(2**32)
     seed = ranks.agree(drawn) if config.seed is None else config.seed
-    jobs = [
-        _Picture(picture_path(config.output_dir, index, prompt, seed + k), prompt, seed + k)
-        for index, prompt in enumerate(config.prompts)
-        for k in range(config.num_images)
-    ]
+    jobs = list_pictures(config.prompts, config.num_images, seed, config.output_dir)
     check_outputs([job.path for job in jobs], config.overwrite)
     model_path = fetch_model(config.model)
     sampling, adapter_bytes = _check_inputs(config, model_path)
@@ -174,16 +169,9 @@ def _generate(
     return [job.path for job in jobs]
 
 
-@dataclass(frozen=True)
-class _Picture:
-    path: Path
-    prompt: str
-    seed: int
-
-
 def _run(
     config: GenerateConfig,
-    jobs: list[_Picture],
+    jobs: Sequence[Picture],
     sampling: Sampling,
     way: Way,
     parts: Sequence[Part],
@@ -214,10 +202,17 @@ def _run(
     _load_loras(pipe, config.loras)
     prompts = tuple(jobs[number].prompt for number in todo)
     embeds = _encode_prompts(pipe, prompts, sampling.max_sequence_length, device, way)
-    with token_chunks(pipe.transformer) if way.chunked else nullcontext():
+    with token_chunks(pipe.transformer) if way.chunked else nullcontext(), ExitStack() as sharing:
         apply_parts(pipe, parts, device)
         place(pipe, way.tier, device)
+        group = None
+        if mesh is not None:
+            sharing.enter_context(context_parallel(pipe.transformer, mesh))
+            group = mesh.get_group("ulysses")
         for number in todo:
+            if number not in shared:  # they come first
+                sharing.close()
+                group = None
 
             def report(
                 _: Any, step: int, __: Any, values: dict[str, Any], number: int = number
@@ -226,17 +221,17 @@ def _run(
                     on_progress(Progress(number + 1, len(jobs), step + 1, sampling.steps))
                 return values
 
-            job, with_others = jobs[number], mesh if number in shared else None
+            job = jobs[number]
             image = _sample(
-                pipe, embeds[job.prompt], job.seed, config, sampling, device, report, with_others
+                pipe, embeds[job.prompt], job.seed, config, sampling, device, report, group
             )
-            if with_others is not None and with_others.get_local_rank("ulysses") > 0:
+            if group is not None and group.rank() > 0:
                 continue  # one of the group writes it
             record = _describe(pipe, config, sampling, job.prompt, job.seed)
             names = [str(part) for part in parts]
             how = {"memory": way.tier, "chunked": way.chunked, "compiled": "compile" in names}
             record |= {**how, "speed": config.speed, "parts": names}
-            record["gpus"] = 1 if with_others is None else with_others.size()
+            record["gpus"] = 1 if group is None else group.size()
             save_picture(job.path, image, record)
             written.append(job.path)
     ranks.wait()
@@ -319,20 +314,18 @@ def _sample(
     sampling: Sampling,
     device: torch.device,
     on_step_end: Callable[..., dict[str, Any]],
-    mesh: DeviceMesh | None = None,
+    group: ProcessGroup | None = None,
 ) -> Image.Image:
-    with nullcontext() if mesh is None else context_parallel(pipe.transformer, mesh):
-        latents = pipe(
-            **embeds._asdict(),
-            height=config.height,
-            width=config.width,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=on_step_end,
-            output_type="latent",
-        ).images
-    group = None if mesh is None else mesh.get_group("ulysses")
+    latents = pipe(
+        **embeds._asdict(),
+        height=config.height,
+        width=config.width,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=on_step_end,
+        output_type="latent",
+    ).images
     return decode(pipe, latents, config.height, config.width, device, group)
 
 

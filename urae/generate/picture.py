@@ -3,7 +3,8 @@
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,26 @@ from PIL.PngImagePlugin import PngInfo
 from urae.storage import write_atomic
 
 _SLUG_LENGTH = 48
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to be made."""
+
+    path: Path
+    prompt: str
+    seed: int
+
+
+def list_pictures(
+    prompts: Sequence[str], num_images: int, seed: int, output_dir: Path
+) -> list[Picture]:
+    """List a job's pictures in order: of each prompt `num_images`, with rising seeds."""
+    return [
+        Picture(picture_path(output_dir, index, prompt, seed + k), prompt, seed + k)
+        for index, prompt in enumerate(prompts)
+        for k in range(num_images)
+    ]
 
 
 def picture_path(output_dir: Path, index: int, prompt: str, seed: int) -> Path:
