@@ -134,7 +134,7 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     """Return the arguments of each `urae` command line, with the page's name."""
     found = []
     for page, words in shell_commands():
-        if words[:2] == ["accelerate", "launch"]:
+        if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
             words = words[words.index("-m") + 1 :]
         if words[0] == "urae":
             found.append((page, tuple(words[1:])))
@@ -163,6 +163,8 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
     monkeypatch.setattr("urae.adapters.convert.convert", stand_in("convert", Path("out")))
     monkeypatch.setattr("urae.generate.generate", stand_in("generate", [Path("a.png")]))
+    monkeypatch.setattr("urae.cli.generate.launch", stand_in("generate", None))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
     study = StudyResult(1, 1, Path("a.md"))
     monkeypatch.setattr("urae.study.run_study", stand_in("study", study))
@@ -204,7 +206,7 @@ def test_all_four_jobs_have_commands_in_the_readme():
 def test_make_targets_and_scripts_exist():
     makefile = (ROOT / "Makefile").read_text()
     for _, words in shell_commands():
-        assert words[0] in {"urae", "accelerate", "make", "python", "pip"}
+        assert words[0] in {"urae", "accelerate", "torchrun", "make", "python", "pip"}
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
         if words[0] == "python":

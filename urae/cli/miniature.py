@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
-from urae.cli.terminal import Verbose, console, quiet_progress_bars
+from urae.cli.terminal import Verbose, console, is_first_rank, quiet_progress_bars
 
 miniature_app = typer.Typer(no_args_is_help=True)
 
@@ -59,15 +59,13 @@ def train_command(
 ) -> None:
     """Train one stage; a GPU is wanted."""
     import logging
-    import os
 
     from urae.miniature.stages import train_stage
 
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
+    if is_first_rank():
         logging.getLogger("urae.miniature").setLevel(logging.INFO)
     path = train_stage(stage.value, recipe, work, max_seconds=60 * max_minutes, commit=commit)
-    if not first:
+    if not is_first_rank():
         return
     if path is None:
         console.print("[yellow]stopped:[/] run the same command to go on")
