@@ -97,6 +97,7 @@ def test_a_process_hands_its_error_over(monkeypatch, tmp_path, capsys):
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "urae-gpus")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.setattr(os, "_exit", sys.exit)
     assert run_main(monkeypatch, "generate", "a", "--size", "17") == 2
     assert json.loads(path.read_text())["message"].startswith("height 17 is not a positive mult")
     assert capsys.readouterr().err == ""

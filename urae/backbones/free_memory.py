@@ -1,6 +1,7 @@
 """What memory is free, and what the VAE may take of it."""
 
 import gc
+import os
 
 import psutil
 import torch
@@ -26,8 +27,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Return the host's free memory."""
-    return int(psutil.virtual_memory().available)
+    """Return the host's free memory; where torchrun has started several processes, their share."""
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def vae_bytes(device: torch.device, free: int) -> int:

@@ -13,6 +13,7 @@ from torch.distributed import DistError, ProcessGroup
 
 T = TypeVar("T")
 
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # as torchrun sets them
 # of any wait for one another, which can be as long as a picture takes: whoever started the
 # processes ends all of them when one is lost
 _TIMEOUT = timedelta(days=1)
@@ -32,8 +33,6 @@ class Ranks:
     """Of this process."""
     rank: int = 0
     count: int = 1
-    local_count: int = 1
-    """On this host."""
 
     def agree(self, value: T) -> T:
         """Return rank 0's value, which pickles."""
@@ -65,12 +64,11 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     Raises:
         ValueError: If there are more processes on this host than GPUs.
     """
-    count, local_count = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if count == 1:
+    if any(name not in os.environ for name in _NAMES) or os.environ["WORLD_SIZE"] == "1":
         yield Ranks(device)
         return
     if device.type == "cuda":
-        check_gpus(local_count)
+        check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
@@ -81,7 +79,7 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=_TIMEOUT, device_id=device if on_gpu else None
         )
-    yield Ranks(device, dist.get_rank(), count, local_count)
+    yield Ranks(device, dist.get_rank(), dist.get_world_size())
     if own:  # after an error the others may be gone, and the process ends anyway
         dist.destroy_process_group()
 

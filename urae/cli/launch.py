@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -85,12 +85,16 @@ def is_launched() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
 
 
-def hand_over(error: BaseException, message: str) -> None:
-    """Leave an error of this process for `launch` to show."""
+def hand_over(error: BaseException, message: str, code: int) -> NoReturn:
+    """Leave an error of this process for `launch` to show, and end it.
+
+    At once: tidying up could wait for processes that wait for this one.
+    """
     from urae.storage import write_atomic
 
     data = {_MESSAGE: message, _LOST: isinstance(error, ConnectionError)}
     write_atomic(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(data).encode())
+    os._exit(code)
 
 
 def _explain(failures: Iterable["ProcessFailure"]) -> ValueError | ChildProcessError:

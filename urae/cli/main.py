@@ -81,8 +81,7 @@ def _fail(error: BaseException, code: int) -> None:
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if is_launched():
-        hand_over(error, message)
-        sys.exit(code)
+        hand_over(error, message, code)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("[bold red]error:[/]", Text(message))
     sys.exit(code)

@@ -117,8 +117,7 @@ def find_room(
         tiers: To choose from.
         ranks: The processes that make such pictures at the same time.
     """
-    host_share = free_host_bytes() // ranks.local_count
-    free, host = ranks.least(free_bytes(ranks.device), host_share)
+    free, host = ranks.least(free_bytes(ranks.device), free_host_bytes())
     on_gpu = ranks.device.type == "cuda"
     estimates = list_estimates(models, request, free, tiers) if on_gpu else []
     return Room(estimates, free, host)
