@@ -1,18 +1,15 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
 import math
-import os
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from diffusers import FluxPipeline
-from torch import distributed
 
 from urae import __version__
 from urae.backbones.flux import pick_device
+from urae.backbones.ranks import join_ranks
 from urae.miniature.autoencoder import train_vae
 from urae.miniature.flow import train_flow, train_four_steps, train_guided
 from urae.miniature.loop import StageRun
@@ -79,26 +76,13 @@ def train_stage(
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
     work_dir.mkdir(parents=True, exist_ok=True)
-    with _join_ranks() as (rank, num_ranks):
-        run = StageRun(work_dir, recipe.seed, metadata, pick_device(), max_seconds, rank, num_ranks)
-        return run.file(name) if STAGES[name](recipe, run) else None
-
-
-@contextmanager
-def _join_ranks() -> Iterator[tuple[int, int]]:
-    """Join the processes that torchrun has started, if it has, each on its own GPU."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks == 1:
-        yield 0, 1
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield distributed.get_rank(), num_ranks
-        distributed.barrier()  # the file is whole when any of them returns
-    finally:
-        distributed.destroy_process_group()
+    with join_ranks(pick_device()) as ranks:
+        run = StageRun(
+            work_dir, recipe.seed, metadata, ranks.device, max_seconds, ranks.rank, ranks.count
+        )
+        done = STAGES[name](recipe, run)
+        ranks.wait()  # the file is whole when any of them returns
+        return run.file(name) if done else None
 
 
 def load_stage(name: str, work_dir: Path) -> FluxPipeline:
