@@ -1,6 +1,7 @@
 """Where the GPU benchmark runs, and how it runs commands."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -68,11 +69,18 @@ def random_inputs(transformer: Any, bench: Bench, side: int) -> tuple[Tensor, ..
     return latents, sigma, *text
 
 
-def run_urae(bench: Bench, *arguments: str) -> dict[str, Any]:
-    """Run a `urae` command in its own process, watched, and return its figures."""
+def run_urae(bench: Bench, *arguments: str, cap_gib: float | None = None) -> dict[str, Any]:
+    """Run a `urae` command in its own process, watched, and return its figures.
+
+    Args:
+        bench: Where.
+        arguments: Of the command.
+        cap_gib: Device memory that torch may take; by default all.
+    """
     figures = bench.work / "figures.json"
     figures.unlink(missing_ok=True)
     print("$ urae", shlex.join(arguments), flush=True)
     watch = [sys.executable, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
-    subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
+    cap = {} if cap_gib is None else {"URAE_BENCHMARK_CAP_GIB": str(cap_gib)}
+    subprocess.run([*watch, *arguments], check=True, cwd=ROOT, env={**os.environ, **cap})
     return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -8,6 +10,7 @@ from urae.backbones.attention import pick_attention
 from urae.generate import attention, parts, quantize
 from urae.generate.memory import stream_blocks
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
+from urae.generate.speed import default_cache_dir, keep_compiled
 from urae.resolution import find_policy
 
 CPU = torch.device("cpu")
@@ -167,6 +170,19 @@ def test_blocks_that_are_offloaded_are_not_compiled_or_quantised(adapted):
     sequential.transformer.transformer_blocks[0].attn.to_q._hf_hook = None
     with pytest.raises(ValueError, match="offloaded or hooked already"):
         apply(sequential, "compile")
+
+
+def test_what_is_compiled_goes_to_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("URAE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch itself does
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
 # --- local attention ------------------------------------------------------------------------------

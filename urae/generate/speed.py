@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton
 
 from urae.content_cache import find_cache_dir
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
 _PAYS_FROM_TOKEN_STEPS = 1_600_000
 _HOOK = "urae_compiled_forward"
+_COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def is_long(height: int, width: int, steps: int, num_pictures: int) -> bool:
@@ -90,9 +92,11 @@ def keep_compiled() -> None:
     """Let what is compiled outlive the process and the machine's temporary files.
 
     torch keeps it under /tmp, which containers and reboots empty. Here it is the user's cache
-    folder, unless TORCHINDUCTOR_CACHE_DIR says otherwise or something has been compiled already.
+    folder, unless TORCHINDUCTOR_CACHE_DIR says otherwise; torch may have put its own there.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(find_cache_dir("compiled")))
+    usual = default_cache_dir()
+    if os.environ.get(_COMPILED_VARIABLE, usual) == usual:
+        os.environ[_COMPILED_VARIABLE] = str(find_cache_dir("compiled"))
 
 
 def list_blocks(transformer: FluxTransformer2DModel) -> list[Any]:
