@@ -12,8 +12,8 @@ from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
 from urae.generate.estimate import Way, list_estimates
 from urae.generate.memory import Room
-from urae.generate.speed import pays_to_compile
 from urae.generate.parts import PRESETS
+from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
 
