@@ -34,13 +34,11 @@ from torch import Tensor
 import urae
 from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
 from urae.evaluate.spectrum import compare_spectra, radial_spectrum
-from urae.generate.inputs import default_sampling
 from urae.generate.parts import BARS, Part
 from urae.miniature.check import check_scene
 from urae.miniature.photograph import decode_picture, encode_picture
-from urae.miniature.score import held_out_scenes
-from urae.miniature.synthetic import generate_pictures
-from urae.miniature.world import Scene, caption
+from urae.miniature.score import default_sampling, draw_scenes, held_out_scenes
+from urae.miniature.world import Scene
 from urae.storage import write_atomic
 
 EXACT = "exact"
@@ -128,17 +126,15 @@ def draw(
 ) -> list[Tensor]:
     """Generate a batch of pictures, of the captions' own noises."""
     other = 500 if warm_up else 0  # another noise, the same shapes
-    noises = [torch.Generator().manual_seed(s.seed * 1000 + k + other) for s, k in jobs]
-    return list(
-        generate_pictures(
-            pipe,
-            [caption(scene) for scene, _ in jobs],
-            noises,
-            side=study.side,
-            steps=study.steps,
-            guidance_scale=study.guidance_scale,
-        )
+    pictures = draw_scenes(
+        pipe,
+        [scene for scene, _ in jobs],
+        [number + other for _, number in jobs],
+        side=study.side,
+        steps=study.steps,
+        guidance_scale=study.guidance_scale,
     )
+    return list(pictures)
 
 
 def read_record(path: Path, study: Study, name: str) -> dict[str, Any]:
@@ -286,8 +282,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3, help="pictures a caption")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--guidance", type=float, help="default: the model's own")
+    parser.add_argument("--steps", type=int, help="default: the miniature's")
+    parser.add_argument("--guidance", type=float, help="default: the miniature's")
     parser.add_argument("--workers", type=int, default=4, help="processes that check pictures")
     parser.add_argument("--output", type=Path, default=Path("runs/speed-quality"))
     return parser.parse_args()
@@ -301,7 +297,7 @@ def main() -> None:
     pipe = load_pipeline(arguments.model, dtype=pick_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     urae.adapt(pipe, arguments.adapter)
-    sampling = default_sampling(pipe.transformer)
+    steps, guidance_scale = default_sampling(pipe)
     study = Study(
         arguments.output,
         arguments.model,
@@ -310,8 +306,8 @@ def main() -> None:
         arguments.captions,
         arguments.seeds,
         arguments.batch,
-        arguments.steps or sampling.steps,
-        sampling.guidance_scale if arguments.guidance is None else arguments.guidance,
+        arguments.steps or steps,
+        guidance_scale if arguments.guidance is None else arguments.guidance,
     )
     study.output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # not forked: this process may hold a GPU
