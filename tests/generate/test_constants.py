@@ -8,6 +8,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
+def sample(sample):
+    return lambda *given, **options: sample(*given, **{"num_inference_steps": 2, **options})
+
+
+@pytest.fixture
 def adapted(load_pipe, expected):
     return lambda: urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors")
 

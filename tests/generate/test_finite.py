@@ -6,6 +6,11 @@ import urae
 
 
 @pytest.fixture
+def sample(sample):
+    return lambda *given, **options: sample(*given, **{"num_inference_steps": 2, **options})
+
+
+@pytest.fixture
 def adapted(load_pipe, expected):
     return lambda: urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors")
 
