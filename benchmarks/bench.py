@@ -1,6 +1,7 @@
 """Where the GPU benchmark runs, and how it runs commands."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -91,12 +92,22 @@ def torchrun(num_processes: int) -> list[str]:
     return [*module, "--nproc-per-node", str(num_processes)]
 
 
-def run_urae(bench: Bench, *arguments: str, gpus: int = 1) -> dict[str, Any]:
-    """Run a `urae` command in a process a GPU, watched, and return the first one's figures."""
+def run_urae(
+    bench: Bench, *arguments: str, cap_gib: float | None = None, gpus: int = 1
+) -> dict[str, Any]:
+    """Run a `urae` command in a process a GPU, watched, and return the first one's figures.
+
+    Args:
+        bench: Where.
+        arguments: Of the command.
+        cap_gib: Device memory that torch may take; by default all.
+        gpus: Processes.
+    """
     figures = bench.work / "figures.json"
     figures.unlink(missing_ok=True)
     print("$ urae", shlex.join(arguments), flush=True)
     start = [sys.executable] if gpus == 1 else torchrun(gpus)
     watch = [*start, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
-    subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
+    cap = {} if cap_gib is None else {"URAE_BENCHMARK_CAP_GIB": str(cap_gib)}
+    subprocess.run([*watch, *arguments], check=True, cwd=ROOT, env={**os.environ, **cap})
     return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}

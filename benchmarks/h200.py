@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RANK, ROOT, Bench, run_urae, time_forwards
+from bench import RANK, ROOT, Bench, time_forwards
+from generation import GENERATION, measure_generate_2k
 from measure import describe_machine, find_commit, peak_gib, reset_peak, synchronize
 from report import write_report
 from training import ADAPTERS, WAYS, measure_train, measure_train_stock
 from two_gpus import measure_forward_two_gpus
 
 sys.path.insert(0, str(ROOT))
-
-PROMPT = "a lighthouse on a cliff above a stormy sea at dusk, waves breaking on the rocks"
 
 
 def measure_base(bench: Bench) -> dict[str, Any]:
@@ -166,72 +165,6 @@ def measure_forward(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure_generate_2k(bench: Bench) -> dict[str, Any]:
-    """Generate 2048 x 2048 end to end from the command line, with a 2K LoRA."""
-    return {"2K LoRA": generate(bench, 2048, [bench.lora], steps=28)}
-
-
-def measure_generate_4k(bench: Bench) -> dict[str, Any]:
-    """Generate 4096 x 4096 end to end from the command line, with both adapters."""
-    return {"2K LoRA + 4K minor": generate(bench, 4096, [bench.lora, bench.minor], steps=28)}
-
-
-def measure_generate_4k_offload(bench: Bench) -> dict[str, Any]:
-    """Do the same in little memory, for two steps."""
-    adapters = [bench.lora, bench.minor]
-    return {"the same, offloaded": generate(bench, 4096, adapters, steps=2, memory="offload")}
-
-
-def measure_generate_4k_two_gpus(bench: Bench) -> dict[str, Any]:
-    """Generate 4096 x 4096 on one GPU, then on two."""
-    adapters = [bench.lora, bench.minor]
-    return {
-        f"the same, {'one GPU' if gpus == 1 else 'two GPUs'}": generate(
-            bench, 4096, adapters, steps=28, gpus=gpus
-        )
-        for gpus in (1, 2)
-    }
-
-
-def generate(
-    bench: Bench,
-    side: int,
-    adapters: list[Path],
-    *,
-    steps: int,
-    memory: str = "auto",
-    gpus: int = 1,
-) -> dict[str, Any]:
-    """Generate one picture and describe it and what it took."""
-    steps = min(steps, 4) if bench.tiny else steps
-    folder = bench.output / "pictures" / f"{side}-{memory}-{gpus}"
-    figures = run_urae(
-        bench,
-        *("generate", PROMPT, "--model", str(bench.base), "--size", str(bench.side(side))),
-        *(word for path in adapters for word in ("--adapter", str(path))),
-        *("--steps", str(steps), "--guidance", "3.5", "--seed", "0"),
-        *("--memory", memory, "--output", str(folder), "--overwrite"),
-        gpus=gpus,
-    )
-    (picture,) = folder.glob("*.png")
-    description = describe_picture(picture)
-    if side == 4096 and not bench.tiny:
-        picture.unlink()  # noise of 50 MB
-    seconds_per_step = figures["seconds"]["sample"] / steps
-    return {"steps": steps, **description, "seconds_per_step": seconds_per_step, **figures}
-
-
-def describe_picture(path: Path) -> dict[str, Any]:
-    """Read a picture's size, contrast and what its PNG says about memory."""
-    from PIL import Image, ImageStat
-
-    Image.MAX_IMAGE_PIXELS = None
-    with Image.open(path) as image:
-        contrast = sum(ImageStat.Stat(image.resize((256, 256))).stddev) / 3
-        text = {key: str(image.info.get(key)) for key in ("memory", "compiled", "gpus")}
-        return {"pixels": list(image.size), "contrast": round(contrast, 1), **text}
-
-
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "base": measure_base,  # the others need it
     "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
@@ -248,10 +181,8 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
         for way in WAYS
         if way != "eager"
     },
-    "generate_4k": measure_generate_4k,
-    "generate_4k_offload": measure_generate_4k_offload,
+    **GENERATION,
     "forward_two_gpus": measure_forward_two_gpus,
-    "generate_4k_two_gpus": measure_generate_4k_two_gpus,
 }
 TWO_GPUS = ("forward_two_gpus", "generate_4k_two_gpus")
 

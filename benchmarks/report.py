@@ -60,6 +60,12 @@ def write_report(folder: Path, parts: list[str]) -> None:
             "",
             *table_generate({k: v for name in pictures for k, v in results[name].items()}),
         ]
+    if "cold_start" in results:
+        seconds = [
+            f"{entry['first_step_seconds']:.1f} s ({name})"
+            for name, entry in results["cold_start"].items()
+        ]
+        lines += ["", f"From the start of the process to its first step: {', '.join(seconds)}."]
     if "minor" in results:
         result = results["minor"]
         lines += [
@@ -124,6 +130,7 @@ def table_generate(result: dict[str, Any]) -> list[str]:
         stages = [seconds.get(stage) for stage in ("load", "sample", "decode")]
         peak = [peaks.get(stage) for stage in ("sample", "decode")]
         where = f"{entry['memory']}{', compiled' if entry['compiled'] == 'true' else ''}"
+        where += f", capped at {cap:g} GiB" if (cap := entry.get("cap_gib")) else ""
         label = f"{width} x {height}, {name}"
         rows.append([label, entry["steps"], where, entry["total_seconds"], *stages, *peak])
     header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]

@@ -2,7 +2,9 @@
 
     python benchmarks/watch.py figures.json generate "a prompt" --size 4k ...
 
-The JSON holds seconds and, on a GPU, the peak of allocated memory of each stage.
+The JSON holds seconds and, on a GPU, the peak of allocated memory of each stage, and the seconds
+from the start of the process to the end of the first denoising step. URAE_BENCHMARK_CAP_GIB caps
+the device memory that torch may take.
 """
 
 import functools
@@ -13,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 STAGES = {
     "generate": {
@@ -28,6 +32,7 @@ STAGES = {
         "attach": ("urae.train.loop", "attach_for_training"),
     },
 }
+FIRST = {"generate": ("diffusers.FlowMatchEulerDiscreteScheduler", "step")}
 REST = "rest"  # before, between and after: of `train`, its steps
 
 
@@ -42,6 +47,7 @@ class Watch:
         self.began = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
+        self.first_step_seconds: float | None = None
 
     def wrap(self, owner: Any, name: str, stage: str) -> None:
         """Time every call of a function of a module or class."""
@@ -60,6 +66,26 @@ class Watch:
 
         setattr(owner, name, timed)
 
+    def wait_for_first(self, owner: Any, name: str) -> None:
+        """Note when a method is called for the first time, and what it waits for has been made."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self.first_step_seconds is None:
+                if self.on_gpu:
+                    self.torch.cuda.synchronize()
+                self.first_step_seconds = time.time() - psutil.Process().create_time()
+            return function(*args, **kwargs)
+
+        setattr(owner, name, noted)
+
+    def cap(self, gib: float) -> None:
+        """Let torch take no more device memory than that."""
+        if self.on_gpu:
+            share = gib * 2**30 / self.torch.cuda.get_device_properties(0).total_memory
+            self.torch.cuda.set_per_process_memory_fraction(share)
+
     def _take_peak(self, stage: str) -> None:
         if self.on_gpu:
             self.torch.cuda.synchronize()
@@ -72,6 +98,7 @@ class Watch:
         self._take_peak(REST)
         return {
             "total_seconds": round(time.perf_counter() - self.began, 2),
+            "first_step_seconds": self.first_step_seconds and round(self.first_step_seconds, 2),
             "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
             "peaks_gib": {stage: round(value, 2) for stage, value in self.peaks.items()},
             "peak_gib": round(max(self.peaks.values()), 2) if self.peaks else None,
@@ -92,6 +119,10 @@ def main() -> None:
     watch = Watch()
     for stage, (owner, name) in STAGES.get(arguments[0], {}).items():
         watch.wrap(_find(owner), name, stage)
+    if first := FIRST.get(arguments[0]):
+        watch.wait_for_first(_find(first[0]), first[1])
+    if cap := os.environ.get("URAE_BENCHMARK_CAP_GIB"):
+        watch.cap(float(cap))
     sys.argv = ["urae", *arguments]
     try:
         runpy.run_module("urae", run_name="__main__")

@@ -12,6 +12,7 @@ from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
 from urae.generate.estimate import Way, list_estimates
 from urae.generate.memory import Room
+from urae.generate.parts import PRESETS
 from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
@@ -402,7 +403,7 @@ def test_a_job_compiles_the_blocks(settings, monkeypatch):
     assert len(compiled) == 3  # one a block
     with Image.open(path) as image:
         assert image.text["compiled"] == "true"
-        assert json.loads(image.text["parts"]) == ["attention-backend", "compile"]
+        assert json.loads(image.text["parts"]) == [*PRESETS["exact"]]
 
 
 def test_parts_by_name(settings, expected, tmp_path, caplog, monkeypatch):
@@ -416,7 +417,8 @@ def test_parts_by_name(settings, expected, tmp_path, caplog, monkeypatch):
         with Image.open(path) as image:
             found = image.tobytes()
             assert found != Image.open(exact).tobytes()
-            assert json.loads(image.text["parts"]) == ["attention-backend", "taylorseer-cache=3"]
+            exact_parts = [name for name in PRESETS["exact"] if name != "compile"]
+            assert json.loads(image.text["parts"]) == [*exact_parts, "taylorseer-cache=3"]
             assert image.text["speed"] == "exact"
     assert "taylorseer-cache=3: the pictures are approximations" in caplog.text
     (path,) = generate(settings(parts=("mag-cache=0",), overwrite=True, **changes))

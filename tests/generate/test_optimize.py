@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -8,6 +10,7 @@ from urae.backbones.attention import pick_attention
 from urae.generate import attention, parts, quantize
 from urae.generate.memory import stream_blocks
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
+from urae.generate.speed import default_cache_dir, keep_compiled
 from urae.resolution import find_policy
 
 CPU = torch.device("cpu")
@@ -32,18 +35,20 @@ def names(resolved):
 
 
 def test_a_preset_and_parts_beside_it():
-    assert names(resolve_parts("exact")) == ["attention-backend", "compile"]
+    exact = ["attention-backend", "joined-adapters", "constants", "compile"]
+    assert names(resolve_parts("exact")) == exact
     assert names(resolve_parts(None)) == []
     both = resolve_parts("exact", ["mag-cache=0.1", "fp8"])
-    assert names(both) == ["fp8", "attention-backend", "compile", "mag-cache=0.1"]
+    assert names(both) == ["fp8", *exact, "mag-cache=0.1"]
     assert find_bits(both) == "fp8"
     assert find_bits(resolve_parts("exact")) is None
 
 
 def test_a_part_that_is_named_takes_the_place_of_a_presets(monkeypatch):
-    monkeypatch.setitem(PRESETS, "turbo", (*EXACT, "8bit", "mag-cache"))
+    monkeypatch.setitem(PRESETS, "turbo", (*PRESETS["exact"], "8bit", "mag-cache"))
     chosen = resolve_parts("turbo", ["taylorseer-cache=3", "fp8"])
-    assert names(chosen) == ["fp8", "attention-backend", "compile", "taylorseer-cache=3"]
+    exact = names(resolve_parts("exact"))
+    assert names(chosen) == ["fp8", *exact, "taylorseer-cache=3"]
 
 
 def test_strengths_default_to_the_libraries_own():
@@ -65,7 +70,9 @@ def test_strengths_default_to_the_libraries_own():
         (["taylorseer-cache=2.5"], "must be a whole number from 1"),
         (["taylorseer-cache=0"], "must be a whole number from 1"),
         (["mag-cache", "taylorseer-cache"], "mag-cache=0.06 and taylorseer-cache=5 exclude"),
+        (["progressive=1"], "strength 1.0 of progressive must be a number from 0 and below 1"),
         (["fp8", "4bit"], "exclude each other"),
+        (["joined-adapters", "merged-adapters"], "exclude each other"),
         (["compile", "compile"], "exclude each other"),
     ],
 )
@@ -85,14 +92,15 @@ def test_a_preset_without_approximations_says_so(adapted, sample, speed, caplog)
     wanted = sample(pipe, 64, 64)
     urae.optimize(pipe, speed=speed)
     assert torch.equal(sample(pipe, 64, 64), wanted)
-    empty = set(PRESETS[speed]) == set(EXACT)
+    empty = PRESETS[speed] == PRESETS["exact"]
     assert (f"speed {speed} holds no approximation yet" in caplog.text) == empty
 
 
 def test_every_part_of_a_preset_is_one_and_fast_is_not_beyond_turbo():
     for speed, preset in PRESETS.items():
         assert resolve_parts(speed)
-        assert set(EXACT) <= {Part.parse(text).name for text in preset}
+        assert {Part.parse(text).name for text in preset} >= set(PRESETS["exact"])
+    assert set(PRESETS["exact"]) <= set(EXACT)
     assert parts.BARS["fast"] < parts.BARS["turbo"]
 
 
@@ -162,6 +170,19 @@ def test_blocks_that_are_offloaded_are_not_compiled_or_quantised(adapted):
     sequential.transformer.transformer_blocks[0].attn.to_q._hf_hook = None
     with pytest.raises(ValueError, match="offloaded or hooked already"):
         apply(sequential, "compile")
+
+
+def test_what_is_compiled_goes_to_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("URAE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch itself does
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
 # --- local attention ------------------------------------------------------------------------------

@@ -61,7 +61,12 @@ def spectrum_distance(
             f"pictures of {pictures.shape[-2]} x {pictures.shape[-1]} and of {others.shape[-2]} x "
             f"{others.shape[-1]} have no common frequencies; give pictures of one size"
         )
-    levels = [
-        10 * radial_spectrum(each).mean(0).clamp_min(_FLOOR).log10() for each in (pictures, others)
-    ]
+    return compare_spectra(*(radial_spectrum(each).mean(0) for each in (pictures, others)))
+
+
+def compare_spectra(
+    spectrum: Float[Tensor, " rings"], other: Float[Tensor, " rings"]
+) -> Float[Tensor, ""]:
+    """Return the root mean square over the rings of the difference of mean powers in decibels."""
+    levels = [10 * each.clamp_min(_FLOOR).log10() for each in (spectrum, other)]
     return (levels[0] - levels[1]).square().mean().sqrt()

@@ -7,6 +7,7 @@ from pathlib import Path
 from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.generate.memory import Memory
 from urae.generate.parts import Speed, resolve_parts
+from urae.generate.progressive import check_halves
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy
 
@@ -53,7 +54,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_size(self.height, self.width)
-        resolve_parts(self.speed, self.parts)
+        parts = resolve_parts(self.speed, self.parts)
+        if any(part.name == "progressive" for part in parts):
+            check_halves(self.height, self.width)
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; each must have some text")
         for name in ("steps", "num_images"):

@@ -10,6 +10,7 @@ from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_ad
 from urae.adapters.initial import check_order
 
 _NUMBER_BYTES = 2  # bfloat16
+_COPIES = 2  # an adapter's factors, and what they are joined to
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def check_adapters(
         transformer: With or without weights.
 
     Returns:
-        What they take in bfloat16, in bytes.
+        What they take in bfloat16, joined, in bytes.
 
     Raises:
         ValueError: If one is damaged or for another base.
@@ -74,4 +75,4 @@ def check_adapters(
         for pair in file.layers.values()
     )
     others = sum(resolve_adapter(source).stat().st_size for source, _ in loras)
-    return numbers * _NUMBER_BYTES + others
+    return (numbers * _NUMBER_BYTES + others) * _COPIES

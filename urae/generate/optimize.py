@@ -12,6 +12,9 @@ from diffusers import FluxPipeline
 from urae.adapters.adapt import transformer_of
 from urae.backbones.flux import pick_device
 from urae.generate.attention import use_fastest_attention
+from urae.generate.constants import keep_constants
+from urae.generate.finite import check_finite
+from urae.generate.joined_adapters import join_adapters
 from urae.generate.parts import (
     BARS,
     EXACT,
@@ -21,6 +24,7 @@ from urae.generate.parts import (
     Speed,
     resolve_parts,
 )
+from urae.generate.progressive import Progressive
 from urae.generate.quantize import quantize_blocks
 from urae.generate.schedule import Schedule
 from urae.generate.speed import can_compile, compile_blocks
@@ -38,6 +42,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     """Make a pipeline faster; `urae.restore` undoes it.
 
     Call it after `urae.adapt` and before any offloading. A second call replaces the first.
+    Whatever the parts, a first step that is not finite raises FloatingPointError, which names them.
 
     Args:
         pipe: A FLUX pipeline of diffusers.
@@ -69,7 +74,7 @@ def choose_parts(speed: Speed | None, parts: Sequence[str], *, compiled: bool) -
         ValueError: If a part is unknown, or two exclude each other.
     """
     chosen = resolve_parts(speed, parts)
-    if speed in BARS and set(PRESETS[speed]) == set(EXACT):
+    if speed in BARS and PRESETS[speed] == PRESETS["exact"]:
         logger.warning(
             "speed %s holds no approximation yet: none was measured inside its bar; pictures are "
             "exact but for parts that are named",
@@ -104,6 +109,7 @@ def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:
             stack.callback(_apply(part, pipe, schedule, parts, device))
         if any(part.name in SCHEDULED for part in parts):
             stack.callback(schedule.attach(transformer).remove)
+        stack.callback(check_finite(transformer, parts))
         keep_undo(transformer, stack.pop_all())
 
 
@@ -118,6 +124,13 @@ def _apply(
             return _attend_locally(pipe.transformer)
         case "attention-backend":
             return use_fastest_attention(pipe.transformer)
+        case "joined-adapters" | "merged-adapters":
+            return join_adapters(pipe.transformer, merge=part.name == "merged-adapters")
+        case "constants":
+            return keep_constants(pipe.transformer)
+        case "progressive":
+            assert part.strength is not None
+            return Progressive(pipe, schedule, part.strength).attach(pipe.transformer)
         case "compile":
             return compile_blocks(pipe.transformer)
         case _:

@@ -18,6 +18,10 @@ PartName = Literal[
     Bits,
     "local-attention",
     "attention-backend",
+    "joined-adapters",
+    "merged-adapters",
+    "constants",
+    "progressive",
     "compile",
     "first-block-cache",
     "mag-cache",
@@ -25,25 +29,42 @@ PartName = Literal[
 ]
 """In the order in which they are put in place."""
 
-EXACT: tuple[PartName, ...] = ("attention-backend", "compile")
-"""Parts that change nothing but the rounding; presets take them where they pay."""
+EXACT: tuple[PartName, ...] = (
+    "attention-backend",
+    "joined-adapters",
+    "merged-adapters",
+    "constants",
+    "compile",
+)
+"""Parts that change nothing but the rounding."""
+_PAYING = tuple(name for name in EXACT if name != "merged-adapters")
 
 PRESETS: dict[Speed, tuple[str, ...]] = {
-    "exact": EXACT,
-    "fast": EXACT,  # no approximation has been measured inside its bar yet
-    "turbo": EXACT,
+    "exact": _PAYING,
+    "fast": _PAYING,  # no approximation has been measured inside its bar yet
+    "turbo": _PAYING,
 }
 BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}
 """What the 95% interval of the difference in the scene check's share must lie inside, each way."""
 
-SCHEDULED: tuple[PartName, ...] = ("first-block-cache", "mag-cache", "taylorseer-cache")
+SCHEDULED: tuple[PartName, ...] = (
+    "progressive",
+    "first-block-cache",
+    "mag-cache",
+    "taylorseer-cache",
+)
 """Parts that act on some steps only."""
 _EXCLUSIVE: tuple[tuple[PartName, ...], ...] = (
     get_args(Bits),
     ("first-block-cache", "mag-cache", "taylorseer-cache"),
+    ("joined-adapters", "merged-adapters"),
 )
-_STRENGTHS: Mapping[str, float] = {str(name): n for name, n in DEFAULT_STRENGTH.items()}
+_STRENGTHS: Mapping[str, float] = {
+    **{str(name): strength for name, strength in DEFAULT_STRENGTH.items()},
+    "progressive": 0.3,  # of the steps; a first guess, not measured
+}
 _WHOLE: tuple[PartName, ...] = ("taylorseer-cache",)  # strengths that are counts
+_SHARES: tuple[PartName, ...] = ("progressive",)  # and those that are shares
 
 
 @dataclass(frozen=True)
@@ -66,11 +87,13 @@ class Part:
         if self.name not in _STRENGTHS:
             raise ValueError(f"part {self.name} has no strength to set; leave out ={self.strength}")
         least = 1 if self.name in _WHOLE else 0
-        whole = self.name not in _WHOLE or self.strength == round(self.strength)
-        if not (math.isfinite(self.strength) and self.strength >= least and whole):
+        most = 1 if self.name in _SHARES else math.inf
+        inside = least <= self.strength < most
+        if not inside or (self.name in _WHOLE and self.strength != round(self.strength)):
             kind = "whole number" if self.name in _WHOLE else "number"
+            below = f" and below {most}" if self.name in _SHARES else ""
             raise ValueError(
-                f"strength {self.strength} of {self.name} must be a {kind} from {least}"
+                f"strength {self.strength} of {self.name} must be a {kind} from {least}{below}"
             )
 
     @classmethod

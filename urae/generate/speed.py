@@ -1,6 +1,7 @@
 """What makes sampling faster without changing what it computes."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
-from torch import nn
+from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton
 
+from urae.content_cache import find_cache_dir
 from urae.geometry import num_image_tokens
 
 logger = logging.getLogger(__name__)
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 # on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
 _PAYS_FROM_TOKEN_STEPS = 1_600_000
 _HOOK = "urae_compiled_forward"
+_COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def is_long(height: int, width: int, steps: int, num_pictures: float) -> bool:
@@ -70,6 +74,7 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
         ValueError: If the blocks have hooks of offloading already.
     """
     check_not_offloaded(transformer)
+    keep_compiled()
     registries = [
         HookRegistry.check_if_exists_or_initialize(block) for block in list_blocks(transformer)
     ]
@@ -81,6 +86,17 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
             registry.remove_hook(_HOOK, recurse=False)
 
     return undo
+
+
+def keep_compiled() -> None:
+    """Let what is compiled outlive the process and the machine's temporary files.
+
+    torch keeps it under /tmp, which containers and reboots empty. Here it is the user's cache
+    folder, unless TORCHINDUCTOR_CACHE_DIR says otherwise; torch may have put its own there.
+    """
+    usual = default_cache_dir()
+    if os.environ.get(_COMPILED_VARIABLE, usual) == usual:
+        os.environ[_COMPILED_VARIABLE] = str(find_cache_dir("compiled"))
 
 
 def list_blocks(transformer: FluxTransformer2DModel) -> list[Any]:
@@ -102,6 +118,11 @@ def check_not_offloaded(transformer: FluxTransformer2DModel) -> None:
                 "the blocks are offloaded or hooked already, and what is to speed them up goes "
                 "inside of that; call urae.optimize first, then offload"
             )
+
+
+def fingerprint(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    """Tell a tensor from others that live, and from itself before a change in place."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype
 
 
 class _CompiledForward(ModelHook):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.backbones.free_memory import free_bytes
 from urae.features.dataset import Sample
-from urae.generate.speed import pays_to_compile
+from urae.generate.speed import keep_compiled, pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
 
@@ -144,6 +144,7 @@ def set_checkpointing(
 
     wrapped: Callable[..., Any] = run
     if compiled:
+        keep_compiled()
         # it says that in-place operations would be wrong, of which these blocks have none
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         wrapped = torch.compile(run)

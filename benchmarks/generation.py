@@ -1,0 +1,161 @@
+"""Parts of the GPU benchmark that make whole pictures from the command line."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import Bench, run_urae
+
+PROMPT = "a lighthouse on a cliff above a stormy sea at dusk, waves breaking on the rocks"
+APPROXIMATE = ("local-attention", "progressive=0.5", "taylorseer-cache=3")
+"""As far as the parts go together; how good the pictures are is measured elsewhere."""
+
+
+def generate(
+    bench: Bench,
+    side: int,
+    adapters: Sequence[Path],
+    *,
+    steps: int,
+    options: Sequence[str] = (),
+    base: Path | None = None,
+    cap_gib: float | None = None,
+    guidance: float = 3.5,
+    gpus: int = 1,
+) -> dict[str, Any]:
+    """Generate one picture and describe it and what it took.
+
+    Args:
+        bench: Where.
+        side: Of the picture in pixels at full size.
+        adapters: In order.
+        steps: Of denoising, at most 4 of the tiny shape.
+        options: More of the command line.
+        base: By default the one of FLUX.1-dev's shape.
+        cap_gib: Device memory that the process may take, by default all.
+        guidance: Distilled.
+        gpus: That share it.
+    """
+    steps = min(steps, 4) if bench.tiny else steps
+    folder = bench.work / "pictures"
+    shutil.rmtree(folder, ignore_errors=True)
+    figures = run_urae(
+        bench,
+        *("generate", PROMPT, "--model", str(base or bench.base)),
+        *("--size", str(bench.side(side)), "--steps", str(steps), "--seed", "0"),
+        *(word for path in adapters for word in ("--adapter", str(path))),
+        *("--guidance", str(guidance), *options, "--output", str(folder)),
+        cap_gib=cap_gib,
+        gpus=gpus,
+    )
+    (picture,) = folder.glob("*.png")
+    description = describe_picture(picture)
+    cap = {} if cap_gib is None else {"cap_gib": cap_gib}
+    seconds_per_step = figures["seconds"]["sample"] / steps
+    return {"steps": steps, **description, **cap, "seconds_per_step": seconds_per_step, **figures}
+
+
+def describe_picture(path: Path) -> dict[str, Any]:
+    """Read a picture's size, contrast and what its PNG says about memory and speed."""
+    from PIL import Image, ImageStat
+
+    Image.MAX_IMAGE_PIXELS = None
+    with Image.open(path) as image:
+        contrast = sum(ImageStat.Stat(image.resize((256, 256))).stddev) / 3
+        text = {key: str(image.info.get(key)) for key in ("memory", "compiled", "parts", "gpus")}
+        return {"pixels": list(image.size), "contrast": round(contrast, 1), **text}
+
+
+def measure_dev(
+    bench: Bench, *, name: str, side: int, options: Sequence[str] = (), **settings: Any
+) -> dict[str, Any]:
+    """Generate with FLUX.1-dev's shape and the adapters of the stage, 28 steps by default."""
+    adapters = [bench.lora, bench.minor] if side == 4096 else [bench.lora]
+    label = f"{'2K LoRA + 4K minor' if side == 4096 else '2K LoRA'}{name and f', {name}'}"
+    settings = {"steps": 28, **settings}
+    return {label: generate(bench, side, adapters, options=options, **settings)}
+
+
+def measure_schnell(bench: Bench, *, speed: str) -> dict[str, Any]:
+    """Generate 4096 x 4096 in four steps with FLUX.1-schnell's shape and a 2K LoRA."""
+    base = link_schnell(bench)
+    settings = {"steps": 4, "guidance": 0.0, "base": base, "options": ("--speed", speed)}
+    return {f"schnell, 2K LoRA, {speed}": generate(bench, 4096, [bench.lora], **settings)}
+
+
+def link_schnell(bench: Bench) -> Path:
+    """Make a base of schnell's shape out of links to dev's weights: guidance is left out."""
+    folder = bench.work / f"schnell-{bench.shape}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for file in (each for each in bench.base.rglob("*") if each.is_file()):
+        link = folder / file.relative_to(bench.base)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    changes = {
+        "transformer/config.json": {"guidance_embeds": False},
+        "scheduler/scheduler_config.json": {"shift": 1.0},
+    }
+    for name, change in changes.items():
+        settings = json.loads((bench.base / name).read_text())
+        (folder / name).unlink()
+        (folder / name).write_text(json.dumps({**settings, **change}))
+    return folder
+
+
+def measure_two_gpus(bench: Bench) -> dict[str, Any]:
+    """Generate 4096 x 4096 on one GPU, then on two."""
+    ways = {"one GPU": 1, "two GPUs": 2}
+    rows = (measure_dev(bench, name=name, side=4096, gpus=n) for name, n in ways.items())
+    return {name: row for each in rows for name, row in each.items()}
+
+
+def measure_cold_start(bench: Bench) -> dict[str, Any]:
+    """Time a new process to its first step at 4096 x 4096, without and with the compile cache.
+
+    The weights come from the file system's cache, which the first of both fills.
+    """
+    shutil.rmtree(Path(os.environ["URAE_CACHE_DIR"]) / "compiled", ignore_errors=True)
+    options = () if bench.tiny else ("--part", "compile")  # which two steps alone do not pay for
+    run = partial(generate, bench, 4096, [bench.lora], steps=2, options=options)
+    return {"compile cache empty": run(), "compile cache warm": run()}
+
+
+def _streamed(side: int, cap_gib: float) -> Callable[[Bench], dict[str, Any]]:
+    name = f"under {cap_gib:g} GiB"
+    options = ("--memory", "streamed")
+    return partial(measure_dev, name=name, side=side, options=options, cap_gib=cap_gib)
+
+
+def _fast(side: int, speed: str) -> Callable[[Bench], dict[str, Any]]:
+    return partial(measure_dev, name=speed, side=side, options=("--speed", speed))
+
+
+GENERATION: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "generate_4k": partial(measure_dev, name="", side=4096),
+    "generate_4k_offload": partial(
+        measure_dev, name="offloaded", side=4096, steps=2, options=("--memory", "offload")
+    ),
+    "generate_4k_streamed_10gib": _streamed(4096, 10),
+    "generate_4k_streamed_7gib": _streamed(4096, 7),
+    "generate_2k_streamed_8gib": _streamed(2048, 8),
+    "generate_2k_streamed_6gib": _streamed(2048, 6),
+    "generate_4k_fast": _fast(4096, "fast"),
+    "generate_4k_turbo": _fast(4096, "turbo"),
+    "generate_2k_turbo": _fast(2048, "turbo"),
+    "generate_4k_approximate": partial(
+        measure_dev,
+        name=" + ".join(APPROXIMATE),
+        side=4096,
+        options=[word for part in APPROXIMATE for word in ("--part", part)],
+    ),
+    "generate_4k_schnell": partial(measure_schnell, speed="exact"),
+    "generate_4k_schnell_turbo": partial(measure_schnell, speed="turbo"),
+    "cold_start": measure_cold_start,
+    "generate_4k_two_gpus": measure_two_gpus,
+}
+"""By name; `generate_2k` comes earlier, beside the base that it needs."""
+measure_generate_2k = partial(measure_dev, name="", side=2048)

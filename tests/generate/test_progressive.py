@@ -1,0 +1,183 @@
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline
+
+import urae
+from urae.generate.config import GenerateConfig
+from urae.generate.memory import stream_blocks
+from urae.generate.progressive import enlarge, shrink, small_noise_level
+from urae.geometry import pack, unpack
+
+CPU = torch.device("cpu")
+STEPS = 6
+
+
+@pytest.fixture
+def adapted(load_pipe, expected):
+    return lambda: urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors")
+
+
+@pytest.fixture
+def draw(sample):
+    """Make one picture; return it and the image tokens of each step's attention."""
+
+    def run(pipe, side=128, seed=7, **options):
+        tokens = []
+        block = pipe.transformer.transformer_blocks[0]
+        hook = block.register_forward_pre_hook(
+            lambda _module, _args, kwargs: tokens.append(kwargs["hidden_states"].shape[1]),
+            with_kwargs=True,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            latents = sample(
+                pipe,
+                side,
+                side,
+                **{"num_inference_steps": STEPS, "generator": generator, **options},
+            )
+        finally:
+            hook.remove()
+        return latents, tokens
+
+    return run
+
+
+def progressive(pipe, share, *parts):
+    return urae.optimize(pipe, speed=None, parts=[f"progressive={share}", *parts])
+
+
+def test_shrinking_what_was_enlarged_gives_it_back():
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(2, 3, 4, 6, generator=generator)
+    assert torch.allclose(shrink(enlarge(small)), small, atol=1e-6)
+    plain = torch.full((1, 1, 4, 4), 0.3)
+    assert torch.allclose(enlarge(plain), torch.full((1, 1, 8, 8), 0.3))
+
+
+def test_the_transformer_sees_a_point_of_the_small_pictures_path():
+    """Pooled and scaled, noise of level s around a picture is noise of level t around it, white."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 16, 256, 256, generator=generator)
+    sigma, small = 0.8, torch.randn(1, 16, 128, 128, generator=generator)
+    level = small_noise_level(sigma)
+    seen = shrink((1 - sigma) * enlarge(small) + sigma * noise) * 2 / (2 - sigma)
+    left = (seen - (1 - level) * small) / level
+    assert float(left.std()) == pytest.approx(1, abs=0.01)
+    assert float((left[..., 1:] * left[..., :-1]).mean()) == pytest.approx(0, abs=0.01)
+    assert (small_noise_level(1.0), small_noise_level(0.0)) == (1, 0)
+
+
+def test_early_steps_have_a_quarter_of_the_tokens(adapted, draw):
+    pipe = adapted()
+    wanted, _ = draw(pipe)
+    progressive(pipe, 0.5)
+    first, tokens = draw(pipe)
+    assert tokens == [16, 16, 16, 64, 64, 64]
+    assert first.shape == wanted.shape
+    assert not torch.equal(first, wanted)
+    draw(pipe, seed=3)
+    assert torch.equal(draw(pipe)[0], first)
+    wide, tokens = draw(pipe, side=192)
+    assert tokens[0] == 36
+    assert wide.isfinite().all()
+    assert torch.equal(draw(pipe)[0], first)
+
+
+def test_the_last_step_is_whole(adapted, draw):
+    assert draw(progressive(adapted(), 0.99))[1] == [16] * (STEPS - 1) + [64]
+    assert draw(progressive(adapted(), 0.99), num_inference_steps=1)[1] == [64]
+
+
+def test_a_share_of_none_changes_nothing(adapted, draw):
+    pipe = adapted()
+    wanted, _ = draw(pipe)
+    assert torch.equal(draw(progressive(pipe, 0.0))[0], wanted)
+    progressive(pipe, 0.5)
+    draw(pipe)
+    assert torch.equal(draw(urae.optimize(pipe, speed=None))[0], wanted)
+
+
+def test_latents_are_the_small_picture_enlarged_in_the_pipelines_own_noise(adapted, draw):
+    """Where the transformer knows the small picture, each early step is exact."""
+    pipe = adapted()
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, 16, 8, 8, generator=generator)
+    noise = torch.randn(1, 16, 16, 16, generator=generator)
+
+    def know(hidden_states, timestep, **_):
+        seen = unpack(hidden_states, 8, 8)
+        level = float(timestep[0])
+        return (pack((seen - picture) / level),)
+
+    found = {}
+
+    def keep(_pipe, step, _timestep, values):
+        found[step] = unpack(values["latents"], 16, 16)
+        return values
+
+    pipe.transformer.forward = know
+    progressive(pipe, 0.5)
+    steps = 8
+    with pytest.raises(RuntimeError):  # of the full size, which this one does not know
+        draw(pipe, latents=pack(noise), num_inference_steps=steps, callback_on_step_end=keep)
+    sigmas = pipe.scheduler.sigmas
+    assert sorted(found) == [0, 1, 2, 3]
+    for step, latents in found.items():
+        sigma = float(sigmas[step + 1])
+        wanted = (1 - sigma) * enlarge(picture) + sigma * noise
+        assert torch.allclose(latents, wanted, atol=1e-5)
+
+
+def test_both_forwards_of_true_guidance(adapted, draw):
+    pipe = progressive(adapted(), 0.5)
+    _, tokens = draw(pipe, negative_prompt="a blue square", true_cfg_scale=2.0)
+    assert tokens == [16] * 6 + [64] * 6
+
+
+@pytest.mark.parametrize(
+    "other", ["constants", "joined-adapters", "taylorseer-cache=1", "mag-cache=0"]
+)
+def test_other_parts_beside_it(adapted, draw, other):
+    wanted, _ = draw(progressive(adapted(), 0.5))
+    pipe = progressive(adapted(), 0.5, other)
+    for _ in range(2):
+        assert torch.equal(draw(pipe)[0], wanted)
+
+
+def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):
+    policy = urae.ResolutionPolicy(native_sequence_length=128, attention="local")
+    pipe = progressive(urae.adapt(load_pipe(), policy=policy), 0.5)
+    lengths = []
+    positions = pipe.transformer.pos_embed
+    positions.register_forward_hook(
+        lambda *_: lengths.append((positions._sequence_length, positions._num_local_keys))
+    )
+    draw(pipe, side=512, num_inference_steps=2)
+    (early, no_keys), (late, keys) = lengths
+    assert (early, late) == (16 * 16 + 64, 32 * 32 + 64)
+    assert keys > (no_keys or 0)
+
+
+def test_streamed_weights(adapted, draw):
+    wanted, _ = draw(progressive(adapted(), 0.5))
+    pipe = progressive(adapted(), 0.5)
+    stream_blocks(pipe.transformer, CPU)
+    assert torch.equal(draw(pipe)[0], wanted)
+
+
+def test_where_it_cannot_be_right(adapted, draw):
+    pipe = adapted()
+    other = FluxImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"goes with FluxPipeline; a FluxImg2ImgPipeline begins"):
+        progressive(other, 0.5)
+    progressive(pipe, 0.5)
+    with pytest.raises(ValueError, match=r"this schedule at noise level 0.818: latents that hold"):
+        draw(pipe, sigmas=[0.6, 0.3], num_inference_steps=None)
+    with pytest.raises(ValueError, match="height 144 must be a multiple of 32 pixels"):
+        draw(pipe, side=144)
+
+
+def test_a_size_that_has_no_half_is_refused_before_anything_loads():
+    with pytest.raises(ValueError, match="width 48 must be a multiple of 32 pixels for progressi"):
+        GenerateConfig(("a circle",), height=64, width=48, parts=("progressive",))

@@ -1,0 +1,64 @@
+"""The first forward at each size is looked at: numbers that are not finite are named at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch import Tensor, nn
+
+from urae.generate.parts import EXACT, Part
+
+_INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+
+
+def check_finite(transformer: FluxTransformer2DModel, parts: Sequence[Part]) -> Callable[[], None]:
+    """Look at the transformer's output once for each size, batch and dtype.
+
+    That one look waits for the device; later steps do not.
+
+    Args:
+        transformer: With its parts in place.
+        parts: Those parts, for the error.
+
+    Returns:
+        What undoes it.
+    """
+    checked: set[Any] = set()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def check(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        velocity: Tensor = output[0]
+        kind = (velocity.shape, velocity.dtype, velocity.device)
+        if kind in checked:
+            return
+        if not bool(velocity.isfinite().all()):
+            raise FloatingPointError(_explain(transformer, parts, kwargs, velocity))
+        checked.add(kind)
+
+    undo: Callable[[], None] = transformer.register_forward_hook(check, with_kwargs=True).remove
+    return undo
+
+
+def _explain(
+    transformer: Any, parts: Sequence[Part], kwargs: dict[str, Any], velocity: Tensor
+) -> str:
+    """Say which inputs, or else which backend and parts, the numbers may come from."""
+    for name in _INPUTS:
+        if (given := kwargs.get(name)) is not None and not bool(given.isfinite().all()):
+            return (
+                f"the transformer was given {name} that are not finite; the fault is in what made "
+                "them (a text encoder, or latents of yours), not in the transformer"
+            )
+    backends = {each._attention_backend for each in transformer.attn_processors.values()}
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    names = sorted({getattr(each or active, "value", str(each)) for each in backends})
+    inexact = [str(part) for part in parts if part.name not in EXACT]
+    without = f" leave out {', '.join(inexact)};" if inexact else ""
+    return (
+        f"the first step is not finite at {velocity.shape[1]} tokens, with attention "
+        f"{', '.join(names)} in {velocity.dtype} on {velocity.device}; try{without} "
+        "pipe.transformer.set_attention_backend('_native_math'), or DIFFUSERS_ATTN_BACKEND="
+        "_native_math in the environment; if that is not finite either, a weight is not"
+    )

@@ -1,0 +1,162 @@
+"""Early steps at half the side, a quarter of the tokens: an approximation.
+
+The pipeline stays stock and its latents x keep their size. In an early step the transformer sees
+them pooled, and what comes back is a velocity for x itself. With x = (1 - s) x0 + s e at noise
+level s, e white, and P the mean of 2 x 2 latents:
+
+- P x = (1 - s) P x0 + s P e, and P e is white of deviation 1/2: averaging has halved the noise.
+  The same at unit scale is a point of the small picture's own path, y = (1 - t) P x0 + t (2 P e),
+  with y = 2 P x / (2 - s) and t = s / (2 - s). So the transformer is asked at t, not at s: each
+  frequency that the small picture has keeps its ratio of signal to noise (as in the shift by
+  resolution of arXiv:2403.03206, section 5.3.2, for a quarter of the tokens).
+- It answers w = 2 P e - P x0, so P x0 is y - t w.
+- U enlarges that, smoothly and such that P U z = z. With x0 = U (y - t w) the noise in x is
+  (x - (1 - s) x0) / s, and the velocity, noise minus x0, is v = (x - x0) / s.
+
+An Euler step with v is x' = (s'/s) x + (1 - s'/s) x0. Pooled, that is the small picture's own
+probability-flow ODE in other units. What pooling does not see starts as s e at s = 1 and stays the
+noise of level s around U of the small picture. So when the full size takes over, x is that picture
+enlarged and noised to the level at hand, by the very noise that the pipeline drew: nothing is drawn
+anew, and one seed gives one picture. Finer detail is left to the full-size steps, which is why the
+share of early ones matters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from urae.generate.schedule import Schedule
+from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
+from urae.local_attention import find_grid
+from urae.resolution import widen_ids
+
+
+class Progressive:
+    """Early steps at half the side, on one transformer.
+
+    Args:
+        pipe: That will run; only `FluxPipeline` starts at noise and has no second picture.
+        schedule: Follows it; attached before this.
+        share: Of the steps that are early, 0 to 1; the last step never is.
+
+    Raises:
+        ValueError: If the pipe is another one.
+    """
+
+    def __init__(self, pipe: Any, schedule: Schedule, share: float) -> None:
+        if not isinstance(pipe, FluxPipeline):
+            raise ValueError(
+                f"progressive resolution goes with FluxPipeline; a {type(pipe).__name__} begins at "
+                "a picture or follows one, whose detail the early steps would lose: leave it out"
+            )
+        self._schedule = schedule
+        self._share = share
+        self._early: tuple[Tensor, Tensor] | None = None  # full latents, what the transformer sees
+        self._ids = torch.empty(0)
+        self._small_ids = torch.empty(0)
+        self._grid = (0, 0)
+
+    def attach(self, transformer: nn.Module) -> Callable[[], None]:
+        """Switch it on; returns what switches it off."""
+        hooks = [
+            # before the policy's hook, which counts the tokens
+            transformer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            transformer.register_forward_hook(self._leave),
+        ]
+
+        def detach() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return detach
+
+    @property
+    def _num_early(self) -> int:
+        steps = self._schedule.num_steps
+        return min(round(self._share * steps), steps - 1)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Show the transformer the small picture at its own noise level."""
+        self._early = None
+        if self._schedule.index >= self._num_early:
+            return None
+        self._follow_size(kwargs["img_ids"])
+        tokens, timestep, sigma = kwargs["hidden_states"], kwargs["timestep"], self._schedule.sigma
+        rows, columns = self._grid
+        latents = unpack(tokens.float(), 2 * rows, 2 * columns)
+        small = shrink(latents) * (2 / (2 - sigma))
+        self._early = latents, small
+        changes = {
+            "hidden_states": pack(small).to(tokens.dtype),
+            "timestep": torch.full_like(timestep, small_noise_level(sigma)),
+            "img_ids": self._small_ids,
+        }
+        return args, {**kwargs, **changes}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Hand back a velocity for the full latents."""
+        if self._early is None:
+            return output
+        latents, small = self._early
+        self._early = None
+        sigma = self._schedule.sigma
+        small_velocity = unpack(output[0].float(), *small.shape[-2:])
+        picture = enlarge(small - small_noise_level(sigma) * small_velocity)
+        velocity = pack((latents - picture) / sigma).to(output[0].dtype)
+        if isinstance(output, tuple):
+            return (velocity, *output[1:])
+        return type(output)(sample=velocity)
+
+    def _follow_size(self, image_ids: Tensor) -> None:
+        """Make position ids of the small picture, once a picture."""
+        if self._schedule.sigmas[0] < 1:
+            raise ValueError(
+                "progressive resolution begins at pure noise, this schedule at noise level "
+                f"{float(self._schedule.sigmas[0]):.3f}: latents that hold a picture would lose "
+                "its detail; leave it out"
+            )
+        if image_ids is self._ids:
+            return
+        rows, columns = find_grid(widen_ids(image_ids))
+        check_halves(rows * TOKEN_PIXELS, columns * TOKEN_PIXELS)
+        self._ids, self._grid = image_ids, (rows, columns)
+        self._small_ids = build_image_ids(rows // 2, columns // 2, image_ids.device)
+
+
+def check_halves(height: int, width: int) -> None:
+    """Refuse a picture that has no whole number of tokens at half the side.
+
+    Raises:
+        ValueError: If a side is no multiple of 32 pixels.
+    """
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % (2 * TOKEN_PIXELS):
+            raise ValueError(
+                f"{name} {pixels} must be a multiple of {2 * TOKEN_PIXELS} pixels for progressive "
+                "resolution, which halves it; choose another size, or leave progressive out"
+            )
+
+
+def small_noise_level(sigma: float) -> float:
+    """Return t, where a picture of half the side has the signal and noise of one at `sigma`."""
+    return sigma / (2 - sigma)
+
+
+def shrink(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _h _w"]:
+    """Halve the sides: P, the mean of each 2 x 2."""
+    return F.avg_pool2d(latents, 2)
+
+
+def enlarge(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _h _w"]:
+    """Double the sides: U, bicubic, then moved so that shrinking gives the same again."""
+    smooth = F.interpolate(latents, scale_factor=2, mode="bicubic")
+    return smooth + F.interpolate(latents - shrink(smooth), scale_factor=2, mode="nearest")
