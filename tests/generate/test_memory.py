@@ -98,12 +98,19 @@ def test_a_cap_on_the_process_counts(monkeypatch):
         "memory_reserved": 5 * GIB,
         "get_per_process_memory_fraction": 1.0,
     }
+    asked = []
+
+    def answer(value):
+        return lambda device: (asked.append(device), value)[1]
+
     for name, value in figures.items():
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    gpu = torch.device("cuda")
-    assert free_bytes(gpu) == 63 * GIB
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 0.125)
-    assert free_bytes(gpu) == 8 * GIB
+        monkeypatch.setattr(torch.cuda, name, answer(value))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for gpu in (torch.device("cuda"), torch.device("cuda", 3)):
+        assert free_bytes(gpu) == 63 * GIB
+    assert set(asked) == {torch.device("cuda", 3)}  # torch refuses one without a number
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", answer(0.125))
+    assert free_bytes(torch.device("cuda")) == 8 * GIB
 
 
 def test_the_vae_takes_seven_gib_of_a_gpu_at_most():

@@ -18,11 +18,12 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return free_host_bytes()
-    with torch.cuda.device(device):  # the cap's reader wants the index of one that is named
-        free, total = torch.cuda.mem_get_info()
-        allocated = torch.cuda.memory_allocated()
-        unused = torch.cuda.memory_reserved() - allocated
-        cap = torch.cuda.get_per_process_memory_fraction() * total
+    if device == torch.device("cuda"):  # which names none; the cap wants a number
+        device = torch.device("cuda", torch.cuda.current_device())
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    cap = torch.cuda.get_per_process_memory_fraction(device) * total
     return min(free + unused, int(cap) - allocated)
 
 
