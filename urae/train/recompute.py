@@ -56,7 +56,7 @@ def prepare_blocks(
     """
     checkpointing = config.gradient_checkpointing
     if checkpointing == "auto":
-        tokens = config.batch_size * count_tokens(samples)
+        tokens = config.batch_size * count_tokens(samples) // config.context_parallel
         checkpointing = choose_checkpointing(
             transformer, tokens, transformer.dtype, free_bytes(device)
         )
