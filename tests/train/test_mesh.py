@@ -106,3 +106,12 @@ def test_two_ranks_have_the_gradients_of_one(settings, adapter, tmp_path, rel, m
     alone = replace(config, output_dir=tmp_path / "alone", shard=False, context_parallel=1,
                     gradient_accumulation=ranks)  # fmt: skip
     check_parity(config, alone, 2, rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_mesh_of_two_by_two_has_the_gradients_of_one(settings, adapter, tmp_path, rel, shard):
+    config = settings(steps=2, context_parallel=2, shard=shard, adapter=adapter)
+    alone = replace(config, output_dir=tmp_path / "alone", shard=False, context_parallel=1,
+                    gradient_accumulation=2)  # fmt: skip
+    check_parity(config, alone, 4, rel)

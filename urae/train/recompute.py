@@ -61,6 +61,8 @@ def prepare_blocks(
             transformer, tokens, transformer.dtype, free_bytes(device)
         )
     compiled = config.compile
+    if compiled is None and config.shard:
+        compiled = False
     if compiled is None:
         largest = max(samples, key=lambda sample: sample.height * sample.width)
         pictures = config.batch_size * config.gradient_accumulation
