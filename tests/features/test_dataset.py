@@ -1,5 +1,4 @@
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import pytest

@@ -1,16 +1,25 @@
 """Several processes on the CPU (gloo): data parallel, context parallel, a base in shards."""
 
+import csv
 import multiprocessing
 import os
+import random
+import shutil
 import socket
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from urae.train import AdapterConfig, TrainConfig, train
+from urae.train.checkpoint import find_checkpoints
+from urae.train.output import find_previews
 from urae.train.state import TrainingState
 
 MODES = {
@@ -99,19 +108,133 @@ def check_parity(config: TrainConfig, alone: TrainConfig, number: int, rel) -> N
         assert rel(found[key], tensor) < 1e-4
 
 
+def alone_like(config: TrainConfig, output_dir: Path, number: int) -> TrainConfig:
+    """Make the run of one process that takes the same steps."""
+    return replace(
+        config,
+        output_dir=output_dir,
+        gradient_accumulation=number // config.context_parallel,
+        context_parallel=1,
+        shard=False,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_sharded_base_has_the_gradients_of_one(settings, minor, tmp_path, rel, monkeypatch):
+    """The quick one of those below: what has imported everything is forked itself."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used CUDA cannot be forked; the slow tests do without")
+    monkeypatch.setattr(sys.modules[__name__], "server", multiprocessing.get_context("fork"))
+    config = settings(steps=1, shard=True, adapter=minor)
+    check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_have_the_gradients_of_one(settings, adapter, tmp_path, rel, mode):
     config = settings(steps=2, **MODES[mode], gradient_checkpointing="full", adapter=adapter)
-    ranks = 2 // config.context_parallel
-    alone = replace(config, output_dir=tmp_path / "alone", shard=False, context_parallel=1,
-                    gradient_accumulation=ranks)  # fmt: skip
-    check_parity(config, alone, 2, rel)
+    check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_mesh_of_two_by_two_has_the_gradients_of_one(settings, adapter, tmp_path, rel, shard):
     config = settings(steps=2, context_parallel=2, shard=shard, adapter=adapter)
-    alone = replace(config, output_dir=tmp_path / "alone", shard=False, context_parallel=1,
-                    gradient_accumulation=2)  # fmt: skip
-    check_parity(config, alone, 4, rel)
+    check_parity(config, alone_like(config, tmp_path / "alone", 4), 4, rel)
+
+
+@pytest.mark.slow
+def test_ranks_with_batches_of_different_size(settings, adapter, tmp_path, rel):
+    """One rank has two samples, the other one: each sample weighs a third."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    for path in settings().data_dir.glob("image_2_*"):
+        for stem in "abc":
+            shutil.copy(path, data_dir / path.name.replace("image_2", stem))
+    config = settings(steps=2, data_dir=data_dir, batch_size=2, adapter=adapter)
+    check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_run_leaves_is_what_one_process_leaves(settings, expected, tmp_path, rel, mode):
+    """Averaged weights, validation and previews, an odd number of each, and the files of it all."""
+    config = settings(
+        **MODES[mode],
+        steps=2,
+        checkpoint_every=1,
+        adapter=AdapterConfig("lora", 4, init=str(expected / "dev_2k_lora.safetensors")),
+        ema_decay=0.99,
+        num_validation=3,
+        validate_every=1,
+        preview_prompts=("a", "b", "c"),
+        preview_every=2,
+    )
+    alone = alone_like(config, tmp_path / "alone", 2)
+    check_parity(config, alone, 2, rel)
+    files = [
+        {path.relative_to(each.output_dir) for path in each.output_dir.rglob("*.*")}
+        - {Path(f"gradients-{rank}.pt") for rank in range(2)}
+        for each in (config, alone)
+    ]
+    assert files[0] == files[1]
+    for name in ("pytorch_lora_weights", "plain_lora_weights", "optimizer"):
+        path = f"checkpoint-000002/{name}.safetensors"
+        one, other = (load_file(each.output_dir / path) for each in (config, alone))
+        assert {key: (t.shape, t.dtype) for key, t in one.items()} == {
+            key: (t.shape, t.dtype) for key, t in other.items()
+        }
+    for name in ("loss.csv", "validation.csv"):
+        one, other = (read_curve(each.output_dir / name) for each in (config, alone))
+        assert one == pytest.approx(other, rel=1e-4)
+    for path in find_previews(alone.output_dir):
+        same_place = config.output_dir / path.relative_to(alone.output_dir)
+        one, other = (np.asarray(Image.open(each)).astype(int) for each in (path, same_place))
+        assert np.abs(one - other).max() <= 1
+
+
+def read_curve(path: Path) -> list[float]:
+    with path.open(newline="") as file:
+        rows = [{key: text for key, text in row.items() if key != "seconds"}
+                for row in csv.DictReader(file)]  # fmt: skip
+    return [float(text) for row in rows for text in row.values() if text]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_was_killed_resumes_bitwise(settings, adapter, tmp_path, mode):
+    config = settings(**MODES[mode], steps=8, checkpoint_every=1, ema_decay=0.9, adapter=adapter)
+    whole = replace(config, output_dir=tmp_path / "whole")
+    train_on(whole, 2)
+    moments = random.Random(mode)
+    for _ in range(2):
+        step = max((each.step for each in find_checkpoints(config.output_dir)), default=0)
+        processes = start_ranks(replace(config, resume=step > 0), 2)
+        wait_for_checkpoint(config.output_dir, step + moments.randint(1, 3))
+        for process in moments.sample(processes, 2):
+            process.kill()
+        for process in processes:
+            process.join()
+    train_on(replace(config, resume=True), 2)
+    found, wanted = adapter_of(config.output_dir), adapter_of(whole.output_dir)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def wait_for_checkpoint(output_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not any(each.step >= step for each in find_checkpoints(output_dir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_the_mode_may_change_on_resuming(settings, adapter, tmp_path, rel):
+    config = settings(steps=6, adapter=adapter)
+    alone = alone_like(config, tmp_path / "alone", 2)
+    train(alone)
+    train_on(replace(config, steps=2, context_parallel=2, gradient_accumulation=2), 2)
+    train_on(replace(config, steps=4, resume=True, shard=True), 2)
+    train(replace(config, resume=True, gradient_accumulation=2))
+    for key, tensor in adapter_of(alone.output_dir).items():
+        assert rel(adapter_of(config.output_dir)[key], tensor) < 1e-4
