@@ -1,6 +1,7 @@
 """Where the GPU benchmark runs, and how it runs commands."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -98,5 +99,8 @@ def run_urae(bench: Bench, *arguments: str, gpus: int = 1) -> dict[str, Any]:
     print("$ urae", shlex.join(arguments), flush=True)
     start = [sys.executable] if gpus == 1 else torchrun(gpus)
     watch = [*start, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
-    subprocess.run([*watch, *arguments], check=True, cwd=ROOT)
+    environment = dict(os.environ)
+    if bench.device.type == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    subprocess.run([*watch, *arguments], check=True, cwd=ROOT, env=environment)
     return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -48,6 +49,7 @@ def run_rank(config: TrainConfig, rank: int, number: int, port: int) -> None:
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of what was forked
     train_and_keep_gradients(config, rank)
 
 
@@ -120,12 +122,13 @@ def alone_like(config: TrainConfig, output_dir: Path, number: int) -> TrainConfi
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_sharded_base_has_the_gradients_of_one(settings, minor, tmp_path, rel, monkeypatch):
-    """The quick one of those below: what has imported everything is forked itself."""
+@pytest.mark.parametrize("mode", ["shard", "context and shard"])
+def test_two_ranks_in_short(settings, minor, tmp_path, rel, monkeypatch, mode):
+    """As below, but quick: what has imported everything is forked itself."""
     if torch.cuda.is_initialized():
         pytest.skip("a process that has used CUDA cannot be forked; the slow tests do without")
     monkeypatch.setattr(sys.modules[__name__], "server", multiprocessing.get_context("fork"))
-    config = settings(steps=1, shard=True, adapter=minor)
+    config = settings(steps=1, adapter=minor, **MODES[mode])
     check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
 
 

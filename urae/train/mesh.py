@@ -120,25 +120,26 @@ def check_mesh(
             "which each rank would need its neighbours' keys; set --context-parallel 1, or a "
             "policy of full attention"
         )
-    meta = build_meta_transformer(model_path)
+    counts = _count_what_is_split(config, samples, model_path)
+    _check_divides(config.context_parallel, {"the number of processes": num_ranks, **counts})
+
+
+def _count_what_is_split(
+    config: TrainConfig, samples: Sequence[Sample], model_path: Path
+) -> dict[str, int]:
+    """Count, by what it is, all that the ranks of a context take equal parts of."""
     embeds = next(iter(samples[0].embed_paths.values()))  # all are as long
     counts = {
-        f"{num_ranks} processes of this run": num_ranks,
-        f"{meta.config.num_attention_heads} attention heads of the base": int(
-            meta.config.num_attention_heads
-        ),
+        "the base's attention heads": build_meta_transformer(model_path).config.num_attention_heads,
+        "the text tokens of the features": read_header(embeds).shapes[EMBED_KEYS[0]][0],
     }
-    text_tokens = read_header(embeds).shapes[EMBED_KEYS[0]][0]
-    counts[f"{text_tokens} text tokens of the features"] = text_tokens
     for sample in samples:
-        tokens = num_image_tokens(sample.height, sample.width)
-        counts[f"{tokens} tokens of {sample.stem} ({sample.width} x {sample.height})"] = tokens
+        what = f"the tokens of {sample.stem}, {sample.width} x {sample.height} pixels"
+        counts[what] = num_image_tokens(sample.height, sample.width)
     if config.preview_prompts:
-        side = config.resolution
-        counts[f"tokens of a preview of {side} x {side} pixels"] = num_image_tokens(side, side)
-        text_tokens = count_text_tokens(model_path)
-        counts[f"{text_tokens} text tokens of a preview"] = text_tokens
-    _check_divides(config.context_parallel, counts)
+        counts["the tokens of a preview"] = num_image_tokens(config.resolution, config.resolution)
+        counts["the text tokens of a preview"] = count_text_tokens(model_path)
+    return counts
 
 
 def _check_divides(degree: int, counts: dict[str, int]) -> None:
@@ -147,9 +148,8 @@ def _check_divides(degree: int, counts: dict[str, int]) -> None:
     for what, count in counts.items():
         if count % degree:
             raise ValueError(
-                f"context_parallel {degree} must divide the {what}; of this run everything can be "
-                f"divided by {fitting}. From 2048 pixels on `urae cache` makes sizes that 2, 4 and "
-                "8 divide"
+                f"context_parallel {degree} does not divide {count}, {what}; this run can have "
+                f"{fitting} (from 2048 pixels on `urae cache` makes sizes for 2, 4 and 8)"
             )
 
 

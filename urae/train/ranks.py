@@ -26,7 +26,8 @@ def check_alike(config: TrainConfig, inputs: Inputs) -> None:
     Raises:
         ValueError: Names the first process that differs from the first, and in what.
     """
-    settings = {**flatten(asdict(config)), "data_dir": None, "output_dir": None}
+    paths = dict.fromkeys(("data_dir", "output_dir", "model"))  # hosts may have them elsewhere
+    settings = {**flatten(asdict(config)), **paths}
     facts = {
         "recipe": hashlib.sha256(repr(settings).encode()).hexdigest()[:12],
         "features": inputs.data_hash[:12],
