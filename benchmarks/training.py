@@ -48,9 +48,10 @@ def measure_two_data(bench: Bench) -> dict[str, Any]:
 
 def measure_two_context(bench: Bench, *, side: int, shard: bool = False) -> dict[str, Any]:
     """Train on two GPUs that share each picture, and on one: seconds a step, and the losses."""
-    steps, split = STEPS[side] + 2, ("--context-parallel", "2")
-    options = ("--compile", "false", "--shard", "true") if shard else compiled(bench)
-    one = train(bench, "4K minor", side, steps, options if not shard else options[:2])
+    steps = STEPS[side] + 2
+    options = ("--compile", "false") if shard else compiled(bench)
+    split = ("--context-parallel", "2", *(("--shard", "true") if shard else ()))
+    one = train(bench, "4K minor", side, steps, options)
     two = train(bench, "4K minor", side, steps, (*options, *split), gpus=2)
     off = max(abs(a / b - 1) for a, b in zip(two["losses"], one["losses"], strict=True))
     gain = one["seconds"] / two["seconds"]

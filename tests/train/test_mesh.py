@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from urae.train import AdapterConfig, TrainConfig, train
-from urae.train.checkpoint import find_checkpoints
+from urae.train.checkpoint import find_checkpoints, find_damage
 from urae.train.output import find_previews
 from urae.train.state import TrainingState
 
@@ -50,7 +50,10 @@ def run_rank(config: TrainConfig, rank: int, number: int, port: int) -> None:
     }  # fmt: skip
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # of what was forked
-    train_and_keep_gradients(config, rank)
+    try:
+        train_and_keep_gradients(config, rank)
+    except ConnectionError as error:
+        (config.output_dir / f"lost-{rank}.txt").write_text(str(error))
 
 
 def train_and_keep_gradients(config: TrainConfig, rank: int = 0) -> None:
@@ -229,6 +232,22 @@ def wait_for_checkpoint(output_dir: Path, step: int) -> None:
     while not any(each.step >= step for each in find_checkpoints(output_dir)):
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lost_rank_ends_the_other_in_every_mode(settings, mode, lost):
+    config = settings(**MODES[mode], steps=100_000, checkpoint_every=1)
+    processes = start_ranks(config, 2)
+    wait_for_checkpoint(config.output_dir, 2)
+    processes[lost].kill()
+    processes[1 - lost].join(20)
+    assert processes[1 - lost].exitcode == 0
+    message = (config.output_dir / f"lost-{1 - lost}.txt").read_text()
+    assert message.startswith("another process of this run has ended or is out of reach (")
+    checkpoints = find_checkpoints(config.output_dir)
+    assert all(find_damage(checkpoint) is None for checkpoint in checkpoints)
 
 
 @pytest.mark.slow

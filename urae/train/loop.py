@@ -98,7 +98,8 @@ def train(
         ConnectionError: If another process of the run is lost.
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
-    accelerator = _build_accelerator(config)
+    with explain_lost_rank(_AGAIN):
+        accelerator = _build_accelerator(config)
     inputs = check_inputs(config)
     policy = config.policy or read_base_policy(inputs.model_path)
     samples = [*inputs.samples, *inputs.held_out]
