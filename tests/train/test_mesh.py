@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def run_rank(config: TrainConfig, rank: int, number: int, port: int) -> None:
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # all but the generation of code
     AcceleratorState._reset_state(reset_partial_state=True)  # of what was forked
     try:
         train_and_keep_gradients(config, rank)
@@ -147,6 +149,16 @@ def test_two_ranks_have_the_gradients_of_one(settings, adapter, tmp_path, rel, m
 def test_a_mesh_of_two_by_two_has_the_gradients_of_one(settings, adapter, tmp_path, rel, shard):
     config = settings(steps=2, context_parallel=2, shard=shard, adapter=adapter)
     check_parity(config, alone_like(config, tmp_path / "alone", 4), 4, rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "offload"])
+def test_compiled_blocks_may_share_pictures(settings, expected, tmp_path, rel, checkpointing):
+    lora = AdapterConfig("lora", 4, init=str(expected / "dev_2k_lora.safetensors"))
+    config = settings(steps=1, context_parallel=2, adapter=lora, compile=True,
+                      gradient_checkpointing=checkpointing)  # fmt: skip
+    alone = replace(alone_like(config, tmp_path / "alone", 2), compile=False)
+    check_parity(config, alone, 2, rel)
 
 
 @pytest.mark.slow
