@@ -108,6 +108,10 @@ def run_urae(
     print("$ urae", shlex.join(arguments), flush=True)
     start = [sys.executable] if gpus == 1 else torchrun(gpus)
     watch = [*start, str(ROOT / "benchmarks" / "watch.py"), str(figures)]
-    cap = {} if cap_gib is None else {"URAE_BENCHMARK_CAP_GIB": str(cap_gib)}
-    subprocess.run([*watch, *arguments], check=True, cwd=ROOT, env={**os.environ, **cap})
+    environment = dict(os.environ)
+    if cap_gib is not None:
+        environment["URAE_BENCHMARK_CAP_GIB"] = str(cap_gib)
+    if bench.device.type == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    subprocess.run([*watch, *arguments], check=True, cwd=ROOT, env=environment)
     return {"command": f"urae {shlex.join(arguments)}", **json.loads(figures.read_text())}

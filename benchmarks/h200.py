@@ -2,8 +2,9 @@
 
     python benchmarks/h200.py --output results --work /tmp/urae-benchmark
 
-Needs a CUDA device with 80 GB or more, 100 GB of host memory and 40 GB of disk. Each part writes
-its own JSON at once and runs alone with --parts; `results.md` is made anew from what is there.
+Needs a CUDA device with 80 GB or more, two of them for the parts `two_gpus_...`, 100 GB of host
+memory and 40 GB of disk. Each part writes its own JSON at once and runs alone with --parts;
+`results.md` is made anew from what is there.
 --shape tiny goes through everything on a CPU, an eighth as large; its figures say nothing.
 """
 
@@ -27,7 +28,14 @@ from bench import RANK, ROOT, Bench, time_forwards
 from generation import GENERATION, measure_generate_2k
 from measure import describe_machine, find_commit, peak_gib, reset_peak, synchronize
 from report import write_report
-from training import ADAPTERS, WAYS, measure_train, measure_train_stock
+from training import (
+    ADAPTERS,
+    WAYS,
+    measure_train,
+    measure_train_stock,
+    measure_two_context,
+    measure_two_data,
+)
 from two_gpus import measure_forward_two_gpus
 
 sys.path.insert(0, str(ROOT))
@@ -182,9 +190,18 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
         if way != "eager"
     },
     **GENERATION,
+    "two_gpus_data_2k": measure_two_data,
+    "two_gpus_context_4k": partial(measure_two_context, side=4096),
+    "two_gpus_context_shard_4k": partial(measure_two_context, side=4096, shard=True),
     "forward_two_gpus": measure_forward_two_gpus,
 }
-TWO_GPUS = ("forward_two_gpus", "generate_4k_two_gpus")
+TWO_GPUS = (
+    "forward_two_gpus",
+    "generate_4k_two_gpus",
+    "two_gpus_data_2k",
+    "two_gpus_context_4k",
+    "two_gpus_context_shard_4k",
+)
 
 
 def run_part(bench: Bench, name: str, command: str) -> None:

@@ -54,6 +54,14 @@ def write_report(folder: Path, parts: list[str]) -> None:
                 rows |= measured
         if rows:
             lines += ["", *table_train(tiny, side, rows)]
+    several = {
+        name: run
+        for part in results
+        if part.startswith("two_gpus")
+        for name, run in results[part].items()
+    }
+    if several:
+        lines += ["", *table_several(several)]
     pictures = [name for name in results if name.startswith("generate")]
     if pictures:
         lines += [
@@ -119,6 +127,16 @@ def table_train(tiny: bool, side: int, runs: dict[str, Any]) -> list[str]:
             rows.append(["stock, flash attention (H200)", *STOCK_STEP])
     rows += [[f"here: {name}", entry["seconds"], entry["peak_gib"]] for name, entry in runs.items()]
     return table([f"one training step at {side}^2, rank 16", "s", "peak, GiB"], rows)
+
+
+def table_several(runs: dict[str, Any]) -> list[str]:
+    """List what a second GPU gains: samples a second, or time of a step."""
+    rows = [
+        [name, run["seconds"], run["peak_gib"], run.get("gain"), run.get("losses_off")]
+        for name, run in runs.items()
+    ]
+    header = ["one training step", "s", "peak of the first GPU, GiB", "times one GPU"]
+    return table([*header, "losses off by"], rows)
 
 
 def table_generate(result: dict[str, Any]) -> list[str]:

@@ -37,8 +37,36 @@ def compiled(bench: Bench) -> tuple[str, ...]:
     return ("--compile", str(bench.device.type == "cuda").lower())
 
 
+def measure_two_data(bench: Bench) -> dict[str, Any]:
+    """Train on two GPUs, each with samples of its own, and on one: samples a second."""
+    steps, options = 2 * STEPS[2048], compiled(bench)
+    one = train(bench, "2K LoRA", 2048, steps, options)
+    two = train(bench, "2K LoRA", 2048, steps, options, gpus=2)
+    gain = 2 * one["seconds"] / two["seconds"]
+    return {"2K LoRA, one GPU": one, "2K LoRA, two GPUs, data parallel": {**two, "gain": gain}}
+
+
+def measure_two_context(bench: Bench, *, side: int, shard: bool = False) -> dict[str, Any]:
+    """Train on two GPUs that share each picture, and on one: seconds a step, and the losses."""
+    steps = STEPS[side] + 2
+    options = ("--compile", "false") if shard else compiled(bench)
+    split = ("--context-parallel", "2", *(("--shard", "true") if shard else ()))
+    one = train(bench, "4K minor", side, steps, options)
+    two = train(bench, "4K minor", side, steps, (*options, *split), gpus=2)
+    off = max(abs(a / b - 1) for a, b in zip(two["losses"], one["losses"], strict=True))
+    gain = one["seconds"] / two["seconds"]
+    how = "4K minor, two GPUs, context parallel" + (", base in shards" if shard else "")
+    return {"4K minor, one GPU": one, how: {**two, "gain": gain, "losses_off": off}}
+
+
 def train(
-    bench: Bench, name: str, side: int, steps: int, options: tuple[str, ...]
+    bench: Bench,
+    name: str,
+    side: int,
+    steps: int,
+    options: tuple[str, ...],
+    *,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """Run some steps of one adapter's recipe, with options."""
     recipe = {"2K LoRA": "flux_dev_2k_lora.toml", "4K minor": "flux_dev_4k_minor.toml"}[name]
@@ -53,6 +81,7 @@ def train(
         *("train", str(ROOT / "recipes" / recipe), "--data", str(data), "--output", str(output)),
         *("--model", str(bench.base), "--resolution", str(bench.side(side))),
         *("--steps", str(steps), *options),
+        gpus=gpus,
     )
     with (output / "loss.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

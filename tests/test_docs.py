@@ -206,9 +206,11 @@ def test_all_four_jobs_have_commands_in_the_readme():
 def test_make_targets_and_scripts_exist():
     makefile = (ROOT / "Makefile").read_text()
     for _, words in shell_commands():
-        assert words[0] in {"urae", "accelerate", "torchrun", "make", "python", "pip"}
+        assert words[0] in {"urae", "accelerate", "torchrun", "sbatch", "make", "python", "pip"}
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE)
+        if words[0] == "sbatch":
+            assert (ROOT / words[-1]).exists()
         if words[0] == "python":
             source = (ROOT / words[1]).read_text()
             for option in words[2:]:

@@ -246,7 +246,8 @@ def test_two_ranks_make_the_pictures_of_one(tmp_path, monkeypatch):
 # --- training -------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one_that_accumulates(tmp_path, rel):
+@pytest.mark.parametrize("launched", ["torchrun", "accelerate"])
+def test_two_processes_train_as_one_that_accumulates(tmp_path, rel, launched):
     def train(*arguments: str, launcher: tuple[str, ...]) -> None:
         command = [
             *launcher, "-m", "urae", "train", str(ROOT / "recipes" / "flux_dev_2k_lora.toml"),
@@ -260,10 +261,17 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path, rel):
         )
         assert done.returncode == 0, done.stderr
 
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--master-port", str(free_port()))  # fmt: skip
-    train("--output", "two", launcher=torchrun)
-    train("--output", "one", "--gradient-accumulation", "2", launcher=(sys.executable,))
+    port = str(free_port())
+    if launched == "torchrun":
+        module, options = "torch.distributed.run", ("--nproc-per-node", "2", "--master-port", port)
+    else:
+        module = "accelerate.commands.launch"
+        config = str(ROOT / "recipes" / "cluster" / "one_host.yaml")
+        options = ("--config_file", config, "--num_processes", "2", "--main_process_port", port)
+    split = ("--context-parallel", "2") if launched == "accelerate" else ()
+    alone = () if split else ("--gradient-accumulation", "2")
+    train("--output", "two", *split, launcher=(sys.executable, "-m", module, *options))
+    train("--output", "one", *alone, launcher=(sys.executable,))
     two, one = (
         load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("two", "one")
     )

@@ -1,5 +1,4 @@
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ from safetensors.torch import load_file, save_file
 from urae.features.captions import check_weights, choose_caption
 from urae.features.dataset import (
     Sample,
-    batch_for_step,
-    build_batches,
     check_cache,
     list_samples,
     load_embeds,
@@ -137,42 +134,3 @@ def test_weights_of_captions_that_are_not_there():
     message = r"two_latent_code.safetensors has no caption with a weight .* only prompt; give"
     with pytest.raises(ValueError, match=message):
         check_weights(samples, {"prompt": 0, "long": 1})
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-def test_an_epoch_has_every_sample_once(batch_size):
-    for epoch in range(3):
-        batches = build_batches(SAMPLES, batch_size, seed=5, epoch=epoch)
-        assert sorted(chain(*batches)) == list(range(len(SAMPLES)))
-        for batch in batches:
-            assert 1 <= len(batch) <= batch_size
-            assert len({SIZES[index] for index in batch}) == 1
-        assert len(batches) == sum(-(-count // batch_size) for count in (7, 4, 2))
-
-
-def test_batches_follow_seed_and_epoch():
-    first = build_batches(SAMPLES, 2, seed=5, epoch=0)
-    assert first == build_batches(list(SAMPLES), 2, seed=5, epoch=0)
-    assert first != build_batches(SAMPLES, 2, seed=5, epoch=1)
-    assert first != build_batches(SAMPLES, 2, seed=6, epoch=0)
-    # holds the order across versions: a run resumes under a newer one
-    assert build_batches(SAMPLES[7:11], 1, seed=0, epoch=0) == ((1,), (0,), (3,), (2,))
-
-
-def test_ranks_divide_the_epochs_between_them():
-    num_batches = len(build_batches(SAMPLES, 2, seed=1, epoch=0))
-    steps = [
-        [batch_for_step(SAMPLES, 2, seed=1, step=s, rank=r, num_ranks=3) for r in range(3)]
-        for s in range(num_batches)
-    ]
-    for ranks in steps[: num_batches // 3]:
-        assert len(set(chain(*(rank.indices for rank in ranks)))) == sum(
-            len(rank.indices) for rank in ranks
-        )
-    # so many steps of three ranks are three whole epochs
-    seen = Counter(chain(*(rank.indices for ranks in steps for rank in ranks)))
-    assert seen == dict.fromkeys(range(len(SAMPLES)), 3)
-    counters = list(chain(*(rank.counters for ranks in steps for rank in ranks)))
-    assert len(set(counters)) == len(counters) == 3 * len(SAMPLES)
-    again = batch_for_step(SAMPLES, 2, seed=1, step=4, rank=2, num_ranks=3)
-    assert again == steps[4][2]

@@ -235,18 +235,19 @@ def test_a_curve_that_cannot_be_written(settings, monkeypatch):
 
 
 def test_the_order_of_samples_goes_on_with_other_batches_a_step(settings, monkeypatch, caplog):
-    numbers, choose = [], loop_module.batch_for_step
+    numbers, draw = [], loop_module.sample_batch
 
-    def record(*arguments, **options):
-        numbers.append(options["step"])
-        return choose(*arguments, **options)
+    def record(samples, counters, *others):
+        numbers.extend(counters)
+        return draw(samples, counters, *others)
 
-    monkeypatch.setattr(loop_module, "batch_for_step", record)
+    monkeypatch.setattr(loop_module, "sample_batch", record)
     train(settings(steps=2, gradient_accumulation=3))
     assert not caplog.records
     train(settings(steps=6, resume=True))
     assert "a step now takes 1 batches over all devices, before it took 3;" in caplog.text
-    assert numbers == list(range(10))
+    steps = [numbers[:3], numbers[3:6], *([number] for number in numbers[6:])]
+    assert [sorted(step) for step in steps] == [[0, 1, 2], [3, 4, 5], [6], [7], [8], [9]]
 
 
 def test_other_features_are_refused(settings, tmp_path):

@@ -11,14 +11,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import urae
 from urae.adapters.files import read_adapter
+from urae.backbones.flux import load_transformer
+from urae.features.order import StepBatch, StepShare
 from urae.resolution import ResolutionPolicy, find_policy
 from urae.train import OptimizerConfig, train
 from urae.train import loop as loop_module
+from urae.train.adapter import attach_for_training
 from urae.train.checkpoint import find_checkpoints
+from urae.train.inputs import check_inputs
 
 
 def same(one, other) -> bool:
@@ -100,6 +105,32 @@ def test_accumulation_equals_a_batch(settings, tmp_path):
     for key, moment in moments[0].items():
         # Adam's first moment after one step is a tenth of the gradient
         assert torch.allclose(moment, moments[1][key], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("split", [[(0, 1), (2,)], [(2,), (0,), (1,)]])
+def test_each_sample_weighs_the_same_in_any_batches(settings, tmp_path, split):
+    """Batches of two and of one, accumulated or on two ranks, give the gradient of one of three."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    for path in settings().data_dir.glob("image_2_*"):
+        for stem in "abc":
+            shutil.copy(path, data_dir / path.name.replace("image_2", stem))
+    config = settings(data_dir=data_dir)
+    inputs, accelerator = check_inputs(config), Accelerator(cpu=True)
+    transformer = load_transformer(inputs.model_path, dtype=torch.float32)
+    adapter = attach_for_training(transformer, config.adapter, [], None, 0)
+
+    def gradient(batches) -> list[torch.Tensor]:
+        chosen = tuple(StepBatch(batch, batch) for batch in batches)
+        done = loop_module.accumulate(
+            transformer, inputs, StepShare(chosen, 3), config, accelerator
+        )
+        found = [done.loss, *(parameter.grad.clone() for parameter in adapter.parameters)]
+        transformer.zero_grad()
+        return found
+
+    for found, wanted in zip(gradient(split), gradient([(0, 1, 2)]), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_the_file_works_by_itself(settings, minor, load_pipe, sample):

@@ -27,14 +27,13 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_held_out_samples_do_not_train(settings, monkeypatch):
-    trained, choose = set(), loop_module.batch_for_step
+    trained, draw = set(), loop_module.sample_batch
 
-    def record(samples, *arguments, **options):
-        chosen = choose(samples, *arguments, **options)
-        trained.update(samples[index].stem for index in chosen.indices)
-        return chosen
+    def record(samples, *others):
+        trained.update(sample.stem for sample in samples)
+        return draw(samples, *others)
 
-    monkeypatch.setattr(loop_module, "batch_for_step", record)
+    monkeypatch.setattr(loop_module, "sample_batch", record)
     config = settings(steps=6, num_validation=1)
     train(config)
     samples = list_samples(config.data_dir)

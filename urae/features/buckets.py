@@ -14,6 +14,8 @@ from urae.geometry import TOKEN_PIXELS, check_side
 RATIOS = (1 / 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2 / 1, 21 / 9, 3 / 1, 4 / 1)
 """Long side to short side. Those of cameras and screens: pictures of these lose next to nothing,
 others at most a seventh of a side (beyond 4:1, more), and so few sizes fill batches well."""
+_SPLITS = 8
+_SPLIT_FROM = 2048  # pixels; smaller pictures are not worth splitting, and have too few sizes
 
 
 @lru_cache
@@ -25,16 +27,19 @@ def build_buckets(resolution: int) -> tuple[tuple[int, int], ...]:
 
     Returns:
         (height, width) in pixels, multiples of 16: for each ratio of `RATIOS` the nearest among
-        the sizes that use up the budget, and the same turned on its side.
+        the sizes that use up the budget, and the same turned on its side. From 2048 pixels on
+        their tokens divide by 8, so that 2, 4 or 8 GPUs can share a picture in training.
 
     Raises:
         ValueError: If `resolution` is not a positive multiple of 16.
     """
     check_side("resolution", resolution)
     budget = (resolution // TOKEN_PIXELS) ** 2
+    divisor = _SPLITS if resolution >= _SPLIT_FROM else 1
     wide = [
         (short * TOKEN_PIXELS, budget // short * TOKEN_PIXELS)
         for short in range(1, resolution // TOKEN_PIXELS + 1)
+        if budget // short * short % divisor == 0
     ]
     chosen = {_nearest(wide, ratio) for ratio in RATIOS}
     turned = {(long, short) for short, long in chosen}

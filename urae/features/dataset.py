@@ -1,14 +1,8 @@
-"""Cached features for training: which there are, whether they fit a model, and in what order.
+"""Cached features for training: which there are, and whether they fit a model."""
 
-Everything here is a pure function of the folder and of numbers, so a trainer resumes by its step
-number alone.
-"""
-
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from jaxtyping import Float
@@ -40,16 +34,6 @@ class Sample:
     """In pixels."""
     width: int
     """In pixels."""
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """What one rank trains on in one step."""
-
-    indices: tuple[int, ...]
-    """Of samples, all of one size."""
-    counters: tuple[int, ...]
-    """One number for each, the same in no other place of the run: to seed its noise with."""
 
 
 def list_samples(data_dir: Path) -> list[Sample]:
@@ -178,72 +162,3 @@ def load_embeds(path: Path) -> tuple[Float[Tensor, "l d"], Float[Tensor, " p"]]:
     """
     tensors = read_features(path, EMBED_KEYS)
     return tensors[EMBED_KEYS[0]], tensors[EMBED_KEYS[1]]
-
-
-def build_batches(
-    samples: Sequence[Sample], batch_size: int, *, seed: int, epoch: int
-) -> tuple[tuple[int, ...], ...]:
-    """Shuffle an epoch's samples into batches of one size each.
-
-    Every sample comes once. The last batch of a size may be smaller: nothing is repeated to fill
-    it, nor dropped.
-
-    Args:
-        samples: What there is.
-        batch_size: Samples in a batch, at most.
-        seed: Of the run.
-        epoch: From 0.
-
-    Returns:
-        Batches of indices into `samples`; the same number in every epoch.
-    """
-    sizes = tuple((sample.height, sample.width) for sample in samples)
-    return _shuffle(sizes, batch_size, seed, epoch)
-
-
-@lru_cache(maxsize=4)
-def _shuffle(
-    sizes: tuple[tuple[int, int], ...], batch_size: int, seed: int, epoch: int
-) -> tuple[tuple[int, ...], ...]:
-    # A text seed goes through SHA-512: the same on every machine, and no two epochs alike
-    shuffler = random.Random(f"urae {seed} {epoch}")
-    by_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, size in enumerate(sizes):
-        by_size[size].append(index)
-    batches = []
-    for indices in by_size.values():
-        shuffler.shuffle(indices)
-        starts = range(0, len(indices), batch_size)
-        batches += [tuple(indices[start : start + batch_size]) for start in starts]
-    shuffler.shuffle(batches)
-    return tuple(batches)
-
-
-def batch_for_step(
-    samples: Sequence[Sample],
-    batch_size: int,
-    *,
-    seed: int,
-    step: int,
-    rank: int = 0,
-    num_ranks: int = 1,
-) -> StepBatch:
-    """Say what a rank trains on in a step.
-
-    Epochs follow each other without a break, and each step takes the next `num_ranks` batches,
-    one a rank. To accumulate gradients over K batches, count K times as many ranks.
-
-    Args:
-        samples: As in `build_batches`, like `batch_size` and `seed`.
-        batch_size: Samples a rank, at most.
-        seed: Of the run.
-        step: From 0.
-        rank: From 0.
-        num_ranks: Ranks in all.
-    """
-    number = step * num_ranks + rank
-    num_batches = len(build_batches(samples, batch_size, seed=seed, epoch=0))
-    epoch, place = divmod(number, num_batches)
-    indices = build_batches(samples, batch_size, seed=seed, epoch=epoch)[place]
-    first = number * batch_size
-    return StepBatch(indices, tuple(range(first, first + len(indices))))

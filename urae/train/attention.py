@@ -15,7 +15,13 @@ from urae.backbones.attention import CANDIDATES, backend, pick_attention
 
 @contextmanager
 def right_attention(
-    device: torch.device, dtype: torch.dtype, *, heads: int, head_dim: int, tokens: int
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    context_parallel: int = 1,
 ) -> Iterator[None]:
     """Train with the fastest attention whose gradients are right, for sequences of this shape.
 
@@ -27,6 +33,7 @@ def right_attention(
         heads: Of an attention.
         head_dim: Channels of a head.
         tokens: Of the longest sequence, text and image.
+        context_parallel: Ranks that share them; each has all tokens of a part of the heads.
 
     Raises:
         FloatingPointError: If no backend gives right gradients.
@@ -36,6 +43,13 @@ def right_attention(
         return
     wanted = _AttentionBackendRegistry.get_active_backend()[0]
     names = CANDIDATES if wanted == AttentionBackendName.NATIVE else (wanted.value,)
-    candidates = {name: backend(name) for name in names}
-    with attention_backend(pick_attention(candidates, (1, tokens, heads, head_dim), dtype, device)):
+    possible = names if context_parallel == 1 else filter(_can_be_split, names)
+    candidates = {name: backend(name) for name in possible}
+    shape = (1, tokens, heads // context_parallel, head_dim)
+    with attention_backend(pick_attention(candidates, shape, dtype, device)):
         yield
+
+
+def _can_be_split(name: str) -> bool:
+    member = AttentionBackendName(name)
+    return bool(_AttentionBackendRegistry._is_context_parallel_available(member))

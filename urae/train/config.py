@@ -21,6 +21,7 @@ _AT_LEAST_ONE = (
     "keep_checkpoints",
     "validate_every",
     "preview_every",
+    "context_parallel",
 )
 
 
@@ -126,6 +127,10 @@ class TrainConfig:
     """What the backward pass recomputes, in ever less memory: nothing, all but attention, or whole
     blocks, whose inputs `offload` keeps in the host's memory; `auto` takes the first of the last
     three that there is room for. The numbers are the same."""
+    context_parallel: int = 1
+    """GPUs that share each picture, its tokens split between them: faster steps in less memory."""
+    shard: bool = False
+    """Spread the frozen base over the GPUs of a host, each block gathered as it is needed."""
     compile: bool | None = None
     """Compile the blocks; none does so on a GPU where it pays within the run."""
     checkpoint_every: int = 200

@@ -4,14 +4,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,7 +26,8 @@ from urae.backbones.flux import (
 )
 from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
-from urae.features.dataset import Sample, batch_for_step
+from urae.features.dataset import Sample
+from urae.features.order import Order, StepShare
 from urae.resolution import apply_policy, read_base_policy
 from urae.train.adapter import attach_for_training
 from urae.train.attention import right_attention
@@ -34,11 +37,12 @@ from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
+from urae.train.mesh import build_mesh, check_mesh, distribute, sum_gradients
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
 from urae.train.output import StepReport, prepare_output
 from urae.train.preview import Previewer
-from urae.train.ranks import warn_of_other_batch
+from urae.train.ranks import MAX_WAIT_MINUTES, check_alike, warn_of_other_batch
 from urae.train.recompute import count_tokens, prepare_blocks
 from urae.train.record import write_run
 from urae.train.state import build_state
@@ -58,10 +62,10 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the batches of one step gave on this device, beside their gradients."""
+    """What the batches of one step gave on this rank, beside their gradients."""
 
     loss: Float[Tensor, ""]
-    """Mean over the batches."""
+    """This rank's part of the mean over the step's samples; the ranks' parts add up to it."""
     levels: Float[Tensor, "2 levels"]
     """Sum and number of the samples' losses at each noise level."""
     samples: list[Sample]
@@ -94,25 +98,35 @@ def train(
         ConnectionError: If another process of the run is lost.
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
-    accelerator = _build_accelerator(config)
+    with explain_lost_rank(_AGAIN):
+        accelerator = _build_accelerator(config)
     inputs = check_inputs(config)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     policy = config.policy or read_base_policy(inputs.model_path)
+    samples = [*inputs.samples, *inputs.held_out]
+    check_mesh(config, samples, inputs.model_path, policy, accelerator.num_processes)
+    mesh = build_mesh(config, accelerator)
+    with explain_lost_rank(_AGAIN):
+        check_alike(config, inputs)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     previewer = None
     if config.preview_prompts:  # first, so that the text encoders have room
         previewer = Previewer(config, inputs.model_path, policy)
 
     transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
     with _enough_memory():
-        transformer.to(accelerator.device).requires_grad_(False)
-    apply_policy(transformer, policy)
+        if not config.shard:  # else block by block, below
+            transformer.to(mesh.device)
+    apply_policy(transformer.requires_grad_(False), policy)
     adapter = attach_for_training(
-        transformer, config.adapter, inputs.over, inputs.initial, config.seed
+        transformer, config.adapter, inputs.over, inputs.initial, config.seed, mesh.device
     )
     check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
+    with explain_lost_rank(_AGAIN), _enough_memory():
+        distribute(transformer, adapter.parameters, config, mesh)
     state = build_state(adapter, config, inputs)
     prepare_blocks(transformer, config, inputs.samples, accelerator.device)
-    model = accelerator.prepare_model(transformer.train())
+    order = Order(inputs.samples, config.batch_size, seed=config.seed)
+    transformer.train()
 
     metadata = {
         "urae.policy": policy.to_json(),
@@ -120,7 +134,7 @@ def train(
         "urae.base_revision": fingerprint_component(inputs.model_path, "transformer"),
         "urae.config": json.dumps(flatten(asdict(config))),
     }
-    batches_per_step = config.gradient_accumulation * accelerator.num_processes
+    batches_per_step = config.gradient_accumulation * mesh.num_data_ranks
     record = {
         "batches_per_step": batches_per_step,
         "data_hash": inputs.data_hash,
@@ -130,7 +144,7 @@ def train(
         warn_of_other_batch(inputs.start, batches_per_step)
         prepare_output(config.output_dir, inputs.start)
         write_run(config, inputs, policy, accelerator)
-    monitor = Monitor(config, inputs, accelerator, transformer, previewer)
+    monitor = Monitor(config, inputs, accelerator, mesh, transformer, previewer)
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -142,6 +156,7 @@ def train(
         heads=transformer.config.num_attention_heads,
         head_dim=transformer.config.attention_head_dim,
         tokens=count_tokens(inputs.samples),
+        context_parallel=config.context_parallel,
     )
     with explain_lost_rank(_AGAIN), _enough_memory(), attention, catch_stop() as stop:
         if state.step == 0:
@@ -150,11 +165,17 @@ def train(
         while state.step < config.steps:
             began = time.perf_counter()
             with _saved_on_failure(save):  # the step has changed nothing yet
-                done = accumulate(model, inputs, state.num_batches, config, accelerator)
+                share = order.share(
+                    state.num_batches,
+                    config.gradient_accumulation,
+                    rank=mesh.data_rank,
+                    num_ranks=mesh.num_data_ranks,
+                )
+                done = accumulate(transformer, inputs, share, config, accelerator)
+                sum_gradients(adapter.parameters, accelerator)
                 norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
-                sums = torch.stack([done.loss, norm, done.loss.new_tensor(float(stop.is_set()))])
-                sums = torch.cat([sums, done.levels.flatten()])
-                loss, grad_norm, stopping, *levels = accelerator.reduce(sums, "mean").tolist()
+                loss, grad_norm, stopping, *levels = _reduce_report(done, norm, stop, accelerator)
+                loss *= mesh.num_data_ranks
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise FloatingPointError(
                         f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}, on "
@@ -194,36 +215,43 @@ def train(
 def accumulate(
     model: nn.Module,
     inputs: Inputs,
-    num_batches: int,
+    share: StepShare,
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> Accumulated:
-    """Add up the gradients of one step on this device.
+    """Add up the gradients of one step on this rank.
+
+    Each sample weighs the same, however the step's samples fall into batches and ranks.
 
     Args:
-        model: The transformer in training, as prepared for the devices.
+        model: The transformer in training.
         inputs: Samples, and how batches are drawn.
-        num_batches: Batches that the run, on all devices, has trained on before.
+        share: What this rank trains on in the step.
         config: Of the run.
-        accelerator: Knows the devices.
+        accelerator: Knows the device.
     """
     chosen_samples: list[Sample] = []
-    losses = torch.zeros(config.gradient_accumulation, device=accelerator.device)
+    losses = torch.zeros(len(share.batches), device=accelerator.device)
     levels = torch.zeros(2, NUM_LEVELS, device=accelerator.device)
-    for index in range(config.gradient_accumulation):
-        number = num_batches + index * accelerator.num_processes + accelerator.process_index
-        chosen = batch_for_step(inputs.samples, config.batch_size, seed=config.seed, step=number)
+    for index, chosen in enumerate(share.batches):
         samples = [inputs.samples[at] for at in chosen.indices]
         chosen_samples += samples
         batch = sample_batch(samples, chosen.counters, inputs.draws, accelerator.device)
-        last = index == config.gradient_accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            each = compute_losses(model, batch, config.guidance_scale)
-            loss = each.mean()
-            accelerator.backward(loss / config.gradient_accumulation)
+        each = compute_losses(model, batch, config.guidance_scale)
+        loss = each.sum() / share.num_samples
+        accelerator.backward(loss)
         losses[index] = loss.detach()
         levels += sum_levels(each, batch.sigmas)
-    return Accumulated(losses.mean(), levels, chosen_samples)
+    return Accumulated(losses.sum(), levels, chosen_samples)
+
+
+def _reduce_report(
+    done: Accumulated, norm: Tensor, stop: Event, accelerator: Accelerator
+) -> list[float]:
+    """Return loss, norm and whether to stop, then levels, each the mean over all ranks."""
+    sums = torch.stack([done.loss, norm, done.loss.new_tensor(float(stop.is_set()))])
+    means = accelerator.reduce(torch.cat([sums, done.levels.flatten()]), "mean")
+    return [float(each) for each in means.tolist()]
 
 
 @contextmanager
@@ -257,7 +285,7 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="no",
         log_with=config.tracker,
         project_dir=str(config.output_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=MAX_WAIT_MINUTES))],
     )
     # the recipe decides, not the user's accelerate settings: backward would divide once more
     accelerator.gradient_accumulation_steps = 1

@@ -13,6 +13,7 @@ from urae.config import flatten
 from urae.train.config import TrainConfig
 from urae.train.departure import warn_of_departure, warn_of_standstill
 from urae.train.inputs import Inputs
+from urae.train.mesh import Mesh
 from urae.train.output import Curves, StepReport
 from urae.train.preview import Preview, Previewer, write_previews
 from urae.train.state import TrainingState
@@ -30,6 +31,7 @@ class Monitor:
         config: TrainConfig,
         inputs: Inputs,
         accelerator: Accelerator,
+        mesh: Mesh,
         transformer: FluxTransformer2DModel,
         previewer: Previewer | None,
     ) -> None:
@@ -39,12 +41,14 @@ class Monitor:
             config: Of the run.
             inputs: Says where the run starts, and what is held out.
             accelerator: Knows the devices and the tracker.
-            transformer: In training, not its wrapper for several devices.
+            mesh: The ranks, and what each has to do.
+            transformer: In training.
             previewer: What makes previews, if there are to be any.
         """
         self.config = config
         self.inputs = inputs
         self.accelerator = accelerator
+        self.mesh = mesh
         self.transformer = transformer
         self.previewer = previewer
         self.curves = None
@@ -80,7 +84,12 @@ class Monitor:
     def _validate(self, step: int) -> None:
         inputs = self.inputs
         losses = measure_loss(
-            self.transformer, inputs.held_out, self.config, inputs.draws, self.accelerator
+            self.transformer,
+            inputs.held_out,
+            self.config,
+            inputs.draws,
+            self.accelerator,
+            self.mesh,
         )
         if self.curves is not None:
             self.curves.write_validation(step, losses)
@@ -90,7 +99,7 @@ class Monitor:
     def _preview(self, previewer: Previewer, step: int) -> None:
         """Share the previews out among the devices, and write them on the main one."""
         accelerator = self.accelerator
-        mine = previewer.previews[accelerator.process_index :: accelerator.num_processes]
+        mine = [previewer.previews[number] for number in self.mesh.share(len(previewer.previews))]
         drawn = [(preview, previewer.draw(self.transformer, preview)) for preview in mine]
         pictures = dict(gather_object(drawn))
         if accelerator.is_main_process:

@@ -52,7 +52,7 @@ class Previewer:
         self.side = config.resolution
         self.previews = list_previews(config)
         self.sampling = default_sampling(build_meta_transformer(model_path))
-        tokens = min(self.sampling.max_sequence_length, read_text_tokens(model_path))
+        tokens = count_text_tokens(model_path)
         encoders = Encoders(model_path)
         with explain_memory("the text encoders", "closing what else uses the GPU"):
             self.embeds = {
@@ -101,6 +101,12 @@ class Previewer:
         finally:
             self.vae.to("cpu")
             self.pipe.register_modules(vae=None)
+
+
+def count_text_tokens(model_path: Path) -> int:
+    """Return how many text tokens a preview has."""
+    sampling = default_sampling(build_meta_transformer(model_path))
+    return min(sampling.max_sequence_length, read_text_tokens(model_path))
 
 
 def list_previews(config: TrainConfig) -> list[Preview]:

@@ -1,10 +1,48 @@
-"""Several processes in one run: another number of them on resuming."""
+"""Several processes in one run: those that differ, and another number of them on resuming."""
 
+import hashlib
 import logging
+from dataclasses import asdict
 
+from accelerate.utils import gather_object
+
+from urae.backbones.flux import fingerprint_component
+from urae.config import flatten
+from urae.train.config import TrainConfig
+from urae.train.inputs import Inputs
 from urae.train.output import Start
 
 logger = logging.getLogger(__name__)
+
+MAX_WAIT_MINUTES = 10
+"""How long a rank waits for the others: longer than loading, compiling or a preview takes."""
+
+
+def check_alike(config: TrainConfig, inputs: Inputs) -> None:
+    """Refuse processes that would train different things together, on several hosts above all.
+
+    All processes wait here until each has found its inputs, and before one changes the folder.
+
+    Raises:
+        ValueError: Names the first process that differs from the first, and in what.
+    """
+    paths = dict.fromkeys(("data_dir", "output_dir", "model"))  # hosts may have them elsewhere
+    settings = {**flatten(asdict(config)), **paths}
+    facts = {
+        "recipe": hashlib.sha256(repr(settings).encode()).hexdigest()[:12],
+        "features": inputs.data_hash[:12],
+        "base": fingerprint_component(inputs.model_path, "transformer")[:12],
+        "starting step": str(inputs.start.step),
+    }
+    first, *others = gather_object([facts])
+    for rank, found in enumerate(others, start=1):
+        for what, value in found.items():
+            if value != first[what]:
+                raise ValueError(
+                    f"process {rank} has another {what} ({value}) than process 0 "
+                    f"({first[what]}); start all with the same command, features and base, and "
+                    "an --output folder that all hosts share"
+                )
 
 
 def warn_of_other_batch(start: Start, batches_per_step: int) -> None:

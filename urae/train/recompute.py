@@ -56,11 +56,13 @@ def prepare_blocks(
     """
     checkpointing = config.gradient_checkpointing
     if checkpointing == "auto":
-        tokens = config.batch_size * count_tokens(samples)
+        tokens = config.batch_size * count_tokens(samples) // config.context_parallel
         checkpointing = choose_checkpointing(
             transformer, tokens, transformer.dtype, free_bytes(device)
         )
     compiled = config.compile
+    if compiled is None and config.shard:
+        compiled = False
     if compiled is None:
         largest = max(samples, key=lambda sample: sample.height * sample.width)
         pictures = config.batch_size * config.gradient_accumulation

@@ -13,6 +13,7 @@ from urae.features.dataset import Sample
 from urae.train.batch import Draws, sample_batch
 from urae.train.config import TrainConfig
 from urae.train.loss import NUM_LEVELS, compute_losses
+from urae.train.mesh import Mesh
 
 _FIRST_COUNTER = 2**62  # no training sample has it
 
@@ -44,24 +45,28 @@ def measure_loss(
     config: TrainConfig,
     draws: Draws,
     accelerator: Accelerator,
+    mesh: Mesh,
 ) -> Float[Tensor, "samples levels"]:
     """Return each sample's loss at the middle of each quarter of the noise levels.
 
     Args:
-        model: The transformer itself, not its wrapper for several devices.
-        samples: Held out; shared out among the devices.
+        model: The transformer.
+        samples: Held out; shared out among the ranks.
         config: Of the run.
         draws: Of the run; here sigmas are fixed and no caption is left out.
-        accelerator: Gathers from the devices.
+        accelerator: Gathers from the ranks.
+        mesh: The ranks.
     """
     device = accelerator.device
     whole = replace(draws, caption_dropout=0.0)
-    losses = torch.zeros(len(samples), NUM_LEVELS, device=device)
-    for number in range(accelerator.process_index, len(samples), accelerator.num_processes):
+    sums = torch.zeros(2, len(samples), NUM_LEVELS, device=device)  # of losses, of times measured
+    for number in mesh.share(len(samples)):
         batch = sample_batch([samples[number]], [_FIRST_COUNTER + number], whole, device)
         for level in range(NUM_LEVELS):
             sigmas = torch.full((1,), (level + 0.5) / NUM_LEVELS, device=device)
             at_level = replace(batch, sigmas=sigmas)
-            losses[number, level] = compute_losses(model, at_level, config.guidance_scale)[0]
-    gathered: Tensor = accelerator.reduce(losses, "sum")  # each device has its own rows
-    return gathered
+            sums[0, number, level] = compute_losses(model, at_level, config.guidance_scale)[0]
+            sums[1, number, level] = 1
+    losses, times = accelerator.reduce(sums, "sum").unbind()
+    mean: Tensor = losses / times
+    return mean
