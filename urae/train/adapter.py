@@ -51,6 +51,7 @@ def attach_for_training(
     over: list[AdapterFile],
     start: AdapterFile | None,
     seed: int,
+    device: torch.device | None = None,
 ) -> TrainingAdapter:
     """Attach the adapters under it, frozen, and the one that trains.
 
@@ -58,13 +59,14 @@ def attach_for_training(
     section 3.2): A and B train in float32, the rest are buffers.
 
     Args:
-        transformer: On its device; all its weights are frozen.
+        transformer: Not quantised yet; all its weights are frozen.
         config: What trains.
         over: Adapters under it, in order.
         start: Weights to start from; None starts fresh.
         seed: Of a fresh LoRA's weights.
+        device: Where to solve for B0 and A0; the transformer's own by default.
     """
-    device = next(transformer.parameters()).device
+    device = device or next(transformer.parameters()).device
     names = find_attention_linears(transformer)
     weights = open_original_weights(transformer, names)
     updates = compute_updates(

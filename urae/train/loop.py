@@ -24,22 +24,23 @@ from urae.backbones.flux import (
 )
 from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
-from urae.features.dataset import Sample, batch_for_step
+from urae.features.dataset import Sample
 from urae.resolution import apply_policy, read_base_policy
 from urae.train.adapter import attach_for_training
 from urae.train.attention import right_attention
-from urae.train.batch import sample_batch
 from urae.train.checkpoint import check_same_origin, find_checkpoints
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
-from urae.train.inputs import Inputs, check_inputs
+from urae.train.inputs import check_inputs
+from urae.train.loader import Loader
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
+from urae.train.memory import choose_way, is_placed_first, place
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
 from urae.train.output import StepReport, prepare_output
 from urae.train.preview import Previewer
 from urae.train.ranks import warn_of_other_batch
-from urae.train.recompute import count_tokens, prepare_blocks
+from urae.train.recompute import count_tokens, is_compiled, set_checkpointing
 from urae.train.record import write_run
 from urae.train.state import build_state
 
@@ -102,17 +103,22 @@ def train(
     if config.preview_prompts:  # first, so that the text encoders have room
         previewer = Previewer(config, inputs.model_path, policy)
 
-    transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
+    device = accelerator.device
+    way = choose_way(config, inputs, device, num_ranks=accelerator.num_processes)
+    compiled = is_compiled(config, way, inputs.samples, device)
+    transformer = load_transformer(inputs.model_path, dtype=pick_dtype(device))
     with _enough_memory():
-        transformer.to(accelerator.device).requires_grad_(False)
-    apply_policy(transformer, policy)
-    adapter = attach_for_training(
-        transformer, config.adapter, inputs.over, inputs.initial, config.seed
-    )
+        if is_placed_first(way):
+            transformer.to(device)
+        apply_policy(transformer, policy)
+        adapter = attach_for_training(
+            transformer, config.adapter, inputs.over, inputs.initial, config.seed, device
+        )
+        place(transformer, way, device, compiled=compiled)
     check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
     state = build_state(adapter, config, inputs)
-    prepare_blocks(transformer, config, inputs.samples, accelerator.device)
-    model = accelerator.prepare_model(transformer.train())
+    set_checkpointing(transformer, way, device, compiled=compiled)
+    model = accelerator.prepare_model(transformer.train(), device_placement=False)
 
     metadata = {
         "urae.policy": policy.to_json(),
@@ -143,14 +149,15 @@ def train(
         head_dim=transformer.config.attention_head_dim,
         tokens=count_tokens(inputs.samples),
     )
-    with explain_lost_rank(_AGAIN), _enough_memory(), attention, catch_stop() as stop:
+    loader = Loader(inputs.samples, inputs.draws, config, device, stride=accelerator.num_processes)
+    with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
         if state.step == 0:
             with _saved_on_failure(save):
                 monitor.measure(state)
         while state.step < config.steps:
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), loader.waited_seconds
             with _saved_on_failure(save):  # the step has changed nothing yet
-                done = accumulate(model, inputs, state.num_batches, config, accelerator)
+                done = accumulate(model, loader, state.num_batches, config, accelerator)
                 norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
                 sums = torch.stack([done.loss, norm, done.loss.new_tensor(float(stop.is_set()))])
                 sums = torch.cat([sums, done.levels.flatten()])
@@ -167,6 +174,7 @@ def train(
                 loss=loss,
                 grad_norm=grad_norm,
                 seconds=time.perf_counter() - began,
+                loader_seconds=loader.waited_seconds - waited,
                 level_losses=mean_levels(levels),
                 height=done.samples[-1].height,
                 width=done.samples[-1].width,
@@ -193,7 +201,7 @@ def train(
 
 def accumulate(
     model: nn.Module,
-    inputs: Inputs,
+    loader: Loader,
     num_batches: int,
     config: TrainConfig,
     accelerator: Accelerator,
@@ -202,7 +210,7 @@ def accumulate(
 
     Args:
         model: The transformer in training, as prepared for the devices.
-        inputs: Samples, and how batches are drawn.
+        loader: Draws batches.
         num_batches: Batches that the run, on all devices, has trained on before.
         config: Of the run.
         accelerator: Knows the devices.
@@ -212,10 +220,8 @@ def accumulate(
     levels = torch.zeros(2, NUM_LEVELS, device=accelerator.device)
     for index in range(config.gradient_accumulation):
         number = num_batches + index * accelerator.num_processes + accelerator.process_index
-        chosen = batch_for_step(inputs.samples, config.batch_size, seed=config.seed, step=number)
-        samples = [inputs.samples[at] for at in chosen.indices]
+        samples, batch = loader.take(number)
         chosen_samples += samples
-        batch = sample_batch(samples, chosen.counters, inputs.draws, accelerator.device)
         last = index == config.gradient_accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
             each = compute_losses(model, batch, config.guidance_scale)
@@ -242,7 +248,7 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def _enough_memory() -> AbstractContextManager[None]:
-    remedy = "--batch-size 1, --gradient-checkpointing full, or features of a lower resolution"
+    remedy = "--memory streamed, --batch-size 1, or features of a lower resolution"
     return explain_memory("this step", remedy)
 
 
