@@ -19,14 +19,14 @@ TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
 """The memory ladder, in the order in which `auto` tries it: the exact ones first."""
 QUANTIZED = ("8bit", "4bit")
 """Approximations."""
+STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, "muon": 1.0}
+"""Float32 numbers that an optimizer holds for each one that trains."""
 
 _NUMBER_BYTES = 2  # bfloat16, as on any GPU
-# float32 numbers that an optimizer holds for each one that trains
-_STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, "muon": 1.0}
-# maps of tokens x channels in bfloat16 that are alive when the last block is recomputed and gone
-# back through. Whole: from the rows of docs/performance.md, and by count
-# (tests/train/test_estimate.py); chunked by count alone, with two for attention's own sums
-_WHOLE, _CHUNKED = 25, 19
+# maps of tokens x channels in bfloat16 that are alive when a block is recomputed and gone back
+# through: 24.2 and 15.4 by count (tests/train/test_estimate.py), and what the rows of
+# docs/performance.md take more
+_WHOLE, _CHUNKED = 25, 16
 _ROPE_BYTES = 8  # cos and sin in float32
 _LOSS_BYTES = 32  # float32 maps of what goes in and comes out, a number of it
 _WORKSPACE_BYTES = 2**25  # of matrix products
@@ -99,7 +99,7 @@ def estimate(
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     trained = count_trained(transformer, config)
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
-    copies = 1 + _STATES[config.optimizer.name] + (config.ema_decay is not None)
+    copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     kept = _count_kept(transformer, one_map, way)
     on_device = 2 if way.is_offloaded else len(blocks)  # one is copied while the next computes
     host = round_pinned(kept // len(blocks)) * len(blocks) if way.is_offloaded else 0
