@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from urae.cli.main import main
 from urae.train import TrainConfig, train
-from urae.train import loop as loop_module
+from urae.train import loader as loader_module
 from urae.train.checkpoint import find_checkpoints, find_damage
 
 FILES = ["pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json"]
@@ -235,13 +235,13 @@ def test_a_curve_that_cannot_be_written(settings, monkeypatch):
 
 
 def test_the_order_of_samples_goes_on_with_other_batches_a_step(settings, monkeypatch, caplog):
-    numbers, choose = [], loop_module.batch_for_step
+    numbers, choose = [], loader_module.batch_for_step
 
     def record(*arguments, **options):
         numbers.append(options["step"])
         return choose(*arguments, **options)
 
-    monkeypatch.setattr(loop_module, "batch_for_step", record)
+    monkeypatch.setattr(loader_module, "batch_for_step", record)
     train(settings(steps=2, gradient_accumulation=3))
     assert not caplog.records
     train(settings(steps=6, resume=True))

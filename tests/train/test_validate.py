@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from urae.features.dataset import list_samples
-from urae.train import loop as loop_module
+from urae.train import loader as loader_module
 from urae.train import train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.loss import mean_levels, sum_levels
@@ -27,14 +27,14 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_held_out_samples_do_not_train(settings, monkeypatch):
-    trained, choose = set(), loop_module.batch_for_step
+    trained, choose = set(), loader_module.batch_for_step
 
     def record(samples, *arguments, **options):
         chosen = choose(samples, *arguments, **options)
         trained.update(samples[index].stem for index in chosen.indices)
         return chosen
 
-    monkeypatch.setattr(loop_module, "batch_for_step", record)
+    monkeypatch.setattr(loader_module, "batch_for_step", record)
     config = settings(steps=6, num_validation=1)
     train(config)
     samples = list_samples(config.data_dir)

@@ -78,8 +78,7 @@ class HostKeeper:
         """Begin with the next block of a forward: the last one's copies are waited for."""
         before = self._group
         if before is not None:
-            self._side.wait(before.mark)
-            before.sources.clear()
+            self._finish_sending(before)
         self._group = _Group(None if is_first else before)
 
     def send(self, tensor: Tensor) -> _Kept:
@@ -111,11 +110,17 @@ class HostKeeper:
         if group.is_coming:
             return
         group.is_coming = True
-        group.sources.clear()
+        self._finish_sending(group)
         with self._side.copying():
             for kept in group.kept:
                 kept.coming = kept.host.to(kept.device, non_blocking=True, copy=True)
         group.mark = self._side.mark()
+
+    def _finish_sending(self, group: _Group) -> None:
+        """Give the memory of what was sent free: what is computed next waits for the copies."""
+        if group.sources:
+            self._side.wait(group.mark)
+            group.sources.clear()
 
 
 def keep_outputs(

@@ -37,6 +37,7 @@ class Loader:
         config: TrainConfig,
         device: torch.device,
         *,
+        end: int,
         stride: int = 1,
     ) -> None:
         """Begin with nothing drawn.
@@ -46,12 +47,13 @@ class Loader:
             draws: By which rules.
             config: Of the run.
             device: Where batches go.
+            end: Number of the batch after the run's last one.
             stride: From one batch of this process to its next.
         """
         self.waited_seconds = 0.0
         """In all, for batches."""
         self._samples, self._draws, self._config = samples, draws, config
-        self._device, self._stride = device, stride
+        self._device, self._end, self._stride = device, end, stride
         self._next: dict[int, Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, "urae-loader")
 
@@ -75,7 +77,8 @@ class Loader:
         began = time.perf_counter()
         loaded = self._next.pop(number, None) or self._thread.submit(self._draw, number)
         found = loaded.result()
-        self._next = {number + self._stride: self._thread.submit(self._draw, number + self._stride)}
+        if (after := number + self._stride) < self._end:
+            self._next = {after: self._thread.submit(self._draw, after)}
         tensors: list[Tensor] = [getattr(found.batch, each.name) for each in fields(Batch)]
         batch = Batch(*(tensor.to(self._device) for tensor in tensors))
         self.waited_seconds += time.perf_counter() - began

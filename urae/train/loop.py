@@ -149,7 +149,14 @@ def train(
         head_dim=transformer.config.attention_head_dim,
         tokens=count_tokens(inputs.samples),
     )
-    loader = Loader(inputs.samples, inputs.draws, config, device, stride=accelerator.num_processes)
+    loader = Loader(
+        inputs.samples,
+        inputs.draws,
+        config,
+        device,
+        end=state.num_batches + (config.steps - state.step) * batches_per_step,
+        stride=accelerator.num_processes,
+    )
     with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
         if state.step == 0:
             with _saved_on_failure(save):
@@ -248,7 +255,7 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def _enough_memory() -> AbstractContextManager[None]:
-    remedy = "--memory streamed, --batch-size 1, or features of a lower resolution"
+    remedy = "--batch-size 1, --memory streamed, or features of a lower resolution"
     return explain_memory("this step", remedy)
 
 
