@@ -30,6 +30,7 @@ from measure import describe_machine, find_commit, peak_gib, reset_peak, synchro
 from report import write_report
 from training import (
     ADAPTERS,
+    BARS,
     WAYS,
     measure_train,
     measure_train_stock,
@@ -178,16 +179,20 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
     "generate_2k": measure_generate_2k,
     **{
-        f"train_2k_{adapter}_{way}": partial(measure_train, side=2048, adapter=adapter, way=way)
+        f"train_2k_{adapter}_{name}": partial(measure_train, side=2048, adapter=adapter, way=way)
         for adapter in ADAPTERS
-        for way in WAYS
+        for name, way in WAYS.items()
     },
     "forward": measure_forward,
     "train_stock": measure_train_stock,
     **{
-        f"train_4k_{way}": partial(measure_train, side=4096, adapter="minor", way=way)
-        for way in WAYS
-        if way != "eager"
+        f"train_4k_{name}": partial(measure_train, side=4096, adapter="minor", way=way)
+        for name, way in WAYS.items()
+        if name != "eager"
+    },
+    **{
+        name: partial(measure_train, side=side, adapter=adapter, way=way)
+        for name, (side, adapter, way) in BARS.items()
     },
     **GENERATION,
     "two_gpus_data_2k": measure_two_data,

@@ -122,11 +122,15 @@ def table_train(tiny: bool, side: int, runs: dict[str, Any]) -> list[str]:
     """List seconds of one training step, beside the reference's."""
     rows: list[list[Any]] = []
     if not tiny:
-        rows = [["reference, cuDNN attention (H200)", *REFERENCE_STEP[side]]]
+        rows = [["reference, cuDNN attention (H200)", *REFERENCE_STEP[side], None]]
         if side == 2048:
-            rows.append(["stock, flash attention (H200)", *STOCK_STEP])
-    rows += [[f"here: {name}", entry["seconds"], entry["peak_gib"]] for name, entry in runs.items()]
-    return table([f"one training step at {side}^2, rank 16", "s", "peak, GiB"], rows)
+            rows.append(["stock, flash attention (H200)", *STOCK_STEP, None])
+    for name, entry in runs.items():
+        share = entry.get("loader_share")
+        percent = None if share is None else 100 * share
+        rows.append([f"here: {name}", entry["seconds"], entry["peak_gib"], percent])
+    header = ["s", "peak, GiB", "waiting for batches, %"]
+    return table([f"one training step at {side}^2, rank 16", *header], rows)
 
 
 def table_several(runs: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,59 @@ from safetensors.torch import save_file
 
 STEPS = {2048: 6, 4096: 4}  # the first is not counted, as the second of a compiled run
 ADAPTERS = {"lora": "2K LoRA", "minor": "4K minor"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a row trains."""
+
+    title: str
+    memory: str = "resident"
+    checkpointing: str = "full"
+    compiled: bool = True
+    attention: str = "full"
+    cap_gib: int | None = None
+    """Hard limit on the GPU's memory."""
+
+
 WAYS = {
-    "eager": ("eager", "full", False),
-    "compiled": ("compiled", "full", True),
-    "selective": ("compiled, attention kept", "selective", True),
-    "offload": ("compiled, blocks' inputs on the host", "offload", True),
+    "eager": Way("eager", compiled=False),
+    "compiled": Way("compiled"),
+    "selective": Way("compiled, attention kept", checkpointing="selective"),
+    "offload": Way("compiled, kept on the host", "offload"),
+    "offload_selective": Way("compiled, attention kept, on the host", "offload", "selective"),
 }
+"""At both sizes."""
+BARS = {
+    "train_2k_lora_8bit": (2048, "lora", Way("8-bit base", "8bit", cap_gib=22)),
+    "train_2k_minor_streamed": (2048, "minor", Way("compiled, streamed", "streamed", cap_gib=10)),
+    "train_4k_streamed": (4096, "minor", Way("compiled, streamed", "streamed", cap_gib=16)),
+    "train_4k_streamed_selective": (
+        4096,
+        "minor",
+        Way("streamed, attention kept", "streamed", "selective", compiled=False, cap_gib=16),
+    ),
+    "train_4k_local": (4096, "minor", Way("compiled, local attention", attention="local")),
+    "train_4k_local_streamed": (
+        4096,
+        "minor",
+        Way("compiled, local attention, streamed", "streamed", attention="local", cap_gib=16),
+    ),
+}
+"""One size and adapter each: the rows that have bars of their own."""
 
 
-def measure_train(bench: Bench, side: int, adapter: str, way: str) -> dict[str, Any]:
+def measure_train(bench: Bench, side: int, adapter: str, way: Way) -> dict[str, Any]:
     """Run training steps of one adapter in one way from the command line."""
-    name, (how, kept, whether) = ADAPTERS[adapter], WAYS[way]
-    compile = compiled(bench) if whether else ("--compile", "false")
-    options = ("--gradient-checkpointing", kept, *compile)
-    return {f"{name}, {how}": train(bench, name, side, STEPS[side], options)}
+    name = ADAPTERS[adapter]
+    compile = compiled(bench) if way.compiled else ("--compile", "false")
+    options = ("--memory", way.memory, "--gradient-checkpointing", way.checkpointing, *compile)
+    if way.attention == "local":
+        options = (*options, "--policy.attention", "local")
+        if bench.tiny:  # whose pictures are within FLUX.1's native side
+            options = (*options, "--policy.native_sequence_length", "64")
+    title = f"{name}, {way.title}" + (f", cap {way.cap_gib} GiB" if way.cap_gib else "")
+    return {title: train(bench, name, side, STEPS[side], options, way.cap_gib)}
 
 
 def compiled(bench: Bench) -> tuple[str, ...]:
@@ -66,9 +106,10 @@ def train(
     steps: int,
     options: tuple[str, ...],
     *,
+    cap_gib: int | None = None,
     gpus: int = 1,
 ) -> dict[str, Any]:
-    """Run some steps of one adapter's recipe, with options."""
+    """Run some steps of one adapter's recipe, with options, in so much of the GPU's memory."""
     recipe = {"2K LoRA": "flux_dev_2k_lora.toml", "4K minor": "flux_dev_4k_minor.toml"}[name]
     if name == "4K minor":
         options = (*options, "--adapter.over", json.dumps([str(bench.lora)]))
@@ -81,6 +122,7 @@ def train(
         *("train", str(ROOT / "recipes" / recipe), "--data", str(data), "--output", str(output)),
         *("--model", str(bench.base), "--resolution", str(bench.side(side))),
         *("--steps", str(steps), *options),
+        cap_gib=cap_gib,
         gpus=gpus,
     )
     with (output / "loss.csv").open(newline="") as file:
@@ -90,6 +132,9 @@ def train(
         "seconds": statistics.median(seconds[2:]),
         "all_seconds": seconds,
         "losses": [float(row["loss"]) for row in rows],
+        "loader_share": statistics.median(
+            float(row["loader_seconds"]) / float(row["seconds"]) for row in rows[2:]
+        ),
         "peak_gib": figures["peaks_gib"].get("rest"),
         **{key: figures[key] for key in ("total_seconds", "peaks_gib", "command")},
     }

@@ -147,7 +147,9 @@ def jobs(monkeypatch, tmp_path):
     from urae.features.cache import CacheReport
     from urae.generate.plan import Plan
     from urae.study import StudyResult
-    from urae.train import TrainResult
+    from urae.train import StepReport, TrainResult
+    from urae.train.estimate import TERMS, Estimate, Way
+    from urae.train.plan import TrainPlan
 
     calls = {}
 
@@ -166,6 +168,11 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.cli.generate.launch", stand_in("generate", None))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
+    step = StepReport(1, 0.1, 1.0, 2.0, 0.0, (None,), 32, 32, None)
+    terms = {name: 2**30 for name in (*TERMS, "host_bytes")}
+    training = TrainPlan((), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 1, 1, 1)
+    monkeypatch.setattr("urae.train.plan.plan_training", stand_in("plan", training))
+    monkeypatch.setattr("urae.train.plan.probe", stand_in("plan", [step]))
     study = StudyResult(1, 1, Path("a.md"))
     monkeypatch.setattr("urae.study.run_study", stand_in("study", study))
     for name, result in {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from urae.cli.main import main
 from urae.train import TrainConfig, train
-from urae.train import loop as loop_module
+from urae.train import loader as loader_module
 from urae.train.checkpoint import find_checkpoints, find_damage
 
 FILES = ["pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json"]
@@ -235,13 +235,13 @@ def test_a_curve_that_cannot_be_written(settings, monkeypatch):
 
 
 def test_the_order_of_samples_goes_on_with_other_batches_a_step(settings, monkeypatch, caplog):
-    numbers, draw = [], loop_module.sample_batch
+    numbers, draw = [], loader_module.sample_batch
 
     def record(samples, counters, *others):
         numbers.extend(counters)
         return draw(samples, counters, *others)
 
-    monkeypatch.setattr(loop_module, "sample_batch", record)
+    monkeypatch.setattr(loader_module, "sample_batch", record)
     train(settings(steps=2, gradient_accumulation=3))
     assert not caplog.records
     train(settings(steps=6, resume=True))

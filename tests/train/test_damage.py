@@ -50,7 +50,8 @@ def test_nan_in_features_stops_the_run_and_loses_nothing(settings, data_dir, tmp
 
     with pytest.raises(ValueError, match=r"'mean' holds values that are not finite; delete it"):
         train(config, on_step=spoil)
-    assert [checkpoint.step for checkpoint in find_checkpoints(config.output_dir)] == [2]
+    (saved,) = find_checkpoints(config.output_dir)
+    assert saved.step in (2, 3)  # the third batch may have been read before
     resumed = train(replace(config, data_dir=kept, resume=True))
     whole = train(replace(config, data_dir=kept, output_dir=tmp_path / "whole"))
     found = load_file(resumed.adapter_path)

@@ -17,6 +17,7 @@ def report(step: int, **changes) -> StepReport:
         "loss": 0.5,
         "grad_norm": 1.0,
         "seconds": 4.0,
+        "loader_seconds": 0.01,
         "level_losses": (None, None, 0.5, None),
         "height": 2048,
         "width": 3072,

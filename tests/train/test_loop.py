@@ -243,7 +243,8 @@ def test_any_failure_saves_first(settings, tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"latent_code.safetensors cannot be used"):
         train(settings(data_dir=data_dir), on_step=spoil)
-    assert [c.step for c in find_checkpoints(settings().output_dir)] == [2]
+    (saved,) = find_checkpoints(settings().output_dir)
+    assert saved.step in (2, 3)  # the third batch may have been read before
 
 
 def test_out_of_gpu_memory_says_what_to_try(settings, monkeypatch):

@@ -152,10 +152,15 @@ def test_a_mesh_of_two_by_two_has_the_gradients_of_one(settings, adapter, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["full", "selective", "offload"])
-def test_compiled_blocks_may_share_pictures(settings, expected, tmp_path, rel, checkpointing):
+@pytest.mark.parametrize(
+    ("memory", "checkpointing"),
+    [("resident", "full"), ("resident", "selective"), ("offload", "full")],
+)
+def test_compiled_blocks_may_share_pictures(
+    settings, expected, tmp_path, rel, memory, checkpointing
+):
     lora = AdapterConfig("lora", 4, init=str(expected / "dev_2k_lora.safetensors"))
-    config = settings(steps=1, context_parallel=2, adapter=lora, compile=True,
+    config = settings(steps=1, context_parallel=2, adapter=lora, compile=True, memory=memory,
                       gradient_checkpointing=checkpointing)  # fmt: skip
     alone = replace(alone_like(config, tmp_path / "alone", 2), compile=False)
     check_parity(config, alone, 2, rel)

@@ -16,10 +16,12 @@ from urae.adapters.files import read_adapter
 from urae.backbones.attention import backend, measure_error, pick_attention
 from urae.backbones.flux import load_transformer, predict_velocity
 from urae.resolution import ResolutionPolicy, apply_policy
-from urae.train import AdapterConfig, recompute
+from urae.train import AdapterConfig
 from urae.train.adapter import attach_for_training
 from urae.train.attention import right_attention
-from urae.train.recompute import choose_checkpointing, count_step_bytes, set_checkpointing
+from urae.train.estimate import Way
+from urae.train.host import HostKeeper
+from urae.train.recompute import set_checkpointing
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 SHAPE = (1, 48, 2, 8)
@@ -74,21 +76,26 @@ def count_blocks(adapter):
     return len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
 
 
+WAYS = [
+    Way(tier, kept) for tier in ("resident", "offload") for kept in ("off", "selective", "full")
+]
+
+
 @pytest.mark.parametrize("kind", ["lora", "minor"])
-@pytest.mark.parametrize("checkpointing", ["off", "selective", "full", "offload"])
-def test_what_is_recomputed_changes_no_bit(build, kind, checkpointing):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_what_is_recomputed_changes_no_bit(build, kind, way):
     adapter = build(kind)
     wanted = take_step(adapter)
-    set_checkpointing(adapter.transformer, checkpointing)
-    assert all(map(torch.equal, take_step(adapter), wanted))
+    set_checkpointing(adapter.transformer, way, CPU)
+    for _ in range(2):
+        assert all(map(torch.equal, take_step(adapter), wanted))
 
 
-@pytest.mark.parametrize(
-    ("checkpointing", "times"), [("off", 1), ("selective", 1), ("full", 2), ("offload", 2)]
-)
-def test_attention_is_not_computed_twice(build, checkpointing, times):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_attention_is_not_computed_twice(build, way):
     adapter = build()
-    set_checkpointing(adapter.transformer, checkpointing)
+    set_checkpointing(adapter.transformer, way, CPU)
+    times = 2 if way.checkpointing == "full" else 1
     with Attentions() as attentions:
         take_step(adapter)
     assert attentions.count == times * count_blocks(adapter)
@@ -96,10 +103,18 @@ def test_attention_is_not_computed_twice(build, checkpointing, times):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
 @pytest.mark.parametrize(
-    "checkpointing",
-    ["selective", "offload", *(pytest.param(n, marks=pytest.mark.slow) for n in ("off", "full"))],
+    "way",
+    [
+        Way("resident", "selective"),
+        Way("offload", "full"),
+        *(
+            pytest.param(Way(*names), marks=pytest.mark.slow)
+            for names in (("resident", "off"), ("resident", "full"), ("offload", "selective"))
+        ),
+    ],
+    ids=str,
 )
-def test_compiled_blocks_give_the_same(build, checkpointing, monkeypatch, rel):
+def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel):
     backward_attentions = []
 
     def look_at_backward(graph, inputs):
@@ -118,7 +133,7 @@ def test_compiled_blocks_give_the_same(build, checkpointing, monkeypatch, rel):
     torch.compiler.reset()
     adapter = build()
     wanted = take_step(adapter)
-    set_checkpointing(adapter.transformer, checkpointing, compiled=True)
+    set_checkpointing(adapter.transformer, way, CPU, compiled=True)
     counters.clear()
     for found, each in zip(take_step(adapter), wanted, strict=True):
         assert rel(found, each) < 1e-5
@@ -127,56 +142,50 @@ def test_compiled_blocks_give_the_same(build, checkpointing, monkeypatch, rel):
         take_step(adapter, side)
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
-    assert set(backward_attentions) == {1 if checkpointing in ("full", "offload") else 0}
+    assert set(backward_attentions) == {1 if way.checkpointing == "full" else 0}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_offloaded_leaves_the_device(build, compiled, monkeypatch):
-    """Each block's inputs, and neither weights nor what all blocks share, such as RoPE."""
-    brought = []
-    bring_back = recompute._bring_back
+@pytest.mark.parametrize(
+    ("checkpointing", "compiled"),
+    [
+        ("full", False),
+        ("selective", False),
+        pytest.param("full", True, marks=pytest.mark.slow),
+        pytest.param("selective", True, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_kept_leaves_the_device(build, checkpointing, compiled, monkeypatch):
+    """Blocks' inputs and outputs of attention, no weights and nothing that all blocks share."""
+    sent, bring = [], HostKeeper.bring
 
-    def watch(packed):
-        found = bring_back(packed)
-        if found is not packed:
-            brought.append(tuple(found.shape))
-        return found
+    def watch(keeper, kept):
+        sent.append(kept.host.numel())
+        return bring(keeper, kept)
 
-    monkeypatch.setattr(recompute, "_bring_back", watch)
+    monkeypatch.setattr(HostKeeper, "bring", watch)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     adapter = build()
-    set_checkpointing(adapter.transformer, "offload", compiled=compiled)
+    set_checkpointing(adapter.transformer, Way("offload", checkpointing), CPU, compiled=compiled)
     take_step(adapter)
-    channels = adapter.transformer.inner_dim
-    assert sorted(brought) == sorted(count_blocks(adapter) * [(2, 16, channels), (2, 6, channels)])
+    channels, heads = adapter.transformer.inner_dim, adapter.transformer.config.num_attention_heads
+    wanted = [2 * 16 * channels, 2 * 6 * channels]
+    if checkpointing == "selective":
+        wanted += [2 * 22 * channels, 2 * 22 * heads]
+    assert sorted(sent) == sorted(count_blocks(adapter) * wanted)
 
 
-def test_attention_is_kept_where_there_is_room(build):
-    transformer = build().transformer
-    offload, full, selective = (
-        count_step_bytes(transformer, 1000, torch.bfloat16, kind)
-        for kind in ("offload", "full", "selective")
-    )
-    choose = partial(choose_checkpointing, transformer, 1000, torch.bfloat16)
-    assert offload < full < selective
-    assert choose(2 * selective) == "selective"
-    assert choose(int(1.12 * full)) == "full"
-    assert choose(full) == choose(0) == "offload"
-
-
-def test_the_estimate_is_what_a_gpu_took():
-    with torch.device("meta"):
-        from urae.backbones.random_flux import build_meta_flux
-
-        transformer = build_meta_flux("flux-dev")["transformer"]
-    # docs/performance.md: a 2K step peaked at 30.43 GiB, 22.24 with the adapter in place, and the
-    # optimizer and the gradients take five times the adapter's 18.7 M float32 numbers
-    wanted = 30.43 - 22.24 - 5 * 4 * 18.7e6 / 2**30
-    tokens = 128 * 128 + 512
-    found = count_step_bytes(transformer, tokens, torch.bfloat16, "full") / 2**30
-    assert found == pytest.approx(wanted, rel=0.1)
+def test_a_block_is_brought_back_ahead():
+    keeper = HostKeeper(CPU)
+    kept = []
+    for number in range(3):
+        keeper.begin_block(is_first=number == 0)
+        kept.append(keeper.send(torch.full((4,), float(number))))
+    assert torch.equal(keeper.bring(kept[2]), torch.full((4,), 2.0))
+    assert [each.coming is not None for each in kept] == [False, True, False]
+    assert torch.equal(keeper.bring(kept[1]), torch.full((4,), 1.0))
+    assert [each.coming is not None for each in kept] == [True, False, False]
 
 
 def test_a_right_attention_is_found(caplog):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from urae.features.dataset import list_samples
-from urae.train import loop as loop_module
+from urae.train import loader as loader_module
 from urae.train import train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.loss import mean_levels, sum_levels
@@ -27,13 +27,13 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_held_out_samples_do_not_train(settings, monkeypatch):
-    trained, draw = set(), loop_module.sample_batch
+    trained, draw = set(), loader_module.sample_batch
 
     def record(samples, *others):
         trained.update(sample.stem for sample in samples)
         return draw(samples, *others)
 
-    monkeypatch.setattr(loop_module, "sample_batch", record)
+    monkeypatch.setattr(loader_module, "sample_batch", record)
     config = settings(steps=6, num_validation=1)
     train(config)
     samples = list_samples(config.data_dir)

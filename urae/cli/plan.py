@@ -1,15 +1,23 @@
 """`urae plan`: what a job will take, before it is started."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from urae.cli.generate import Memory, Model
-from urae.cli.terminal import Verbose, console
+from urae.cli.terminal import Verbose, console, quiet_progress_bars
+from urae.cli.train import format_seconds, read_recipe
 
 if TYPE_CHECKING:
     from urae.generate.estimate import Stage
     from urae.generate.plan import Plan
+    from urae.train import StepReport
+    from urae.train.plan import TrainPlan
+
+Gpu = Annotated[
+    str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
+]
 
 plan_app = typer.Typer(no_args_is_help=True)
 
@@ -25,9 +33,7 @@ def generate_command(
     size: Annotated[
         str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
     ] = "1k",
-    gpu: Annotated[
-        str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
-    ] = None,
+    gpu: Gpu = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="Ultra-resolution adapter; repeatable.")
     ] = None,
@@ -87,6 +93,96 @@ def _show(plan: "Plan", title: str) -> None:
         console.print("blocks compiled, where Triton and a C compiler are there")
     if plan.chosen is None:
         console.print("[yellow]nothing fits:[/] choose a smaller --size")
+
+
+@plan_app.command(
+    "train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def train_command(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
+    data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
+    gpu: Gpu = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Then take three steps of the largest pictures.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print what `urae train` would take; fields of the recipe are overridden in the same way."""
+    config = read_recipe(recipe, context.args, {"data_dir": data, "output_dir": Path("plan")})
+    from urae.generate.plan import parse_bytes
+    from urae.train import plan
+
+    found = plan.plan_training(config, None if gpu is None else parse_bytes(gpu))
+    _show_training(found, config.steps)
+    if probe:
+        quiet_progress_bars()
+        _show_probe(plan.probe(config), found, config.steps)
+
+
+def _show_training(plan: "TrainPlan", steps: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from urae.train.estimate import TERMS
+    from urae.train.memory import fits
+
+    output = Console(highlight=False)
+    table = Table(title="pictures, an epoch")
+    for name in ("size", "tokens", "samples", "batches", "TFLOP a batch, counted"):
+        table.add_column(name, justify="right")
+    for each in plan.buckets:
+        table.add_row(
+            f"{each.width} x {each.height}",
+            f"{each.tokens:,}",
+            f"{each.num_samples:,}",
+            f"{each.num_batches:,}",
+            f"{each.operations / 1e12:,.3g}",
+        )
+    output.print(table)
+    output.print(
+        f"no sample is dropped, {plan.num_held_out} are held out; {steps:,} steps train on each "
+        f"{plan.num_epochs:.1f} times, {plan.operations / 1e15:,.3g} PFLOP in all by count"
+    )
+    output.print(
+        f"disk: {_gib(plan.cache_bytes)} GiB of features, {_gib(plan.checkpoint_bytes)} of "
+        "checkpoints"
+    )
+    table = Table(title=f"a GPU of {_gib(plan.gpu_bytes)} GiB: GiB at the peak, estimated")
+    table.add_column("--memory", no_wrap=True)
+    for name in TERMS:
+        table.add_column(name, justify="right")
+    for name in ("sum", "host", "fits"):
+        table.add_column(name, justify="right")
+    for way in plan.estimates:
+        table.add_row(
+            f"{way.way.tier}, {way.way.checkpointing}",
+            *(_gib(getattr(way, term)) for term in TERMS),
+            _gib(way.peak),
+            _gib(way.host_bytes),
+            "[green]yes[/]" if fits(way, plan.gpu_bytes) else "[red]no[/]",
+        )
+    output.print(table)
+    if plan.chosen is None:
+        console.print("[yellow]nothing fits:[/] use --batch-size 1, or a lower resolution")
+
+
+def _show_probe(reports: list["StepReport"], plan: "TrainPlan", steps: int) -> None:
+    from rich.console import Console
+
+    last, output = reports[-1], Console(highlight=False)
+    measured = "not measured without a GPU"
+    if last.memory_gib is not None:
+        measured = f"{last.memory_gib:.1f} GiB at the peak"
+    estimated = plan.chosen or plan.estimates[-1]
+    output.print(
+        f"measured at {last.width} x {last.height}: {last.seconds:.2f} s a step (the first "
+        f"{reports[0].seconds:.2f}); memory: {measured}, {_gib(estimated.peak)} estimated"
+    )
+    output.print(
+        f"{steps:,} steps at that pace, if all pictures were as large: "
+        f"{format_seconds(steps * last.seconds)}"
+    )
 
 
 def _peak(stage: "Stage") -> str:

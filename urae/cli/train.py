@@ -24,7 +24,7 @@ from urae.cli.terminal import (
 from urae.config import build_config, describe_fields, override, read_toml
 
 if TYPE_CHECKING:
-    from urae.train import StepReport
+    from urae.train import StepReport, TrainConfig
 
 _OWN_OPTIONS = {"data_dir", "output_dir", "resume", "overwrite"}
 _RECORD_SECTION = "record"  # of a run.toml: what the run was made from, no part of the recipe
@@ -95,6 +95,25 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def read_recipe(recipe: Path, overrides: list[str], own: dict[str, Any]) -> "TrainConfig":
+    """Build a run from a recipe, what overrides it, and the options that are no part of recipes.
+
+    Raises:
+        ValueError: Says which field is wrong.
+    """
+    if str(recipe).startswith("-"):
+        raise ValueError(f"the recipe comes first: urae train RECIPE {recipe} ...")
+    settings: dict[str, Any] = read_toml(recipe)
+    settings.pop(_RECORD_SECTION, None)
+    override(settings, overrides)
+    for name in sorted(_OWN_OPTIONS & settings.keys()):
+        option = name.removesuffix("_dir").replace("_", "-")
+        raise ValueError(f"{name} is no field to override; it is given as --{option}")
+    from urae.train import TrainConfig
+
+    return build_config(TrainConfig, settings | own, str(recipe))
+
+
 def _list_fields(wanted: bool) -> None:
     if not wanted:
         return
@@ -130,18 +149,10 @@ def train_command(
 
     Ctrl-C saves a checkpoint first. On several GPUs: accelerate launch -m urae train ...
     """
-    if str(recipe).startswith("-"):
-        raise ValueError(f"the recipe comes first: urae train RECIPE {recipe} ...")
-    settings: dict[str, Any] = read_toml(recipe)
-    settings.pop(_RECORD_SECTION, None)
-    override(settings, context.args)
-    for name in sorted(_OWN_OPTIONS & settings.keys()):
-        option = name.removesuffix("_dir").replace("_", "-")
-        raise ValueError(f"{name} is no field to override; it is given as --{option}")
-    settings |= {"data_dir": data, "output_dir": output, "resume": resume, "overwrite": overwrite}
-    from urae.train import TrainConfig, train
+    own = {"data_dir": data, "output_dir": output, "resume": resume, "overwrite": overwrite}
+    config = read_recipe(recipe, context.args, own)
+    from urae.train import train
 
-    config = build_config(TrainConfig, settings, str(recipe))
     quiet_progress_bars()
     display = Display(config.steps)
     try:

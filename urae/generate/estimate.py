@@ -143,7 +143,7 @@ def estimate(models: Mapping[str, Any], request: Request, way: Way, device_bytes
     """
     transformer, vae_bytes = models["transformer"], count_bytes(models["vae"])
     whole = count_bytes(transformer)
-    resident = _quantized_bytes(transformer, way.tier) if way.tier in QUANTIZED else whole
+    resident = quantized_bytes([transformer], way.tier) if way.tier in QUANTIZED else whole
     sample = max(_list_sampling(models, request, way, resident), key=lambda stage: stage.peak)
     after = {"streamed": 0, "offload": 0}.get(way.tier, resident + request.adapter_bytes)
     host_bytes = {"streamed": whole, "offload": whole, "8bit": resident}.get(way.tier, 0)
@@ -172,10 +172,12 @@ def _is_compiled(request: Request, tier: Tier) -> bool:
     return request.compiled and tier not in QUANTIZED
 
 
-def _quantized_bytes(transformer: nn.Module, tier: Tier) -> int:
-    linears = [m.weight.numel() for m in transformer.modules() if isinstance(m, nn.Linear)]
-    saved = (_NUMBER_BYTES - _QUANTIZED_BYTES[tier]) * sum(linears)
-    return count_bytes(transformer) - round(saved)
+def quantized_bytes(modules: Iterable[nn.Module], tier: Tier) -> int:
+    """Return the size of modules whose linear layers are quantised."""
+    modules = list(modules)
+    layers = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
+    saved = (_NUMBER_BYTES - _QUANTIZED_BYTES[tier]) * sum(m.weight.numel() for m in layers)
+    return sum(map(count_bytes, modules)) - round(saved)
 
 
 def _list_sampling(

@@ -59,7 +59,7 @@ def attach_for_training(
     section 3.2): A and B train in float32, the rest are buffers.
 
     Args:
-        transformer: All its weights are frozen.
+        transformer: Not quantised yet; all its weights are frozen.
         config: What trains.
         over: Adapters under it, in order.
         start: Weights to start from; None starts fresh.

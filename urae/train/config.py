@@ -12,6 +12,11 @@ from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
 
+Memory = Literal["auto", "resident", "offload", "streamed", "8bit", "4bit"]
+"""Where weights and what the backward pass keeps live."""
+Checkpointing = Literal["auto", "off", "selective", "full"]
+"""What the backward pass computes again."""
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _AT_LEAST_ONE = (
     "steps",
@@ -123,10 +128,15 @@ class TrainConfig:
     """Shift of the levels towards noise, 1 for none; `resolution` is FLUX's own for the size."""
     seed: int = 0
     """Decides initial weights, order, captions, noise and timesteps."""
-    gradient_checkpointing: Literal["auto", "off", "selective", "full", "offload"] = "full"
-    """What the backward pass recomputes, in ever less memory: nothing, all but attention, or whole
-    blocks, whose inputs `offload` keeps in the host's memory; `auto` takes the first of the last
-    three that there is room for. The numbers are the same."""
+    memory: Memory = "auto"
+    """Where things live, in ever less memory of the GPU: `resident`, all there; `offload`, what the
+    backward pass keeps on the host; `streamed`, the frozen weights too, and MLPs in token chunks.
+    These are exact; `8bit` and `4bit` quantise the frozen base. `auto` takes the first that
+    fits."""
+    gradient_checkpointing: Checkpointing = "full"
+    """What the backward pass computes again, in ever less memory: nothing (`off`), all but
+    attention, or whole blocks; `auto` takes the first of the last two that there is room for. The
+    numbers are the same."""
     context_parallel: int = 1
     """GPUs that share each picture, its tokens split between them: faster steps in less memory."""
     shard: bool = False

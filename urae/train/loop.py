@@ -14,6 +14,7 @@ from threading import Event
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers import FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,23 +28,23 @@ from urae.backbones.flux import (
 from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
 from urae.features.dataset import Sample
-from urae.features.order import Order, StepShare
-from urae.resolution import apply_policy, read_base_policy
-from urae.train.adapter import attach_for_training
+from urae.resolution import ResolutionPolicy, apply_policy, read_base_policy
+from urae.train.adapter import TrainingAdapter, attach_for_training
 from urae.train.attention import right_attention
-from urae.train.batch import sample_batch
 from urae.train.checkpoint import check_same_origin, find_checkpoints
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
+from urae.train.loader import Loader
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
-from urae.train.mesh import build_mesh, check_mesh, distribute, sum_gradients
+from urae.train.memory import choose_way, is_placed_first, place
+from urae.train.mesh import Mesh, build_mesh, check_mesh, distribute, sum_gradients
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
 from urae.train.output import StepReport, prepare_output
 from urae.train.preview import Previewer
 from urae.train.ranks import MAX_WAIT_MINUTES, check_alike, warn_of_other_batch
-from urae.train.recompute import count_tokens, prepare_blocks
+from urae.train.recompute import count_tokens, is_compiled, set_checkpointing
 from urae.train.record import write_run
 from urae.train.state import build_state
 
@@ -112,21 +113,8 @@ def train(
     if config.preview_prompts:  # first, so that the text encoders have room
         previewer = Previewer(config, inputs.model_path, policy)
 
-    transformer = load_transformer(inputs.model_path, dtype=pick_dtype(accelerator.device))
-    with _enough_memory():
-        if not config.shard:  # else block by block, below
-            transformer.to(mesh.device)
-    apply_policy(transformer.requires_grad_(False), policy)
-    adapter = attach_for_training(
-        transformer, config.adapter, inputs.over, inputs.initial, config.seed, mesh.device
-    )
-    check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
-    with explain_lost_rank(_AGAIN), _enough_memory():
-        distribute(transformer, adapter.parameters, config, mesh)
+    transformer, adapter = _build_model(config, inputs, policy, mesh)
     state = build_state(adapter, config, inputs)
-    prepare_blocks(transformer, config, inputs.samples, accelerator.device)
-    order = Order(inputs.samples, config.batch_size, seed=config.seed)
-    transformer.train()
 
     metadata = {
         "urae.policy": policy.to_json(),
@@ -158,20 +146,25 @@ def train(
         tokens=count_tokens(inputs.samples),
         context_parallel=config.context_parallel,
     )
-    with explain_lost_rank(_AGAIN), _enough_memory(), attention, catch_stop() as stop:
+    loader = Loader(
+        inputs.samples,
+        inputs.draws,
+        config,
+        mesh.device,
+        end=state.num_batches + (config.steps - state.step) * batches_per_step,
+        rank=mesh.data_rank,
+        num_ranks=mesh.num_data_ranks,
+    )
+    with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
         if state.step == 0:
             with _saved_on_failure(save):
                 monitor.measure(state)
         while state.step < config.steps:
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), loader.waited_seconds
             with _saved_on_failure(save):  # the step has changed nothing yet
-                share = order.share(
-                    state.num_batches,
-                    config.gradient_accumulation,
-                    rank=mesh.data_rank,
-                    num_ranks=mesh.num_data_ranks,
+                done = accumulate(
+                    transformer, loader, state.num_batches, config.guidance_scale, accelerator
                 )
-                done = accumulate(transformer, inputs, share, config, accelerator)
                 sum_gradients(adapter.parameters, accelerator)
                 norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
                 loss, grad_norm, stopping, *levels = _reduce_report(done, norm, stop, accelerator)
@@ -188,6 +181,7 @@ def train(
                 loss=loss,
                 grad_norm=grad_norm,
                 seconds=time.perf_counter() - began,
+                loader_seconds=loader.waited_seconds - waited,
                 level_losses=mean_levels(levels),
                 height=done.samples[-1].height,
                 width=done.samples[-1].width,
@@ -213,11 +207,7 @@ def train(
 
 
 def accumulate(
-    model: nn.Module,
-    inputs: Inputs,
-    share: StepShare,
-    config: TrainConfig,
-    accelerator: Accelerator,
+    model: nn.Module, loader: Loader, first: int, guidance_scale: float, accelerator: Accelerator
 ) -> Accumulated:
     """Add up the gradients of one step on this rank.
 
@@ -225,24 +215,47 @@ def accumulate(
 
     Args:
         model: The transformer in training.
-        inputs: Samples, and how batches are drawn.
-        share: What this rank trains on in the step.
-        config: Of the run.
+        loader: Draws this rank's batches.
+        first: Batches that the run, on all ranks, has trained on before.
+        guidance_scale: As of the run.
         accelerator: Knows the device.
     """
     chosen_samples: list[Sample] = []
+    share = loader.share(first)
     losses = torch.zeros(len(share.batches), device=accelerator.device)
     levels = torch.zeros(2, NUM_LEVELS, device=accelerator.device)
-    for index, chosen in enumerate(share.batches):
-        samples = [inputs.samples[at] for at in chosen.indices]
+    for index in range(len(share.batches)):
+        samples, batch = loader.take(first, index)
         chosen_samples += samples
-        batch = sample_batch(samples, chosen.counters, inputs.draws, accelerator.device)
-        each = compute_losses(model, batch, config.guidance_scale)
+        each = compute_losses(model, batch, guidance_scale)
         loss = each.sum() / share.num_samples
         accelerator.backward(loss)
         losses[index] = loss.detach()
         levels += sum_levels(each, batch.sigmas)
     return Accumulated(losses.sum(), levels, chosen_samples)
+
+
+def _build_model(
+    config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy, mesh: Mesh
+) -> tuple[FluxTransformer2DModel, TrainingAdapter]:
+    """Load the base, attach what trains, and put all of it where it is to be."""
+    way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
+    compiled = is_compiled(config, way, inputs.samples, mesh.device)
+    transformer = load_transformer(inputs.model_path, dtype=pick_dtype(mesh.device))
+    transformer.requires_grad_(False)
+    with explain_lost_rank(_AGAIN), _enough_memory():
+        if is_placed_first(way) and not config.shard:
+            transformer.to(mesh.device)
+        apply_policy(transformer, policy)
+        adapter = attach_for_training(
+            transformer, config.adapter, inputs.over, inputs.initial, config.seed, mesh.device
+        )
+        check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
+        if not config.shard:  # else block by block
+            place(transformer, way, mesh.device, compiled=compiled)
+        distribute(transformer, adapter.parameters, config, mesh)
+    set_checkpointing(transformer, way, mesh.device, compiled=compiled)
+    return transformer.train(), adapter
 
 
 def _reduce_report(
@@ -270,7 +283,7 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def _enough_memory() -> AbstractContextManager[None]:
-    remedy = "--batch-size 1, --gradient-checkpointing full, or features of a lower resolution"
+    remedy = "--batch-size 1, --memory streamed, or features of a lower resolution"
     return explain_memory("this step", remedy)
 
 

@@ -66,7 +66,11 @@ class Monitor:
         """Write what a step did."""
         if self.curves is not None:
             self.curves.write_step(report)
-        figures = {"loss": report.loss, "grad_norm": report.grad_norm}
+        figures = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "loader_share": report.loader_seconds / report.seconds,
+        }
         self.accelerator.log(figures, step=report.step)
 
     def measure(self, state: TrainingState) -> None:

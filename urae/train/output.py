@@ -36,7 +36,7 @@ _LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 # fields that may change between an interrupted run and its continuation
 _FREE_FIELDS = {
     "data_dir", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "validate_every",
-    "tracker", "resume", "overwrite", "gradient_checkpointing", "compile",
+    "tracker", "resume", "overwrite", "memory", "gradient_checkpointing", "compile",
     "context_parallel", "shard",
     "preview_prompts", "preview_seeds", "preview_every",
     "gradient_accumulation",  # the order of samples does not depend on it
@@ -55,6 +55,8 @@ class StepReport:
     grad_norm: float
     """Before clipping."""
     seconds: float
+    loader_seconds: float
+    """Of those, what the main process waited for its batches."""
     level_losses: tuple[float | None, ...]
     """Mean over the samples with sigma in each quarter, least noise first; None where none was."""
     height: int
@@ -178,13 +180,16 @@ class Curves:
     def __init__(self, output_dir: Path, step: int, *, num_validation: int) -> None:
         self._losses = output_dir / LOSS_FILE
         self._validation = output_dir / VALIDATION_FILE
-        _start_csv(self._losses, ["step", "loss", "grad_norm", "seconds", *_LEVELS], step)
+        _start_csv(
+            self._losses, ["step", "loss", "grad_norm", "seconds", "loader_seconds", *_LEVELS], step
+        )
         if num_validation:
             samples = [f"sample_{number}" for number in range(1, num_validation + 1)]
             _start_csv(self._validation, ["step", "loss", *_LEVELS, *samples], step)
 
     def write_step(self, report: StepReport) -> None:
-        row = [report.step, report.loss, report.grad_norm, f"{report.seconds:.4f}"]
+        seconds = [f"{each:.4f}" for each in (report.seconds, report.loader_seconds)]
+        row = [report.step, report.loss, report.grad_norm, *seconds]
         _append_row(self._losses, [*row, *report.level_losses])
 
     def write_validation(self, step: int, losses: Float[Tensor, "samples levels"]) -> None:

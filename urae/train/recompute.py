@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -16,15 +17,12 @@ from torch.utils.checkpoint import (
 )
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
-from urae.backbones.free_memory import free_bytes
 from urae.features.dataset import Sample
-from urae.generate.speed import keep_compiled, pays_to_compile
+from urae.generate.speed import keep_compiled, list_blocks, pays_to_compile
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
-
-logger = logging.getLogger(__name__)
-
-Checkpointing = Literal["off", "selective", "full", "offload"]
+from urae.train.estimate import QUANTIZED, Way
+from urae.train.host import HostKeeper, keep_outputs
 
 _ATTENTIONS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -34,40 +32,29 @@ _ATTENTIONS = {
     torch.ops.higher_order.flex_attention,
 }
 
-# on an H200 a 2K step with 16,896 tokens of 3072 channels took 8.2 GiB beyond the adapter, 5.5 of
-# them the inputs of 57 blocks and 0.3 the optimizer's (docs/performance.md)
-_STEP_BYTES = 50  # a token and channel, of the block that is recomputed
-_SPARE_SHARE = 0.1  # of the free memory, for what splits it up
 
+def is_compiled(
+    config: TrainConfig, way: Way, samples: Sequence[Sample], device: torch.device
+) -> bool:
+    """Tell whether the blocks are compiled, as the recipe says or where it pays.
 
-def prepare_blocks(
-    transformer: FluxTransformer2DModel,
-    config: TrainConfig,
-    samples: Sequence[Sample],
-    device: torch.device,
-) -> None:
-    """Let the blocks run in training as the recipe says, or as suits the device.
+    Quantised blocks are not, nor streamed ones that keep attention's outputs.
 
     Args:
-        transformer: On the device, with its adapters and nothing else to come.
         config: Of the run.
+        way: How a step is made to fit.
         samples: Of the run; the largest counts.
         device: Where it trains.
     """
-    checkpointing = config.gradient_checkpointing
-    if checkpointing == "auto":
-        tokens = config.batch_size * count_tokens(samples) // config.context_parallel
-        checkpointing = choose_checkpointing(
-            transformer, tokens, transformer.dtype, free_bytes(device)
-        )
-    compiled = config.compile
-    if compiled is None and config.shard:
-        compiled = False
-    if compiled is None:
-        largest = max(samples, key=lambda sample: sample.height * sample.width)
-        pictures = config.batch_size * config.gradient_accumulation
-        compiled = pays_to_compile(device, largest.height, largest.width, config.steps, pictures)
-    set_checkpointing(transformer, checkpointing, compiled=compiled)
+    if way.tier in QUANTIZED or (way.tier, way.checkpointing) == ("streamed", "selective"):
+        return False
+    if config.compile is not None:
+        return config.compile
+    if config.shard:
+        return False
+    largest = max(samples, key=lambda sample: sample.height * sample.width)
+    pictures = config.batch_size * config.gradient_accumulation
+    return pays_to_compile(device, largest.height, largest.width, config.steps, pictures)
 
 
 def count_tokens(samples: Sequence[Sample]) -> int:
@@ -75,72 +62,30 @@ def count_tokens(samples: Sequence[Sample]) -> int:
     return MAX_TEXT_TOKENS + max(num_image_tokens(each.height, each.width) for each in samples)
 
 
-def choose_checkpointing(
-    transformer: FluxTransformer2DModel, tokens: int, dtype: torch.dtype, free_bytes: int
-) -> Checkpointing:
-    """Keep the attentions' outputs where there is room, the blocks' inputs on the host where not.
-
-    Outputs of attention are the dearest to recompute.
-
-    Args:
-        transformer: Its shape counts.
-        tokens: Text and image tokens of the largest batch.
-        dtype: Of the activations.
-        free_bytes: On the device, weights and optimizer in place.
-    """
-    ways: tuple[Checkpointing, ...] = ("selective", "full", "offload")
-    sizes = {way: count_step_bytes(transformer, tokens, dtype, way) for way in ways}
-    fitting = (way for way in ways if sizes[way] < (1 - _SPARE_SHARE) * free_bytes)
-    chosen = next(fitting, ways[-1])
-    logger.info(
-        "gradient checkpointing %s: %.1f GiB free, a step takes %s", chosen, free_bytes / 2**30,
-        ", ".join(f"{size / 2**30:.1f} with {way}" for way, size in sizes.items()),
-    )  # fmt: skip
-    return chosen
-
-
-def count_step_bytes(
-    transformer: FluxTransformer2DModel,
-    tokens: int,
-    dtype: torch.dtype,
-    checkpointing: Checkpointing,
-) -> int:
-    """Estimate the memory of the device that the activations of a training step take.
-
-    Args:
-        transformer: Its shape counts; it may be on the meta device.
-        tokens: Text and image tokens of the batch.
-        dtype: Of the activations.
-        checkpointing: As of `set_checkpointing`, but not `off`.
-    """
-    channels: int = transformer.inner_dim
-    num_blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    if checkpointing == "offload":
-        num_blocks = min(num_blocks, 2)  # one is copied while the next computes
-    kept = tokens * channels * dtype.itemsize
-    if checkpointing == "selective":
-        kept = 2 * kept + 4 * tokens * int(transformer.config.num_attention_heads)
-    return num_blocks * kept + tokens * channels * _STEP_BYTES * dtype.itemsize // 2
-
-
 def set_checkpointing(
-    transformer: FluxTransformer2DModel, checkpointing: Checkpointing, *, compiled: bool = False
+    transformer: FluxTransformer2DModel, way: Way, device: torch.device, *, compiled: bool = False
 ) -> None:
     """Decide how the transformer's blocks run in training; a forward without gradients stays.
 
     Args:
         transformer: With its adapters; it goes through its `enable_gradient_checkpointing`.
-        checkpointing: `off` keeps all activations, `full` the blocks' inputs, `selective` the
-            outputs of attention too: they are the dearest to recompute. `offload` keeps the blocks'
-            inputs in the host's memory, pinned. The numbers are the same.
+        way: `off` keeps all activations, `full` the blocks' inputs, `selective` the outputs of
+            attention too: they are the dearest to recompute. Where it is offloaded, that is kept
+            in the host's memory, pinned. The numbers are the same.
+        device: Where it trains.
         compiled: Whether blocks are compiled: both kinds once, and once more for all sizes when a
-            second size comes.
+            second size comes. Streamed ones are compiled inside of what brings their weights.
     """
-    contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
-    options: dict[str, Any] = {"context_fn": contexts} if checkpointing == "selective" else {}
+    keeper = HostKeeper(device) if way.is_offloaded else None
+    compiled = compiled and way.tier != "streamed"
+    options: dict[str, Any] = {}
+    if way.checkpointing == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+        if keeper is not None and not compiled:
+            options["context_fn"] = keep_outputs(keeper, _ATTENTIONS)
 
     def run(block: nn.Module, *inputs: Any) -> Any:
-        if checkpointing == "off":
+        if way.checkpointing == "off":
             return block(*inputs)
         return checkpoint(_call, block, *inputs, use_reentrant=False, **options)
 
@@ -150,8 +95,8 @@ def set_checkpointing(
         # it says that in-place operations would be wrong, of which these blocks have none
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         wrapped = torch.compile(run)
-    if checkpointing == "offload":
-        wrapped = _offload(wrapped)
+    if keeper is not None:
+        wrapped = _offload(wrapped, keeper, list_blocks(transformer)[0])
     if compiled:
         wrapped = _with_like_inputs(wrapped)
     transformer.enable_gradient_checkpointing(wrapped)
@@ -174,32 +119,30 @@ def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
     return run_like
 
 
-def _offload(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the blocks' inputs, of all that is saved, in the host's memory until they are needed.
-
-    Copies are queued where the blocks compute, so that nobody waits and none is read too early.
-    """
+def _offload(run: Callable[..., Any], keeper: HostKeeper, first: nn.Module) -> Callable[..., Any]:
+    """Keep what is saved of a block on the host: neither weights nor what all blocks share."""
 
     def run_offloaded(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
-        inputs = {each.untyped_storage().data_ptr() for each in (hidden, text)}
+        keeper.begin_block(is_first=block is first)
+        shared = [each for each in tree_leaves(rest) if isinstance(each, Tensor)]
+        left = {
+            each.untyped_storage().data_ptr()
+            for each in (*shared, *block.parameters(), *block.buffers())
+        }
 
-        def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-            if saved.untyped_storage().data_ptr() not in inputs:
+        def pack(saved: Tensor) -> Any:
+            is_map = saved.is_floating_point() and saved.device == hidden.device
+            if not is_map or saved.untyped_storage().data_ptr() in left:
                 return saved
-            kept = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
-            return saved.device, kept.copy_(saved, non_blocking=True)
+            return keeper.send(saved)
 
-        with saved_tensors_hooks(pack, _bring_back):
+        def unpack(packed: Any) -> Tensor:
+            return packed if isinstance(packed, Tensor) else keeper.bring(packed)
+
+        with saved_tensors_hooks(pack, unpack):
             return run(block, hidden, text, *rest)
 
     return run_offloaded
-
-
-def _bring_back(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    device, kept = packed
-    return kept.to(device, non_blocking=True)
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,0 +1,288 @@
+"""Every exact rung of the memory ladder gives what the resident one gives."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from urae.adapters.files import read_adapter
+from urae.backbones.flux import load_transformer, predict_velocity
+from urae.generate.speed import list_blocks
+from urae.resolution import ResolutionPolicy, apply_policy
+from urae.train import train
+from urae.train.adapter import attach_for_training
+from urae.train.chunks import chunk_mlps, feed_forward
+from urae.train.estimate import Way, estimate
+from urae.train.inputs import check_inputs
+from urae.train.memory import choose_way, place
+from urae.train.recompute import count_tokens, set_checkpointing
+from urae.train.stream import WeightStream
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+FULL = ResolutionPolicy(native_sequence_length=64)
+LOCAL = ResolutionPolicy(attention="local", native_sequence_length=64)
+
+
+@pytest.fixture
+def build(bases, minor):
+    def build(way, *, compiled=False, policy=None):
+        transformer = load_transformer(bases["dev"], dtype=torch.float32)
+        apply_policy(transformer, policy or ResolutionPolicy())
+        over = [read_adapter(path) for path in minor.over]
+        adapter = attach_for_training(transformer, minor, over, None, 0, CPU)
+        with torch.no_grad():  # away from its start, where every gradient of a layer is alike
+            for parameter in adapter.parameters:
+                generator = torch.Generator().manual_seed(parameter.numel())
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+        place(transformer, way, CPU, compiled=compiled)
+        set_checkpointing(transformer.train(), way, CPU, compiled=compiled)
+        return adapter
+
+    return build
+
+
+def take_step(adapter, side=16):
+    transformer = adapter.transformer
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(2, transformer.config.in_channels // 4, 2 * side, side, generator=generator),
+        torch.tensor([0.3, 0.9]),
+        torch.randn(2, 6, transformer.config.joint_attention_dim, generator=generator),
+        torch.randn(2, transformer.config.pooled_projection_dim, generator=generator),
+    )
+    for parameter in adapter.parameters:
+        parameter.grad = None
+    velocity = predict_velocity(transformer, *inputs, 1.0)
+    velocity.square().mean().backward()
+    return [velocity.detach(), *(parameter.grad for parameter in adapter.parameters)]
+
+
+@pytest.mark.parametrize("policy", [FULL, LOCAL], ids=["full", "local"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize("tier", ["offload", "streamed"])
+def test_exact_rungs_give_what_resident_gives(build, tier, checkpointing, policy, rel):
+    wanted = take_step(build(Way("resident", "full"), policy=policy))
+    adapter = build(Way(tier, checkpointing), policy=policy)
+    for _ in range(2):
+        for found, each in zip(take_step(adapter), wanted, strict=True):
+            assert rel(found, each) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
+def test_compiled_and_streamed_gives_the_same(build, rel, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", lambda f, compile=torch.compile: compile(f, backend="aot_eager")
+    )
+    torch.compiler.reset()
+    wanted = take_step(build(Way("resident", "full")))
+    adapter = build(Way("streamed", "full"), compiled=True)
+    for _ in range(2):
+        for found, each in zip(take_step(adapter), wanted, strict=True):
+            assert rel(found, each) < 1e-5
+
+
+def test_local_attention_is_local_here(build, rel):
+    full, local = (take_step(build(Way("resident", "full"), policy=p)) for p in (FULL, LOCAL))
+    assert rel(local[0], full[0]) > 0.01
+
+
+# --- weights streamed a block ahead ---------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(build, monkeypatch):
+    """A streamed adapter, and the blocks whose weights were brought and were in place."""
+    brought, used = [], []
+    bring, put = WeightStream._bring, WeightStream._put
+
+    def watch_bring(stream, index):
+        if index not in stream._here:
+            brought.append(index)
+        bring(stream, index)
+
+    def watch_put(stream, index, tensors):
+        put(stream, index, tensors)
+        if tensors is not stream._host[index]:
+            used.append(index)
+            assert stream.num_on_device <= 2
+
+    monkeypatch.setattr(WeightStream, "_bring", watch_bring)
+    monkeypatch.setattr(WeightStream, "_put", watch_put)
+    return build(Way("streamed", "full")), brought, used
+
+
+def test_weights_come_once_each_way_and_a_block_ahead(watched):
+    adapter, brought, used = watched
+    take_step(adapter)
+    last = len(list_blocks(adapter.transformer)) - 1
+    forth, back = list(range(last + 1)), list(range(last, -1, -1))
+    assert used == forth + back
+    assert brought == forth + back[2:]  # the last two are still there when it turns around
+    brought.clear()
+    take_step(adapter)
+    assert brought == forth[2:] + back[2:]
+
+
+def test_a_forward_alone_finds_its_weights(watched):
+    adapter, _, used = watched
+    with torch.no_grad():
+        first, second = (
+            predict_velocity(
+                adapter.transformer,
+                torch.ones(1, adapter.transformer.config.in_channels // 4, 8, 8),
+                torch.ones(1),
+                torch.ones(1, 6, adapter.transformer.config.joint_attention_dim),
+                torch.ones(1, adapter.transformer.config.pooled_projection_dim),
+                1.0,
+            )
+            for _ in range(2)
+        )
+    assert torch.equal(first, second)
+    assert used == 2 * list(range(len(list_blocks(adapter.transformer))))
+
+
+def test_frozen_weights_are_back_on_the_host_after_a_step(build):
+    adapter = build(Way("streamed", "full"))
+    tensors = [t for block in list_blocks(adapter.transformer) for t in block.parameters()]
+    before = [tensor.data_ptr() for tensor in tensors]
+    take_step(adapter)
+    assert [tensor.data_ptr() for tensor in tensors] == before
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters)
+
+
+def test_an_error_leaves_the_weights_on_the_host():
+    block = nn.Linear(2, 2).requires_grad_(False)
+    stream, pointer = WeightStream([block], CPU), block.weight.data_ptr()
+    with pytest.raises(RuntimeError, match="stop"), stream.on_device(0):
+        assert block.weight.data_ptr() != pointer
+        raise RuntimeError("stop")
+    assert block.weight.data_ptr() == pointer
+
+
+# --- MLPs in chunks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [3, 7, 100])
+def test_chunks_are_the_whole_mlp(num_tokens, rel):
+    torch.manual_seed(0)
+    up, down = nn.Linear(8, 32), nn.Linear(32, 6)
+    tokens = torch.randn(2, 7, 16)[..., :8].requires_grad_()  # strided
+    weights = [each.detach() for each in (up.weight, up.bias, down.weight, down.bias)]
+    wanted = down(nn.functional.gelu(up(tokens), approximate="tanh"))
+    found = feed_forward(tokens, *weights, num_tokens=num_tokens)
+    assert rel(found, wanted) < 1e-6
+    gradient = torch.randn_like(wanted)
+    (right,) = torch.autograd.grad(wanted, tokens, gradient)
+    assert rel(torch.autograd.grad(found, tokens, gradient)[0], right) < 1e-6
+    torch.library.opcheck(torch.ops.urae.feed_forward.default, (tokens, *weights, num_tokens))
+
+
+def test_an_mlp_that_an_adapter_acts_on_stays_whole():
+    transformer = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        axes_dims_rope=(2, 2, 4), joint_attention_dim=8, pooled_projection_dim=8,
+    )  # fmt: skip
+    single, double = transformer.single_transformer_blocks[0], transformer.transformer_blocks[0]
+    single.proj_mlp = type("Adapted", (nn.Linear,), {})(16, 64)
+    before = single.proj_out, double.ff
+    chunk_mlps(transformer)
+    assert single.proj_out is before[0]
+    assert double.ff is not before[1]
+
+
+# --- quantised bases ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torchao
+def test_gradients_through_an_8bit_base_are_those_of_its_dequantised_copy(build, rel):
+    pytest.importorskip("torchao")
+    quantized, dense = build(Way("8bit", "full")), build(Way("resident", "full"))
+    for one, other in zip(
+        quantized.transformer.modules(), dense.transformer.modules(), strict=True
+    ):
+        if isinstance(one, nn.Linear):
+            weight = one.weight.data
+            if type(weight) is not torch.Tensor:
+                weight = weight.dequantize()
+            other.weight.data = weight.to(other.weight.dtype)
+    for found, wanted in zip(take_step(quantized), take_step(dense), strict=True):
+        assert rel(found, wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torchao
+def test_minor_components_are_those_of_the_weights_before_they_are_quantised(build):
+    pytest.importorskip("torchao")
+    quantized, exact = build(Way("8bit", "full")), build(Way("resident", "full"))
+    assert quantized.origin_hash == exact.origin_hash
+    for name, pair in exact.initial.items():
+        assert all(map(torch.equal, pair, quantized.initial[name]))
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Set what is free on GPU and host, in bytes."""
+
+    def set_free(on_gpu, on_host=10**12):
+        monkeypatch.setattr("urae.train.memory.free_bytes", lambda device: on_gpu)
+        monkeypatch.setattr("urae.train.memory.free_host_bytes", lambda: on_host)
+
+    return set_free
+
+
+def test_auto_takes_the_first_that_fits(settings, free, bases, caplog):
+    config = settings(gradient_checkpointing="auto", resolution=256)
+    inputs = check_inputs(config)
+    transformer = load_transformer(bases["dev"], dtype=torch.float32)
+    tokens = count_tokens(inputs.samples)
+    for way in (
+        Way("resident", "selective"),
+        Way("resident", "full"),
+        Way("offload", "full"),  # selective keeps two blocks' maps, of four, and attentions' too
+        Way("streamed", "full"),
+    ):
+        free(int(estimate(transformer, config, tokens, way).peak / 0.9) + 1)
+        assert choose_way(config, inputs, GPU) == way
+    free(0)
+    with pytest.raises(MemoryError, match=r"0\.0 GiB are free on the GPU.*use --batch-size 1"):
+        choose_way(config, inputs, GPU)
+    free(10**12, 0)
+    assert choose_way(config, inputs, GPU).tier == "resident"
+
+
+def test_a_named_rung_is_taken_whatever_is_free(settings, free):
+    inputs = check_inputs(settings())
+    free(0, 0)
+    for tier in ("resident", "offload", "streamed"):
+        way = choose_way(settings(memory=tier), inputs, GPU)
+        assert way == Way(tier, "off")
+    assert choose_way(settings(), inputs, CPU) == Way("resident", "off")
+
+
+def test_what_cannot_be_is_refused_first(settings):
+    inputs = check_inputs(settings())
+    with pytest.raises(ValueError, match="--memory streamed is for one process, this run has 2"):
+        choose_way(settings(memory="streamed"), inputs, CPU, num_ranks=2)
+    with pytest.raises(ValueError, match="--memory 4bit needs a CUDA device"):
+        choose_way(settings(memory="4bit"), inputs, CPU)
+
+
+def test_runs_of_all_exact_rungs_are_one_run(settings, tmp_path, rel):
+    losses = {}
+    for tier in ("resident", "offload", "streamed"):
+        config = settings(
+            memory=tier,
+            gradient_checkpointing="full",
+            steps=2,
+            output_dir=tmp_path / tier,
+            num_validation=1,
+        )
+        reports = []
+        train(config, on_step=reports.append)
+        losses[tier] = torch.tensor([report.loss for report in reports])
+    assert torch.equal(losses["offload"], losses["resident"])
+    assert rel(losses["streamed"], losses["resident"]) < 1e-5

@@ -1,0 +1,188 @@
+"""What a training step takes in memory and operations: known before any weights load.
+
+The one place that says so: `--memory auto` chooses by it, `urae plan train` prints it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from urae.backbones.weights import find_attention_linears, linear_shape
+from urae.generate.estimate import count_bytes, quantized_bytes
+from urae.train.config import Checkpointing, Memory, TrainConfig
+
+Tier = Literal["resident", "offload", "streamed", "8bit", "4bit"]
+TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
+"""The memory ladder, in the order in which `auto` tries it: the exact ones first."""
+QUANTIZED = ("8bit", "4bit")
+"""Approximations."""
+STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, "muon": 1.0}
+"""Float32 numbers that an optimizer holds for each one that trains."""
+
+_NUMBER_BYTES = 2  # bfloat16, as on any GPU
+# maps of tokens x channels in bfloat16 that are alive when a block is recomputed and gone back
+# through: 24.2 and 15.4 by count (tests/train/test_estimate.py), and what the rows of
+# docs/performance.md take more
+_WHOLE, _CHUNKED = 25, 16
+_ROPE_BYTES = 8  # cos and sin in float32
+_LOSS_BYTES = 32  # float32 maps of what goes in and comes out, a number of it
+_WORKSPACE_BYTES = 2**25  # of matrix products
+
+
+class Way(NamedTuple):
+    """How a step is made to fit."""
+
+    tier: Tier
+    checkpointing: Literal["off", "selective", "full"]
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether what the backward pass keeps is on the host."""
+        return self.tier in ("offload", "streamed")
+
+    def __str__(self) -> str:
+        return f"memory {self.tier}, gradient checkpointing {self.checkpointing}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a way takes at its peak, in bytes."""
+
+    way: Way
+    weights: int
+    """Of the base, on the device."""
+    adapter: int
+    """All adapters, and the optimizer's state."""
+    gradients: int
+    kept: int
+    """What the backward pass keeps of the blocks, on the device."""
+    block: int
+    """The block that is recomputed, in its backward pass."""
+    loss: int
+    """Inputs, output and loss; position tables; workspace."""
+    host_bytes: int
+    """Pinned on the host."""
+
+    @property
+    def peak(self) -> int:
+        """The most that is on the device at once."""
+        return sum(int(getattr(self, name)) for name in TERMS)
+
+
+TERMS = tuple(each.name for each in fields(Estimate) if each.name not in ("way", "host_bytes"))
+"""What a peak is made of."""
+
+
+def list_ways(memory: Memory, checkpointing: Checkpointing) -> list[Way]:
+    """List what there is to choose from, in the order of preference."""
+    tiers = TIERS if memory == "auto" else (memory,)
+    kept: tuple[Literal["off", "selective", "full"], ...]
+    kept = ("selective", "full") if checkpointing == "auto" else (checkpointing,)
+    return [Way(tier, each) for tier in tiers for each in kept]
+
+
+def estimate(
+    transformer: FluxTransformer2DModel,
+    config: TrainConfig,
+    tokens: int,
+    way: Way,
+    num_shards: int = 1,
+) -> Estimate:
+    """Estimate what a step takes on a GPU in bfloat16.
+
+    Args:
+        transformer: Its shape counts; it may be on the meta device.
+        config: Of the run: adapter, optimizer and batch size.
+        tokens: Text and image tokens of the largest sample, this rank's part of them.
+        way: How.
+        num_shards: Ranks that the base is spread over.
+    """
+    one_map = config.batch_size * tokens * transformer.inner_dim * _NUMBER_BYTES
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    trained = count_trained(transformer, config)
+    frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
+    copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
+    kept = _count_kept(transformer, one_map, way)
+    on_device = 2 if way.is_offloaded else len(blocks)  # one is copied while the next computes
+    host = round_pinned(kept // len(blocks)) * len(blocks) if way.is_offloaded else 0
+    if way.tier == "streamed":
+        host += sum(round_pinned(_NUMBER_BYTES * p.numel()) for b in blocks for p in b.parameters())
+    return Estimate(
+        way,
+        weights=_count_weights(transformer, blocks, way.tier, num_shards),
+        adapter=int(4 * trained * copies) + frozen * trained * _NUMBER_BYTES,
+        gradients=4 * trained,
+        kept=kept * on_device // len(blocks),
+        block=one_map * (_CHUNKED if way.tier == "streamed" else _WHOLE),
+        loss=config.batch_size * tokens
+        * (_ROPE_BYTES * transformer.config.attention_head_dim
+           + _LOSS_BYTES * transformer.config.in_channels)
+        + _WORKSPACE_BYTES,
+        host_bytes=host,
+    )  # fmt: skip
+
+
+def count_trained(transformer: FluxTransformer2DModel, config: TrainConfig) -> int:
+    """Return how many numbers train."""
+    shapes = [linear_shape(transformer, name) for name in find_attention_linears(transformer)]
+    return config.adapter.rank * sum(sum(shape) for shape in shapes if shape is not None)
+
+
+def count_operations(
+    transformer: FluxTransformer2DModel,
+    tokens: int,
+    checkpointing: Literal["off", "selective", "full"],
+    *,
+    keys: float | None = None,
+) -> float:
+    """Count the operations of a step on one sample, multiplications and additions.
+
+    Args:
+        transformer: Its shape counts.
+        tokens: Text and image tokens.
+        checkpointing: What is computed twice.
+        keys: That a token sees; all tokens unless attention is local.
+    """
+    channels: int = transformer.inner_dim
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    products = 24 * channels**2 * tokens * blocks
+    attention = 4 * channels * tokens * (keys or tokens) * blocks
+    # backward: the frozen weights have no gradient; attention's has five products to its two
+    times_products = 2 + (checkpointing != "off")
+    times_attention = 3.5 + (checkpointing == "full")
+    return products * times_products + attention * times_attention
+
+
+def round_pinned(num_bytes: int) -> int:
+    """Return what pinning takes: torch's allocator rounds up to a power of two."""
+    return 1 << max(num_bytes - 1, 0).bit_length()
+
+
+def _count_weights(
+    transformer: FluxTransformer2DModel, blocks: Sequence[nn.Module], tier: Tier, num_shards: int
+) -> int:
+    if tier in ("8bit", "4bit"):
+        return quantized_bytes(blocks, tier) + _count_rest(transformer, blocks)
+    here = 2 * max(map(count_bytes, blocks))  # this block and the next
+    if tier == "streamed":
+        return _count_rest(transformer, blocks) + here
+    if num_shards > 1:
+        return count_bytes(transformer) // num_shards + here
+    return count_bytes(transformer)
+
+
+def _count_rest(transformer: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    return count_bytes(transformer) - sum(map(count_bytes, blocks))
+
+
+def _count_kept(transformer: FluxTransformer2DModel, one_map: int, way: Way) -> int:
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    if way.checkpointing == "off":
+        return blocks * one_map * _WHOLE
+    if way.checkpointing == "full":
+        return blocks * one_map
+    lse = one_map * 4 // (_NUMBER_BYTES * int(transformer.config.attention_head_dim))
+    return blocks * (2 * one_map + lse)

@@ -1,0 +1,122 @@
+"""Fitting a training step into memory: which way, and where the weights go."""
+
+import logging
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from urae.backbones.flux import build_meta_transformer
+from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
+from urae.generate.quantize import can_quantize, check_quantization, quantize_blocks
+from urae.generate.speed import compile_blocks
+from urae.train.chunks import chunk_mlps
+from urae.train.config import TrainConfig
+from urae.train.estimate import QUANTIZED, Estimate, Way, estimate, list_ways
+from urae.train.inputs import Inputs
+from urae.train.mesh import count_local_ranks
+from urae.train.recompute import count_tokens
+from urae.train.stream import stream_weights
+
+logger = logging.getLogger(__name__)
+
+
+def choose_way(
+    config: TrainConfig, inputs: Inputs, device: torch.device, *, num_ranks: int = 1
+) -> Way:
+    """Choose the first way of the recipe's that fits what is free, before any weights load.
+
+    A tier that was named is taken even if it does not fit.
+
+    Args:
+        config: Of the run.
+        inputs: Its samples; the largest counts.
+        device: Where it trains.
+        num_ranks: Processes of the run.
+
+    Raises:
+        ValueError: If a tier was named that this machine or run cannot have.
+        ModuleNotFoundError: If its library is not installed.
+        MemoryError: If `auto` finds none that fits.
+    """
+    ways = list_ways(config.memory, config.gradient_checkpointing)
+    if config.shard:
+        if config.memory in QUANTIZED:
+            raise ValueError(
+                f"--memory {config.memory} does not go with shard, which spreads the weights as "
+                "they are; leave one of the two out"
+            )
+        ways = [way for way in ways if way.tier not in QUANTIZED]
+    if config.memory != "auto":
+        check_quantization(config.memory, device)
+        if config.memory == "streamed" and num_ranks > 1:
+            raise ValueError(
+                f"--memory streamed is for one process, this run has {num_ranks}; choose offload "
+                "or resident"
+            )
+    elif device.type != "cuda":
+        ways = [way for way in ways if way.tier == "resident"]
+    ways = [
+        way for way in ways if can_quantize(way.tier) and (num_ranks == 1 or way.tier != "streamed")
+    ]
+    transformer = build_meta_transformer(inputs.model_path)
+    tokens = count_tokens(inputs.samples) // config.context_parallel
+    num_shards = count_local_ranks(num_ranks) if config.shard else 1
+    estimates = [estimate(transformer, config, tokens, way, num_shards) for way in ways]
+    device_bytes, host_bytes = free_bytes(device), free_host_bytes()
+    fitting = [each for each in estimates if fits(each, device_bytes, host_bytes)]
+    if not fitting and config.memory == "auto" and device.type == "cuda":
+        least = min(estimates, key=lambda each: each.peak)
+        raise MemoryError(
+            f"{device_bytes / 2**30:.1f} GiB are free on the GPU and {host_bytes / 2**30:.1f} on "
+            f"the host, too little for this run: --memory {least.way.tier} takes "
+            f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; use --batch-size 1, or "
+            "features of a lower resolution"
+        )
+    chosen = (fitting or estimates[-1:])[0]
+    logger.info("%s: %.1f GiB at the peak", chosen.way, chosen.peak / 2**30)
+    if chosen.way.tier in QUANTIZED and config.memory == "auto":
+        logger.warning(
+            "the base is quantised to %s, an approximation: nothing exact fits", chosen.way.tier
+        )
+    return chosen.way
+
+
+def fits(each: Estimate, device_bytes: int, host_bytes: int | None = None) -> bool:
+    """Tell whether there is room for a way.
+
+    Args:
+        each: What it takes.
+        device_bytes: Free on the device; a tenth is left for allocators.
+        host_bytes: Free on the host; None if it does not matter.
+    """
+    enough = each.peak <= USABLE * device_bytes
+    return enough and (host_bytes is None or each.host_bytes <= USABLE * host_bytes)
+
+
+def is_placed_first(way: Way) -> bool:
+    """Tell whether the whole base goes to the device as soon as it is loaded."""
+    return way.tier in ("resident", "offload")
+
+
+def place(
+    transformer: FluxTransformer2DModel, way: Way, device: torch.device, *, compiled: bool
+) -> None:
+    """Put the weights where they live, adapters attached: factors that train on the device.
+
+    Weights are quantised layer by layer, so that those in bfloat16 are never whole on the device.
+
+    Args:
+        transformer: On the CPU, or on the device where `is_placed_first`.
+        way: Where to.
+        device: Where it trains.
+        compiled: Whether blocks are compiled.
+    """
+    if way.tier == "streamed":
+        chunk_mlps(transformer)
+        if compiled:
+            compile_blocks(transformer)
+        stream_weights(transformer, device)
+        return
+    if way.tier == "8bit" or way.tier == "4bit":
+        quantize_blocks(transformer, way.tier, device)
+    transformer.to(device)
