@@ -69,7 +69,7 @@ def measure_train(bench: Bench, side: int, adapter: str, way: Way) -> dict[str, 
         if bench.tiny:  # whose pictures are within FLUX.1's native side
             options = (*options, "--policy.native_sequence_length", "64")
     title = f"{name}, {way.title}" + (f", cap {way.cap_gib} GiB" if way.cap_gib else "")
-    return {title: train(bench, name, side, STEPS[side], options, way.cap_gib)}
+    return {title: train(bench, name, side, STEPS[side], options, cap_gib=way.cap_gib)}
 
 
 def compiled(bench: Bench) -> tuple[str, ...]:
