@@ -2,6 +2,7 @@
 
 import logging
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -174,6 +175,28 @@ def test_what_is_kept_leaves_the_device(build, checkpointing, compiled, monkeypa
     if checkpointing == "selective":
         wanted += [2 * 22 * channels, 2 * 22 * heads]
     assert sorted(sent) == sorted(count_blocks(adapter) * wanted)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_on_the_host_is_not_on_the_device_too(build, compiled, monkeypatch):
+    """Of the maps that went into blocks, the last block's alone outlive the forward."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    adapter, inputs, left = build(), [], []
+    set_checkpointing(adapter.transformer, Way("offload", "full"), CPU, compiled=compiled)
+    run = adapter.transformer._gradient_checkpointing_func
+
+    def watch(block, hidden, *others):
+        inputs.append(weakref.ref(hidden))
+        return run(block, hidden, *others)
+
+    def look(*_):
+        left.extend(number for number, each in enumerate(inputs) if each() is not None)
+
+    adapter.transformer._gradient_checkpointing_func = watch
+    adapter.transformer.proj_out.register_forward_hook(look)
+    take_step(adapter)
+    assert len(inputs) == count_blocks(adapter) and set(left) <= {len(inputs) - 1}
 
 
 def test_a_block_is_brought_back_ahead():

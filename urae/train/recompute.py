@@ -124,6 +124,8 @@ def _offload(run: Callable[..., Any], keeper: HostKeeper, first: nn.Module) -> C
 
     def run_offloaded(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
         keeper.begin_block(is_first=block is first)
+        # autograd keeps the hooks, so they may hold no map
+        device = hidden.device
         shared = [each for each in tree_leaves(rest) if isinstance(each, Tensor)]
         left = {
             each.untyped_storage().data_ptr()
@@ -131,7 +133,7 @@ def _offload(run: Callable[..., Any], keeper: HostKeeper, first: nn.Module) -> C
         }
 
         def pack(saved: Tensor) -> Any:
-            is_map = saved.is_floating_point() and saved.device == hidden.device
+            is_map = saved.is_floating_point() and saved.device == device
             if not is_map or saved.untyped_storage().data_ptr() in left:
                 return saved
             return keeper.send(saved)
