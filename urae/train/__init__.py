@@ -3,12 +3,16 @@
 from urae.train.config import AdapterConfig, OptimizerConfig, TrainConfig
 from urae.train.loop import TrainResult, train
 from urae.train.output import StepReport
+from urae.train.publish import PushConfig, Pushed, push
 
 __all__ = [
     "AdapterConfig",
     "OptimizerConfig",
+    "PushConfig",
+    "Pushed",
     "StepReport",
     "TrainConfig",
     "TrainResult",
+    "push",
     "train",
 ]
