@@ -36,9 +36,9 @@ class CardInputs:
     """owner/name on the hub."""
     license: License
     adapter_file: str
-    """The file for `urae.adapt`."""
-    plain_file: str | None
-    """The file for stock `load_lora_weights`; None if there is none."""
+    """The file to use."""
+    is_stock: bool
+    """Whether stock `load_lora_weights` reads it."""
     step: int
     previews: Sequence[tuple[Preview, str]]
     """With the files of their last pictures."""
@@ -117,7 +117,7 @@ def format_card(config: TrainConfig, inputs: CardInputs) -> str:
 
 def _build_metadata(config: TrainConfig, inputs: CardInputs, base: str | None) -> ModelCardData:
     tags = ["text-to-image", "diffusers", "flux", "urae", "ultra-resolution"]
-    if inputs.plain_file is not None:
+    if inputs.is_stock:
         tags += ["lora", "template:sd-lora"]  # the latter shows the widget's pictures
     more: dict[str, Any] = {"base_model_relation": "adapter"} if base else {}
     if inputs.previews:
@@ -150,10 +150,10 @@ def _format_usage(config: TrainConfig, inputs: CardInputs, base: str | None) -> 
         "With urae, which also sets the resolution policy that the adapter was trained with "
         f"(positions, attention, time shift):\n\n```python\n{ours}\n```\n\n"
     )
-    if inputs.plain_file is None:
+    if not inputs.is_stock:
         return f"{text}Stock `load_lora_weights` does not load this kind of adapter."
     stock = (
-        f'pipe.load_lora_weights("{inputs.repo}", weight_name="{inputs.plain_file}")\n'
+        f'pipe.load_lora_weights("{inputs.repo}", weight_name="{inputs.adapter_file}")\n'
         f"image = {call}.images[0]"
     )
     return (
@@ -179,4 +179,5 @@ def _link(hub_id: str | None, model: str) -> str:
 
 
 def _describe(kind: str) -> str:
-    return {"lora": "LoRA", "minor": "minor components"}.get(kind, kind)
+    names = {"lora": "LoRA", "minor": "minor components", "dora": "DoRA", "lokr": "LoKr"}
+    return names.get(kind, kind.upper())

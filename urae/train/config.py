@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
+from urae.adapters.variants import is_variant
 from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
@@ -40,10 +41,11 @@ class AdapterConfig:
 
     __pydantic_config__ = _STRICT
 
-    kind: Literal["lora", "minor"] = "lora"
-    """`lora` starts from zero; `minor` from the smallest singular components (4K stage)."""
+    kind: Literal["lora", "minor", "dora", "lokr", "oft"] = "lora"
+    """`lora` starts from zero; `minor` from the smallest singular components (4K stage); `dora`,
+    `lokr` and `oft` are peft's, from zero too."""
     rank: int = 16
-    """Components a matrix; a LoRA's alpha is its rank."""
+    """Components a matrix, alpha too; of `oft`, the side of a block."""
     over: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Adapters under this one, frozen: files, folders or owner/repo/file on the hub."""
     init: str | None = None
@@ -54,6 +56,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank {self.rank} must be at least 1")
+        if is_variant(self.kind) and (self.over or self.trains == "down"):
+            raise ValueError(
+                f"kind {self.kind} takes neither adapter.over nor adapter.trains: it acts alone, "
+                "and has no pair of factors; kind lora or minor does"
+            )
         if self.trains == "down" and self.kind == "lora" and self.init is None:
             raise ValueError(
                 "trains 'down' needs adapter.init for a LoRA: a fresh one has an up factor of "
@@ -200,6 +207,11 @@ class TrainConfig:
             )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout {self.caption_dropout} must be between 0 and 1")
+        if self.optimizer.name == "muon" and self.adapter.kind in ("dora", "oft"):
+            raise ValueError(
+                f"muon is for matrices, which not all weights of {self.adapter.kind} are; another "
+                "optimizer.name goes with it"
+            )
         if self.caption_weights is not None:
             _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:

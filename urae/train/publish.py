@@ -109,19 +109,19 @@ def write_folder(config: PushConfig) -> Path:
     (folder / _IMAGE_DIR).mkdir(parents=True)
     metadata["urae.config"] = json.dumps(_without_folders(json.loads(metadata["urae.config"])))
     write_tensors(folder / LORA_FILE_NAME, tensors, _without_folders(metadata))
-    plain_file = LORA_FILE_NAME
+    adapter_file = LORA_FILE_NAME
     if run.adapter.over:
         adapters = (*run.adapter.over, str(folder / LORA_FILE_NAME))
         convert(ConvertConfig(adapters, folder / CONVERTED_FILE))
-        plain_file = CONVERTED_FILE
+        adapter_file = CONVERTED_FILE
     record = format_toml(_without_folders(settings), {})
     write_atomic(folder / RUN_FILE, record.encode())
     _draw(config.run_dir, folder / CURVES_FILE)
     inputs = CardInputs(
         repo=config.repo,
         license=license,
-        adapter_file=plain_file,
-        plain_file=plain_file,
+        adapter_file=adapter_file,
+        is_stock=run.adapter.kind not in ("lokr", "oft"),
         step=step,
         previews=_copy_previews(run, folder),
         record=record,
