@@ -102,6 +102,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """One of several folders to train on together."""
+
+    __pydantic_config__ = _STRICT
+
+    dir: Path
+    """Folder with the features that `urae cache` wrote."""
+    resolution: int
+    """As given to `urae cache` for this folder."""
+    weight: int = 1
+    """How many times an epoch has each of its pictures."""
+
+    def __post_init__(self) -> None:
+        check_side("resolution", self.resolution)
+        if self.weight < 1:
+            raise ValueError(f"weight {self.weight} must be at least 1, a whole number")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run (arXiv:2503.16322, section 4.1)."""
 
@@ -109,12 +128,15 @@ class TrainConfig:
 
     model: str
     """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
-    data_dir: Path
-    """Folder with the features that `urae cache` wrote."""
+    data_dir: Path | None
+    """Folder with the features that `urae cache` wrote; None if `data` names several."""
     output_dir: Path
     """Where checkpoints, the loss and the finished adapter go."""
+    data: tuple[DataConfig, ...] = ()
+    """Several folders, each of a resolution of its own, in place of one."""
     resolution: int = 2048
-    """Side of the square whose tokens are the budget of a picture, as given to `urae cache`."""
+    """Side of the square whose tokens are the budget of a picture, as given to `urae cache`; with
+    several folders, of previews alone."""
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1
@@ -177,7 +199,18 @@ class TrainConfig:
     policy: ResolutionPolicy | None = None
     """Resolution policy; by default the base's own."""
 
+    @property
+    def sources(self) -> tuple[DataConfig, ...]:
+        """The folders to train on, one or several."""
+        if self.data_dir is None:
+            return self.data
+        return (DataConfig(self.data_dir, self.resolution),)
+
     def __post_init__(self) -> None:
+        if (self.data_dir is None) == (not self.data):
+            raise ValueError(
+                "name the data once: a folder with --data, or several as [[data]] in the recipe"
+            )
         check_side("resolution", self.resolution)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:

@@ -136,7 +136,7 @@ def _read_run(run_dir: Path) -> tuple[dict[str, Any], TrainConfig]:
         raise FileNotFoundError(f"{run_dir} is no folder of a run: it holds no {RUN_FILE}")
     settings = read_toml(run_dir / RUN_FILE)
     recipe = {name: value for name, value in settings.items() if name != RECORD_SECTION}
-    data_dir = settings[RECORD_SECTION]["data_dir"]
+    data_dir = settings[RECORD_SECTION].get("data_dir")
     run = build_config(
         TrainConfig,
         {**recipe, "data_dir": data_dir, "output_dir": run_dir},
