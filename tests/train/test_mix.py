@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from urae.cli.main import main
 from urae.config import build_config, read_toml
 from urae.features.cache import CacheConfig, cache
+from urae.features.order import Order
 from urae.resolution import ResolutionPositions, read_base_policy
 from urae.train import DataConfig, TrainConfig, train
-from urae.train import loop as loop_module
 from urae.train.inputs import check_inputs, read_samples
+from urae.train.plan import plan_training, probe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -45,25 +46,22 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(config.output_dir / "pytorch_lora_weights.safetensors")
 
 
-def test_an_epoch_has_each_picture_by_its_weight(mix, monkeypatch, small):
-    trained, counters, sizes = Counter(), [], []
-    draw = loop_module.sample_batch
-
-    def record(samples, numbers, *others):
-        trained.update(sample.latent_path for sample in samples)
-        counters.extend(numbers)
-        batch = draw(samples, numbers, *others)
-        sizes.append(batch.latents.shape[-2:])
-        return batch
-
-    monkeypatch.setattr(loop_module, "sample_batch", record)
-    config = mix(steps=10)
-    train(config)
-    counts = Counter(path.parent for path in trained.elements())
-    assert counts == {GOLDEN / "train_data": 4, small: 6}
-    assert sorted(trained.values()) == [1, 1, 1, 1, 3, 3]
+def test_an_epoch_has_each_picture_by_its_weight(mix, small):
+    config = mix(batch_size=2)
+    samples = check_inputs(config).samples
+    order = Order(samples, config.batch_size, seed=config.seed)
+    again = Order(samples, config.batch_size, seed=config.seed)
+    trained, counters, place = [], [], 0
+    while len(trained) < 10:
+        (batch,) = order.share(place, 1).batches
+        assert again.share(place, 1).batches == (batch,)
+        assert len({(samples[at].height, samples[at].width) for at in batch.indices}) == 1
+        trained += [samples[at].latent_path for at in batch.indices]
+        counters += batch.counters
+        place += 1
+    assert Counter(path.parent for path in trained) == {GOLDEN / "train_data": 4, small: 6}
+    assert sorted(Counter(trained).values()) == [1, 1, 1, 1, 3, 3]
     assert len(set(counters)) == 10  # no two share their noise
-    assert len(set(sizes)) > 1
 
 
 def test_the_policy_acts_by_each_pictures_tokens(mix, monkeypatch):
@@ -146,6 +144,17 @@ def test_on_the_command_line(small, tmp_path, monkeypatch, capsys):
         main()
     assert stop.value.code == 2
     assert "name the data once" in capsys.readouterr().err
+
+
+def test_a_plan_counts_every_folder(mix):
+    plan = plan_training(mix(steps=20), gpu_bytes=24 * 2**30)
+    assert sum(bucket.num_samples for bucket in plan.buckets) == 10
+    assert plan.num_epochs == 2
+
+
+def test_a_probe_takes_the_largest(mix):
+    reports = probe(mix())
+    assert {(report.height, report.width) for report in reports} == {(256, 256)}
 
 
 def test_folders_that_do_not_go_together(mix, small):

@@ -191,5 +191,7 @@ def test_settings_that_do_not_go_together(settings):
         AdapterConfig("dora", over=("a",))
     with pytest.raises(ValueError, match="muon is for matrices, which not all weights of oft are"):
         settings(adapter=AdapterConfig("oft"), optimizer=OptimizerConfig("muon"))
+    with pytest.raises(ValueError, match="memory streamed is for LoRA and minor components, lokr"):
+        settings(adapter=AdapterConfig("lokr"), memory="streamed")
     with pytest.raises(ValueError, match=r"the side of OFT's blocks, must be 2 or more and divide"):
         train(settings(adapter=AdapterConfig("oft", 5)))

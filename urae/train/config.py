@@ -245,6 +245,11 @@ class TrainConfig:
                 f"muon is for matrices, which not all weights of {self.adapter.kind} are; another "
                 "optimizer.name goes with it"
             )
+        if is_variant(self.adapter.kind) and self.memory in ("streamed", "8bit", "4bit"):
+            raise ValueError(
+                f"memory {self.memory} is for LoRA and minor components, {self.adapter.kind} needs "
+                "the base's weights in full on the GPU; choose resident or offload"
+            )
         if self.caption_weights is not None:
             _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:

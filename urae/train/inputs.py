@@ -61,7 +61,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     meta = build_meta_transformer(model_path)
     if config.caption_weights is not None:
         check_weights(samples, config.caption_weights)
-    empty_prompt = _empty_prompt(config) if config.caption_dropout else None
+    empty_prompt = find_empty_prompt(config) if config.caption_dropout else None
     check = partial(
         check_cache,
         latent_channels=meta.config.in_channels // PATCH**2,
@@ -89,7 +89,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         check_fits(file, meta)
     return Inputs(
         model_path,
-        [sample for sample in train_samples for _ in range(sample.weight)],
+        repeat_by_weight(train_samples),
         held_out,
         data_hash,
         _read_draws(config, model_path),
@@ -116,7 +116,13 @@ def read_samples(config: TrainConfig) -> list[Sample]:
     ]
 
 
-def _empty_prompt(config: TrainConfig) -> Path:
+def repeat_by_weight(samples: Sequence[Sample]) -> list[Sample]:
+    """List each sample as often as an epoch has it."""
+    return [sample for sample in samples for _ in range(sample.weight)]
+
+
+def find_empty_prompt(config: TrainConfig) -> Path:
+    """Name the file of the empty prompt's embeddings."""
     return empty_prompt_path(config.sources[0].dir)  # the same in each folder
 
 
@@ -130,7 +136,7 @@ def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
         original_caption_share=config.original_caption_share,
         caption_weights=config.caption_weights,
         caption_dropout=config.caption_dropout,
-        empty_prompt=_empty_prompt(config),
+        empty_prompt=find_empty_prompt(config),
         timestep_sampling=config.timestep_sampling,
         timestep_shift=config.timestep_shift,
         scheduler=scheduler.config,
