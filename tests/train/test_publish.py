@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 LORA = "pytorch_lora_weights.safetensors"
 
 
-PROMPT = 'a "blue" square'
+PROMPT = 'a "blue" square | a red one'
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def test_the_folder_has_a_card_that_the_hub_understands(run, capsys):
         with Image.open(folder / each["output"]["url"]) as picture:
             assert picture.size == (256, 256)
             assert picture.info["step"] == "2"
+    assert '| a "blue" square \\| a red one | ![' in card.text
     assert f'urae.adapt(pipe, "me/my-2k/{LORA}")' in card.text
     assert f'pipe.load_lora_weights("me/my-2k", weight_name="{LORA}")' in card.text
     with Image.open(folder / "curves.png") as picture:

@@ -102,7 +102,7 @@ def format_card(config: TrainConfig, inputs: CardInputs) -> str:
         _format_usage(config, inputs, base),
     ]
     if inputs.previews:
-        rows = [f"| {p.prompt} | ![{p.name}]({file}) |" for p, file in inputs.previews]
+        rows = [f"| {_escape(p.prompt)} | ![{p.name}]({file}) |" for p, file in inputs.previews]
         sections += ["## Previews", "\n".join(["| prompt | picture |", "|---|---|", *rows])]
     sections += [
         "## Training",
@@ -176,6 +176,11 @@ def _find_hub_id(model: str) -> str | None:
 
 def _link(hub_id: str | None, model: str) -> str:
     return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{model}`"
+
+
+def _escape(text: str) -> str:
+    """Fit a text into a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _describe(kind: str) -> str:
