@@ -16,7 +16,6 @@ from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
-from sheets import draw_comparison, draw_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
@@ -75,10 +74,15 @@ def main() -> None:
     }
 
     tell("Check the pictures against their captions")
-    from page import write_page  # torch comes with it, and takes seconds
+    # torch comes with these, and takes seconds
+    from page import write_page
+    from sheets import draw_comparison
+
+    from urae.train.chart import draw_curves, smooth
 
     draw_comparison(PROMPTS, columns, OUTPUT / "comparison.png")
-    draw_losses({f"LoRA at {SIZE_2K} x {SIZE_2K}": read_losses()}, OUTPUT / "loss.png")
+    losses = smooth(f"LoRA at {SIZE_2K} x {SIZE_2K}", read_losses())
+    draw_curves([losses], OUTPUT / "loss.png")
     improvement = read_improvement()
     write_page(OUTPUT / "index.html", PROMPTS, columns, str(improvement), STEPS)
     explain(improvement, time.perf_counter() - began)

@@ -51,7 +51,17 @@ PYTHON_PAGES = sorted({snippet.page for snippet in ALL if snippet.language == "p
 def test_every_snippet_has_a_known_language():
     for page in PAGES:
         assert page.read_text().count("```") == 2 * len(snippets(page)), page
-    assert {snippet.language for snippet in ALL} == {"python", "sh", "text", "bibtex"}
+    assert {snippet.language for snippet in ALL} == {"python", "sh", "text", "bibtex", "toml"}
+
+
+def test_recipes_parse(tmp_path):
+    from urae.cli.train import read_recipe
+
+    for number, snippet in enumerate(each for each in ALL if each.language == "toml"):
+        recipe = tmp_path / f"{number}.toml"
+        recipe.write_text(snippet.text)
+        data_dir = None if "[[data]]" in snippet.text else tmp_path
+        read_recipe(recipe, [], {"data_dir": data_dir, "output_dir": tmp_path})
 
 
 # --- Python ---------------------------------------------------------------------------------------
@@ -147,7 +157,7 @@ def jobs(monkeypatch, tmp_path):
     from urae.features.cache import CacheReport
     from urae.generate.plan import Plan
     from urae.study import StudyResult
-    from urae.train import StepReport, TrainResult
+    from urae.train import Pushed, StepReport, TrainResult
     from urae.train.estimate import TERMS, Estimate, Way
     from urae.train.plan import TrainPlan
 
@@ -163,6 +173,7 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.features.cache.cache", stand_in("cache", CacheReport()))
     result = TrainResult(1, Path("adapter.safetensors"), True)
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
+    monkeypatch.setattr("urae.train.push", stand_in("push", Pushed(Path("hub"), None)))
     monkeypatch.setattr("urae.adapters.convert.convert", stand_in("convert", Path("out")))
     monkeypatch.setattr("urae.generate.generate", stand_in("generate", [Path("a.png")]))
     monkeypatch.setattr("urae.cli.generate.launch", stand_in("generate", None))

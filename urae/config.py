@@ -94,6 +94,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Mapping):
+            flat |= flatten({str(at): each for at, each in enumerate(value)}, f"{prefix}{name}.")
         elif value is None or isinstance(value, bool | int | float):
             flat[prefix + name] = value
         else:

@@ -45,7 +45,7 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"resolution": 2050}, r"resolution 2050 is not .*try 2048 or 2064"),
         ({"adapter": {"rank": 0}}, r"adapter: rank 0 must be at least 1"),
         ({"adapter": {"trains": "down"}}, r"adapter: trains 'down' needs adapter.init for a LoRA"),
-        ({"adapter": {"kind": "dora"}}, r"adapter.kind: .*'lora' or 'minor'.*'dora'"),
+        ({"adapter": {"kind": "loha"}}, r"adapter.kind: .*'lora', 'minor'.*'loha'"),
         ({"original_caption_share": 1.5}, r"original_caption_share 1.5 must be between"),
         ({"preview_every": 0}, r"preview_every 0 must be at least 1"),
         ({"preview_prompts": ["a", " "]}, r"a prompt in preview_prompts is empty"),

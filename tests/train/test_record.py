@@ -64,9 +64,8 @@ def test_every_field_has_its_comment(settings):
     train(settings(steps=1))
     lines = (settings().output_dir / "run.toml").read_text().splitlines()
     assert lines[lines.index("steps = 1") - 1] == "# Optimizer steps."
-    assert (
-        lines[lines.index("rank = 4") - 1] == "# Components a matrix; a LoRA's alpha is its rank."
-    )
+    wanted = "# Components a matrix, alpha too; of `oft`, the side of a block."
+    assert lines[lines.index("rank = 4") - 1] == wanted
 
 
 def test_the_command_takes_it_as_a_recipe(settings, tmp_path, monkeypatch):

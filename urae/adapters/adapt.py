@@ -8,9 +8,9 @@ from weakref import WeakSet
 
 from torch import nn
 
-from urae.adapters.attach import attach, detach, read_factors
+from urae.adapters.attach import Update, attach, detach, read_update
 from urae.adapters.files import AdapterFile, check_fits, read_adapter
-from urae.adapters.initial import compute_updates
+from urae.adapters.initial import check_order, compute_updates
 from urae.backbones.flux import pick_device
 from urae.backbones.weights import open_original_weights
 from urae.resolution import (
@@ -90,20 +90,25 @@ def adapt(
         check_fits(file, transformer)
     names = _name_adapters(files, adapter_names)
     _check_names_free(transformer, names)
+    check_order(files)
+    _check_alone(files, transformer)
     policy = choose_policy(policy, files, _path_of(pipe))
     build_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
-    updates = compute_updates(
-        files, lambda layers: open_original_weights(transformer, layers), device=pick_device()
+    updates: list[Update] = [file.variant for file in files if file.variant is not None]
+    updates += compute_updates(
+        [file for file in files if file.variant is None],
+        lambda layers: open_original_weights(transformer, layers),
+        device=pick_device(),
     )
-    earlier = {name: read_factors(transformer, name) for name in _own_names(transformer)}
+    earlier = {name: read_update(transformer, name) for name in _own_names(transformer)}
     detach(transformer, list(earlier))
     try:
-        for name, layers in zip(names, updates, strict=True):
-            attach(transformer, name, layers, pipe=pipe)
+        for name, update in zip(names, updates, strict=True):
+            attach(transformer, name, update, pipe=pipe)
     except BaseException:
         detach(transformer, names)
-        for name, factors in earlier.items():
-            attach(transformer, name, factors, pipe=pipe)
+        for name, update in earlier.items():
+            attach(transformer, name, update, pipe=pipe)
         raise
     positions = apply_policy(transformer, policy, tuple(names))
     positions.adapter_sources = tuple(str(source) for source in sources)
@@ -191,7 +196,8 @@ def _asks_for(
 
 def _own_names(transformer: nn.Module) -> tuple[str, ...]:
     positions = find_policy(transformer)
-    return () if positions is None else positions.adapter_names
+    present = getattr(transformer, "peft_config", None) or {}
+    return () if positions is None else tuple(n for n in positions.adapter_names if n in present)
 
 
 def _check_names_free(transformer: nn.Module, names: Sequence[str]) -> None:
@@ -201,6 +207,16 @@ def _check_names_free(transformer: nn.Module, names: Sequence[str]) -> None:
             raise ValueError(
                 f"adapter name {name!r} is in use on this pipeline; pass other adapter_names, or "
                 f"delete that adapter first: pipe.delete_adapters({name!r})"
+            )
+
+
+def _check_alone(files: Sequence[AdapterFile], transformer: nn.Module) -> None:
+    others = set(getattr(transformer, "peft_config", None) or {}) - set(_own_names(transformer))
+    for file in files:
+        if file.variant is not None and others:
+            raise ValueError(
+                f"{file.path} is a {file.kind} adapter, which acts alone, but the pipeline has "
+                f"{sorted(others)}; delete these first: pipe.delete_adapters({sorted(others)})"
             )
 
 

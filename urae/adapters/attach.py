@@ -1,4 +1,4 @@
-"""Low-rank factors in and out of a stock transformer, as named peft adapters."""
+"""Adapters in and out of a stock transformer, as named peft adapters."""
 
 import warnings
 from collections import Counter
@@ -13,6 +13,16 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from urae.adapters.files import LowRank
+from urae.adapters.variants import (
+    Variant,
+    as_plain,
+    attach_variant,
+    find_kind,
+    read_variant,
+)
+
+Update = Mapping[str, LowRank] | Variant
+"""What an attached adapter does: factors of scale 1 by layer, or what peft alone knows."""
 
 
 def active_adapters(transformer: FluxTransformer2DModel) -> list[str]:
@@ -26,24 +36,32 @@ def active_adapters(transformer: FluxTransformer2DModel) -> list[str]:
 def attach(
     transformer: FluxTransformer2DModel,
     name: str,
-    layers: Mapping[str, LowRank],
+    update: Update,
     *,
     pipe: Any = None,
 ) -> None:
-    """Attach factors as a peft adapter; those active before stay active, with their weights.
+    """Attach a peft adapter; those active before stay active, with their weights.
 
     Args:
         transformer: A stock FLUX transformer; its weights are not touched.
         name: Of the adapter; not in use yet.
-        layers: Factors of scale 1, cast to the dtype that the base computes in.
+        update: Factors, cast to the dtype that the base computes in, or a variant, which must be
+            the only adapter.
         pipe: The pipeline around it, if any, whose offloading hooks must be moved aside.
+
+    Raises:
+        ValueError: If a variant is for another base.
     """
+    if isinstance(update, Variant):
+        for parameter in attach_variant(transformer, name, update.config, update.state):
+            parameter.requires_grad_(False)
+        return
     active = active_adapters(transformer)
     state = {}
-    for layer, pair in layers.items():
+    for layer, pair in update.items():
         state[f"{layer}.lora_A.weight"] = pair.down
         state[f"{layer}.lora_B.weight"] = pair.up
-    config = _lora_config(layers).to_dict()
+    config = _lora_config(update).to_dict()
     with _several_adapters():
         transformer.load_lora_adapter(
             state, prefix=None, adapter_name=name, metadata=config, _pipeline=pipe
@@ -132,6 +150,15 @@ def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             layer._active_adapter = active
+
+
+def read_update(transformer: FluxTransformer2DModel, name: str) -> Update:
+    """Return what an attached adapter does, so that it can be attached again (references)."""
+    state = read_variant(transformer, name)
+    kind = find_kind(list(state))
+    if kind is None:
+        return read_factors(transformer, name)
+    return Variant(kind, as_plain(transformer.peft_config[name]), state)
 
 
 def read_factors(transformer: FluxTransformer2DModel, name: str) -> dict[str, LowRank]:

@@ -23,9 +23,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from jaxtyping import Float
+from peft import get_peft_config
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from urae.adapters.variants import Variant, VariantKind, find_kind
 from urae.backbones.weights import linear_shape
 from urae.resolution import ResolutionPolicy
 from urae.storage import read_tensors, write_tensors
@@ -54,16 +56,26 @@ class AdapterFile:
     """What an adapter file says."""
 
     path: Path
-    kind: Literal["lora", "minor"]
+    kind: Literal["lora", "minor"] | VariantKind
     """`minor`: the layers train in place of minor components, which must be subtracted."""
     layers: Mapping[str, LowRank]
-    """By layer, as `transformer_blocks.0.attn.to_q`. Of a minor adapter: B and A alone."""
+    """By layer, as `transformer_blocks.0.attn.to_q`. Of a minor adapter: B and A alone; of DoRA,
+    LoKr and OFT: none."""
     initial: Mapping[str, LowRank] | None = None
     """A minor adapter's B0 and A0, where the file holds them."""
     origin_hash: str | None = None
     """`fingerprint_origin` of the base and the adapters that it was trained over."""
     policy: ResolutionPolicy | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    variant: Variant | None = None
+    """What a DoRA, LoKr or OFT holds in place of layers."""
+
+    @property
+    def rank(self) -> int:
+        """Components a matrix; of OFT, the side of a block."""
+        if self.variant is not None:
+            return self.variant.rank
+        return next(iter(self.layers.values())).down.shape[0]
 
 
 def resolve_adapter(source: str | os.PathLike[str]) -> Path:
@@ -130,14 +142,15 @@ def _find_in_folder(folder: Path) -> Path:
 def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     """Read an adapter in any format that this project knows.
 
-    LoRA files of diffusers and peft, kohya/ComfyUI keys, the reference's raw minor files and
-    checkpoints (with or without a `module.` prefix), and this project's own.
+    LoRA files of diffusers and peft, kohya/ComfyUI keys, DoRA, LoKr and OFT of peft, the
+    reference's raw minor files and checkpoints (with or without a `module.` prefix), and this
+    project's own.
 
     Args:
         source: As in `resolve_adapter`.
 
     Raises:
-        ValueError: If the file is damaged or holds anything but low-rank factors.
+        ValueError: If the file is damaged or holds no adapter of the transformer.
         FileNotFoundError: If it is not found.
     """
     path = resolve_adapter(source)
@@ -148,12 +161,34 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     if any(_RAW_MINOR.match(key) for key in tensors):
         layers = _pair_factors(path, (_raw_minor_key(path, key, t) for key, t in tensors.items()))
         return AdapterFile(path, "minor", layers, policy=policy, metadata=metadata)
-    layers = _read_lora(path, tensors, metadata)
     origin_hash = metadata.get("urae.origin_hash")
+    if (kind := find_kind(list(tensors))) is not None:
+        variant = _read_variant(path, kind, tensors, metadata)
+        return AdapterFile(path, kind, {}, None, origin_hash, policy, metadata, variant)
+    layers = _read_lora(path, tensors, metadata)
     if metadata.get("urae.kind") != "minor":
         return AdapterFile(path, "lora", layers, None, origin_hash, policy, metadata)
     trained, initial = _split_halves(path, layers, metadata)
     return AdapterFile(path, "minor", trained, initial, origin_hash, policy, metadata)
+
+
+def _read_variant(
+    path: Path, kind: VariantKind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Variant:
+    config = _read_peft_config(path, metadata)
+    expected = {"dora": "LORA", "lokr": "LOKR", "oft": "OFT"}[kind]
+    if config.get("peft_type") != expected:
+        raise ValueError(
+            f"{path} holds a {kind} adapter without peft's settings of it, which say how it is "
+            "computed; keep its adapter_config.json beside it"
+        )
+    prefix = re.compile(r"^(base_model\.model\.|transformer\.)+")
+    state = {prefix.sub("", key): tensor for key, tensor in tensors.items()}
+    try:
+        get_peft_config(config)
+    except (TypeError, ValueError) as error:
+        raise _damaged_settings(path, error) from error
+    return Variant(kind, config, state)
 
 
 def _raw_minor_key(path: Path, key: str, tensor: Tensor) -> tuple[str, str, Tensor]:
@@ -210,7 +245,11 @@ def _read_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
             return {key.removeprefix("transformer."): value for key, value in pairs}
         return dict(json.loads(beside.read_text())) if beside.is_file() else {}
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its LoRA settings are damaged ({error})") from error
+        raise _damaged_settings(path, error) from error
+
+
+def _damaged_settings(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: its LoRA settings are damaged ({error})")
 
 
 def _lora_scale(
@@ -275,20 +314,28 @@ def check_fits(adapter: AdapterFile, transformer: nn.Module) -> None:
     Raises:
         ValueError: Names the first layer that does not fit, and both shapes.
     """
+    if adapter.variant is not None:
+        for name in adapter.variant.layers:
+            if linear_shape(transformer, name) is None:
+                raise _foreign(adapter, name)
     for name, pair in adapter.layers.items():
         expected = linear_shape(transformer, name)
         found = (pair.up.shape[0], pair.down.shape[1])
         if expected is None:
-            raise ValueError(
-                f"adapter {adapter.path} is for another base: this one has no linear layer {name}; "
-                "load the one that it was trained on (--model)"
-            )
+            raise _foreign(adapter, name)
         if found != expected:
             raise ValueError(
                 f"adapter {adapter.path} is for another base: {name} is {found[0]} x {found[1]} "
                 f"in the adapter and {expected[0]} x {expected[1]} in the model; "
                 "load the one that it was trained on (--model)"
             )
+
+
+def _foreign(adapter: AdapterFile, name: str) -> ValueError:
+    return ValueError(
+        f"adapter {adapter.path} is for another base: this one has no linear layer {name}; "
+        "load the one that it was trained on (--model)"
+    )
 
 
 def check_lora(source: str | os.PathLike[str], transformer: nn.Module) -> None:

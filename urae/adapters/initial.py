@@ -108,6 +108,11 @@ def compute_updates(
     check_order(files)
     updates: list[Mapping[str, LowRank]] = []
     for file in files:
+        if file.variant is not None:
+            raise ValueError(
+                f"{file.path} is a {file.kind} adapter, which is no sum of low-rank factors and "
+                "has no plain LoRA of the same effect; use it as it is, alone"
+            )
         if file.kind == "lora":
             updates.append(file.layers)
             continue
@@ -121,10 +126,16 @@ def compute_updates(
 def check_order(files: Sequence[AdapterFile]) -> None:
     """Refuse a minor adapter of ours without the adapter that it was trained over.
 
+    DoRA, LoKr and OFT go with no other.
+
     Raises:
-        ValueError: Names both.
+        ValueError: Names them.
     """
     for index, file in enumerate(files):
+        if file.variant is not None and len(files) > 1:
+            raise ValueError(
+                f"{file.path} is a {file.kind} adapter, which acts alone; leave the others out"
+            )
         trained_over = file.metadata.get("urae.over")
         if file.kind == "minor" and trained_over and index == 0:
             raise ValueError(

@@ -15,6 +15,7 @@ from urae.cli.generate import generate_command
 from urae.cli.launch import hand_over, is_launched
 from urae.cli.miniature import miniature_app
 from urae.cli.plan import plan_app
+from urae.cli.push import push_command
 from urae.cli.study import study_command
 from urae.cli.train import train_command
 
@@ -45,7 +46,7 @@ def root(
     """Ultra-resolution FLUX: adapt it to 2K and 4K, and generate with it.
 
     [bold]cache[/] a folder of captioned pictures, [bold]train[/] an adapter on it,
-    [bold]convert[/] it for other tools, [bold]generate[/] with it.
+    [bold]convert[/] it for other tools, [bold]generate[/] with it, [bold]push[/] it to the hub.
     """
 
 
@@ -54,6 +55,7 @@ _FIELDS_TOO = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("train", context_settings=_FIELDS_TOO)(train_command)
 app.command("convert")(convert_command)
 app.command("generate")(generate_command)
+app.command("push")(push_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(miniature_app, name="miniature")
 app.command("study", context_settings=_FIELDS_TOO)(study_command)

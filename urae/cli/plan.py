@@ -101,7 +101,10 @@ def _show(plan: "Plan", title: str) -> None:
 def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
-    data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the features of `urae cache`, unless the recipe has some."),
+    ] = None,
     gpu: Gpu = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Then take three steps of the largest pictures.")

@@ -131,8 +131,11 @@ def _list_fields(wanted: bool) -> None:
 def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
-    data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the features of `urae cache`, unless the recipe has some."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")
     ] = False,

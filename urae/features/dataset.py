@@ -34,6 +34,8 @@ class Sample:
     """In pixels."""
     width: int
     """In pixels."""
+    weight: int = 1
+    """How many times an epoch has it."""
 
 
 def list_samples(data_dir: Path) -> list[Sample]:

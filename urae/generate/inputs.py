@@ -74,5 +74,11 @@ def check_adapters(
         for file in files
         for pair in file.layers.values()
     )
+    numbers += sum(
+        2 * tensor.numel()  # they stay in float32
+        for file in files
+        if file.variant is not None
+        for tensor in file.variant.state.values()
+    )
     others = sum(resolve_adapter(source).stat().st_size for source, _ in loras)
     return (numbers * _NUMBER_BYTES + others) * _COPIES

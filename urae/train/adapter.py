@@ -1,4 +1,4 @@
-"""What trains: a LoRA from zero, or the minor components of the base and all under it."""
+"""What trains: a LoRA or a variant of it from zero, or the minor components of base and LoRA."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,23 +6,32 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from urae import __version__
 from urae.adapters.attach import attach_frozen, attach_trainable, read_factors
 from urae.adapters.files import AdapterFile, LowRank, merge_minor, read_adapter, write_lora
 from urae.adapters.initial import compute_initial, compute_updates, find_initial, fingerprint_origin
+from urae.adapters.variants import (
+    as_plain,
+    attach_variant,
+    build_peft_config,
+    is_variant,
+    pack_variant,
+    read_variant,
+)
 from urae.backbones.weights import find_attention_linears, linear_shape, open_original_weights
+from urae.storage import write_tensors
 from urae.train.config import AdapterConfig
 
-_NAME = {"lora": "urae_2k", "minor": "urae_4k"}
+_MINOR_NAME, _NAME = "urae_4k", "urae_2k"
 
 
 @dataclass(frozen=True)
 class TrainingAdapter:
     """An adapter in training on a transformer whose own weights are frozen."""
 
-    transformer: nn.Module
+    transformer: FluxTransformer2DModel
     name: str
     initial: Mapping[str, LowRank] | None
     """B0 and A0 of a minor adapter, float32 on the CPU."""
@@ -34,8 +43,21 @@ class TrainingAdapter:
         """Of the base and the adapters under this one."""
         return self.metadata["urae.origin_hash"]
 
+    def pick_weights(self, file: AdapterFile) -> list[Tensor]:
+        """Return a file's weights in the order of the parameters."""
+        if file.variant is not None:
+            return [file.variant.state[key] for key in read_variant(self.transformer, self.name)]
+        layers = read_factors(self.transformer, self.name)
+        weights = [factor for name in layers for factor in file.layers[name]]
+        return weights[:: len(weights) // len(self.parameters)]  # half of them, if one factor stays
+
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the adapter as a LoRA file in float32."""
+        """Write the adapter in float32, as a LoRA file where it is one."""
+        if is_variant(self.metadata["urae.kind"]):
+            config = as_plain(self.transformer.peft_config[self.name])
+            tensors, settings = pack_variant(read_variant(self.transformer, self.name), config)
+            write_tensors(path, tensors, {**self.metadata, **metadata, **settings})
+            return
         layers = read_factors(self.transformer, self.name)
         if self.initial is not None:
             layers = {
@@ -81,6 +103,12 @@ def attach_for_training(
     }
     if config.over:
         metadata["urae.over"] = config.over[-1]
+    if is_variant(config.kind):
+        given = None if start is None else start.variant
+        peft_config = given.config if given else build_peft_config(config.kind, config.rank, names)
+        weights_given = None if given is None else given.state
+        parameters = attach_variant(transformer, _NAME, peft_config, weights_given, seed=seed)
+        return TrainingAdapter(transformer, _NAME, None, parameters, metadata)
     initial = None
     if start is not None:
         layers = start.layers
@@ -97,12 +125,13 @@ def attach_for_training(
         initial = {
             name: LowRank(p.down.float().cpu(), p.up.float().cpu()) for name, p in initial.items()
         }
-    parameters = attach_trainable(transformer, _NAME[config.kind], layers, initial)
+    name = _MINOR_NAME if config.kind == "minor" else _NAME
+    parameters = attach_trainable(transformer, name, layers, initial)
     if config.trains == "down":
         for up in parameters[1::2]:  # A and B of each layer in turn
             up.requires_grad_(False)
         parameters = parameters[::2]
-    return TrainingAdapter(transformer, _NAME[config.kind], initial, parameters, metadata)
+    return TrainingAdapter(transformer, name, initial, parameters, metadata)
 
 
 def check_start(start: AdapterFile, config: AdapterConfig) -> None:
@@ -111,10 +140,9 @@ def check_start(start: AdapterFile, config: AdapterConfig) -> None:
     Raises:
         ValueError: Says what differs.
     """
-    rank = next(iter(start.layers.values())).down.shape[0]
-    if (start.kind, rank) != (config.kind, config.rank):
+    if (start.kind, start.rank) != (config.kind, config.rank):
         raise ValueError(
-            f"{start.path} is a {start.kind} adapter of rank {rank}, but the recipe trains a "
+            f"{start.path} is a {start.kind} adapter of rank {start.rank}, but the recipe trains a "
             f"{config.kind} adapter of rank {config.rank}; set adapter.kind and adapter.rank to fit"
         )
 
@@ -132,11 +160,22 @@ def check_rank(config: AdapterConfig, transformer: FluxTransformer2DModel) -> No
             f"adapter.rank {config.rank} must be below {smallest}, the side of the base's "
             "attention matrices; 16 is usual"
         )
+    if config.kind == "oft" and (config.rank < 2 or smallest % config.rank):
+        raise ValueError(
+            f"adapter.rank {config.rank}, the side of OFT's blocks, must be 2 or more and divide "
+            f"{smallest}, the side of the base's attention matrices; 16 is usual"
+        )
 
 
 def read_adapters(config: AdapterConfig) -> tuple[list[AdapterFile], AdapterFile | None]:
     """Read the adapters under the one that trains, and the one that it starts from."""
     over = [read_adapter(source) for source in config.over]
+    for file in over:
+        if file.variant is not None:
+            raise ValueError(
+                f"adapter.over: {file.path} is a {file.kind} adapter, which acts alone; train over "
+                "a LoRA or minor components"
+            )
     start = None if config.init is None else read_adapter(config.init)
     if start is not None:
         check_start(start, config)

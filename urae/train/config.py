@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
+from urae.adapters.variants import is_variant
 from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
@@ -40,10 +41,11 @@ class AdapterConfig:
 
     __pydantic_config__ = _STRICT
 
-    kind: Literal["lora", "minor"] = "lora"
-    """`lora` starts from zero; `minor` from the smallest singular components (4K stage)."""
+    kind: Literal["lora", "minor", "dora", "lokr", "oft"] = "lora"
+    """`lora` starts from zero; `minor` from the smallest singular components (4K stage); `dora`,
+    `lokr` and `oft` are peft's, from zero too."""
     rank: int = 16
-    """Components a matrix; a LoRA's alpha is its rank."""
+    """Components a matrix, alpha too; of `oft`, the side of a block."""
     over: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Adapters under this one, frozen: files, folders or owner/repo/file on the hub."""
     init: str | None = None
@@ -54,6 +56,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank {self.rank} must be at least 1")
+        if is_variant(self.kind) and (self.over or self.trains == "down"):
+            raise ValueError(
+                f"kind {self.kind} takes neither adapter.over nor adapter.trains: it acts alone, "
+                "and has no pair of factors; kind lora or minor does"
+            )
         if self.trains == "down" and self.kind == "lora" and self.init is None:
             raise ValueError(
                 "trains 'down' needs adapter.init for a LoRA: a fresh one has an up factor of "
@@ -95,6 +102,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """One of several folders to train on together."""
+
+    __pydantic_config__ = _STRICT
+
+    dir: Path
+    """Folder with the features that `urae cache` wrote."""
+    resolution: int
+    """As given to `urae cache` for this folder."""
+    weight: int = 1
+    """How many times an epoch has each of its pictures."""
+
+    def __post_init__(self) -> None:
+        check_side("resolution", self.resolution)
+        if self.weight < 1:
+            raise ValueError(f"weight {self.weight} must be at least 1, a whole number")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run (arXiv:2503.16322, section 4.1)."""
 
@@ -102,12 +128,15 @@ class TrainConfig:
 
     model: str
     """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
-    data_dir: Path
-    """Folder with the features that `urae cache` wrote."""
+    data_dir: Path | None
+    """Folder with the features that `urae cache` wrote; None if `data` names several."""
     output_dir: Path
     """Where checkpoints, the loss and the finished adapter go."""
+    data: tuple[DataConfig, ...] = ()
+    """Several folders, each of a resolution of its own, in place of one."""
     resolution: int = 2048
-    """Side of the square whose tokens are the budget of a picture, as given to `urae cache`."""
+    """Side of the square whose tokens are the budget of a picture, as given to `urae cache`; with
+    several folders, of previews alone."""
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 1
@@ -170,7 +199,18 @@ class TrainConfig:
     policy: ResolutionPolicy | None = None
     """Resolution policy; by default the base's own."""
 
+    @property
+    def sources(self) -> tuple[DataConfig, ...]:
+        """The folders to train on, one or several."""
+        if self.data_dir is None:
+            return self.data
+        return (DataConfig(self.data_dir, self.resolution),)
+
     def __post_init__(self) -> None:
+        if (self.data_dir is None) == (not self.data):
+            raise ValueError(
+                "name the data once: a folder with --data, or several as [[data]] in the recipe"
+            )
         check_side("resolution", self.resolution)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
@@ -200,6 +240,16 @@ class TrainConfig:
             )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout {self.caption_dropout} must be between 0 and 1")
+        if self.optimizer.name == "muon" and self.adapter.kind in ("dora", "oft"):
+            raise ValueError(
+                f"muon is for matrices, which not all weights of {self.adapter.kind} are; another "
+                "optimizer.name goes with it"
+            )
+        if is_variant(self.adapter.kind) and self.memory in ("streamed", "8bit", "4bit"):
+            raise ValueError(
+                f"memory {self.memory} is for LoRA and minor components, {self.adapter.kind} needs "
+                "the base's weights in full on the GPU; choose resident or offload"
+            )
         if self.caption_weights is not None:
             _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:

@@ -3,7 +3,8 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -33,7 +34,7 @@ class Inputs:
 
     model_path: Path
     samples: list[Sample]
-    """To train on."""
+    """To train on, each as often as an epoch has it."""
     held_out: list[Sample]
     """To validate with."""
     data_hash: str
@@ -54,22 +55,28 @@ def check_inputs(config: TrainConfig) -> Inputs:
         ValueError, FileNotFoundError, FileExistsError, PermissionError: Says what does not fit.
     """
     start = find_start(config)
-    samples = list_samples(config.data_dir)
+    samples = read_samples(config)
     train_samples, held_out = hold_out(samples, config.num_validation, config.seed)
     model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
     meta = build_meta_transformer(model_path)
     if config.caption_weights is not None:
         check_weights(samples, config.caption_weights)
-    empty_prompt = empty_prompt_path(config.data_dir) if config.caption_dropout else None
-    check_cache(
-        samples,
+    empty_prompt = find_empty_prompt(config) if config.caption_dropout else None
+    check = partial(
+        check_cache,
         latent_channels=meta.config.in_channels // PATCH**2,
         t5_dim=meta.config.joint_attention_dim,
         clip_dim=meta.config.pooled_projection_dim,
-        resolution=config.resolution,
         fingerprints=fingerprint_encoders(model_path),
         empty_prompt=empty_prompt,
     )
+    for source in config.sources:
+        check(
+            [sample for sample in samples if sample.latent_path.parent == source.dir],
+            resolution=source.resolution,
+        )
+    if len(config.sources) > 1:
+        check(samples)  # text of one length in all
     data_hash = fingerprint_features(samples, empty_prompt)
     check_rank(config.adapter, meta)
     over, initial = read_adapters(config.adapter)
@@ -82,7 +89,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         check_fits(file, meta)
     return Inputs(
         model_path,
-        train_samples,
+        repeat_by_weight(train_samples),
         held_out,
         data_hash,
         _read_draws(config, model_path),
@@ -91,6 +98,32 @@ def check_inputs(config: TrainConfig) -> Inputs:
         average,
         start,
     )
+
+
+def read_samples(config: TrainConfig) -> list[Sample]:
+    """List the samples of a run, folder by folder, each once with its weight.
+
+    Raises:
+        ValueError: If a folder has none, or comes twice.
+    """
+    dirs = [source.dir for source in config.sources]
+    for twice in {each for each in dirs if dirs.count(each) > 1}:
+        raise ValueError(f"data folder {twice} is named twice; give it a weight of 2")
+    return [
+        replace(sample, weight=source.weight)
+        for source in config.sources
+        for sample in list_samples(source.dir)
+    ]
+
+
+def repeat_by_weight(samples: Sequence[Sample]) -> list[Sample]:
+    """List each sample as often as an epoch has it."""
+    return [sample for sample in samples for _ in range(sample.weight)]
+
+
+def find_empty_prompt(config: TrainConfig) -> Path:
+    """Name the file of the empty prompt's embeddings."""
+    return empty_prompt_path(config.sources[0].dir)  # the same in each folder
 
 
 def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
@@ -103,7 +136,7 @@ def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
         original_caption_share=config.original_caption_share,
         caption_weights=config.caption_weights,
         caption_dropout=config.caption_dropout,
-        empty_prompt=empty_prompt_path(config.data_dir),
+        empty_prompt=find_empty_prompt(config),
         timestep_sampling=config.timestep_sampling,
         timestep_shift=config.timestep_shift,
         scheduler=scheduler.config,
@@ -135,9 +168,10 @@ def fingerprint_features(samples: Sequence[Sample], empty_prompt: Path | None) -
 
 def _check_same_data(start: Start, config: TrainConfig, data_hash: str) -> None:
     assert start.checkpoint is not None
+    folders = ", ".join(str(source.dir) for source in config.sources)
     if start.record["data_hash"] != data_hash:
         raise ValueError(
-            f"the features in {config.data_dir} are not those that {start.checkpoint.path} was "
+            f"the features in {folders} are not those that {start.checkpoint.path} was "
             "made with, and the order of samples follows from them; bring those back, or begin "
             f"another --output from its weights: --adapter.init {start.checkpoint.path}"
         )

@@ -5,6 +5,7 @@ import logging
 import torch
 from diffusers import FluxTransformer2DModel
 
+from urae.adapters.variants import is_variant
 from urae.backbones.flux import build_meta_transformer
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
 from urae.generate.quantize import can_quantize, check_quantization, quantize_blocks
@@ -46,6 +47,8 @@ def choose_way(
                 "they are; leave one of the two out"
             )
         ways = [way for way in ways if way.tier not in QUANTIZED]
+    if is_variant(config.adapter.kind):
+        ways = [way for way in ways if way.tier in ("resident", "offload")]
     if config.memory != "auto":
         check_quantization(config.memory, device)
         if config.memory == "streamed" and num_ranks > 1:

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ PREVIEW_DIR = "previews"
 
 _LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 
+_DIR = re.compile(r"data\.\d+\.dir")  # of one of several folders
 # fields that may change between an interrupted run and its continuation
 _FREE_FIELDS = {
     "data_dir", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "validate_every",
@@ -137,7 +139,7 @@ def _check_same_settings(
     checkpoint: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> None:
     for name in sorted((now.keys() | before.keys()) - _FREE_FIELDS):
-        if before.get(name) != now.get(name):
+        if not _DIR.fullmatch(name) and before.get(name) != now.get(name):
             raise ValueError(
                 f"{checkpoint.path} was made with {name} = {before.get(name)}, but the run now "
                 f"says {now.get(name)}; resume with the settings it began with"
@@ -196,6 +198,12 @@ class Curves:
         """Write the mean, the means by level, then by sample, which make for paired intervals."""
         means = [losses.mean(), *losses.mean(dim=0), *losses.mean(dim=1)]
         _append_row(self._validation, [step, *(mean.item() for mean in means)])
+
+
+def read_losses(output_dir: Path) -> list[float]:
+    """Read the loss of each step of a run, the first one first."""
+    with (output_dir / LOSS_FILE).open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 def read_validation(output_dir: Path) -> list[tuple[int, tuple[float, ...]]]:

@@ -12,9 +12,8 @@ from typing import Any
 
 from urae.backbones.flux import MAX_TEXT_TOKENS, PACKAGED, build_meta_models, pick_device
 from urae.backbones.free_memory import free_bytes
-from urae.features.dataset import Sample, list_samples
+from urae.features.dataset import Sample
 from urae.features.order import build_batches
-from urae.features.store import empty_prompt_path
 from urae.geometry import TOKEN_PIXELS, num_image_tokens
 from urae.local_attention import build_local_attention
 from urae.resolution import ResolutionPolicy, read_base_policy
@@ -27,6 +26,7 @@ from urae.train.estimate import (
     estimate,
     list_ways,
 )
+from urae.train.inputs import find_empty_prompt, read_samples, repeat_by_weight
 from urae.train.loop import train
 from urae.train.memory import fits
 from urae.train.output import StepReport
@@ -95,13 +95,13 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         raise ValueError(
             "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
         )
-    samples, held_out = hold_out(list_samples(config.data_dir), config.num_validation, config.seed)
+    samples, held_out = hold_out(read_samples(config), config.num_validation, config.seed)
     transformer: Any = build_meta_models(config.model)["transformer"]
     ways = list_ways(config.memory, config.gradient_checkpointing)
     tokens = count_tokens(samples)
     estimates = tuple(estimate(transformer, config, tokens, way) for way in ways)
     checkpointing = ways[0].checkpointing
-    buckets = _list_buckets(config, samples, transformer, checkpointing)
+    buckets = _list_buckets(config, repeat_by_weight(samples), transformer, checkpointing)
     num_batches = sum(bucket.num_batches for bucket in buckets)
     num_taken = config.steps * config.gradient_accumulation
     epoch = sum(bucket.operations * bucket.num_batches for bucket in buckets)
@@ -131,19 +131,27 @@ def probe(config: TrainConfig) -> list[StepReport]:
     Raises:
         As `train`.
     """
-    samples, _ = hold_out(list_samples(config.data_dir), config.num_validation, config.seed)
+    samples, _ = hold_out(read_samples(config), config.num_validation, config.seed)
     largest = max(samples, key=lambda each: each.height * each.width)
-    alike = [s for s in samples if (s.height, s.width) == (largest.height, largest.width)]
+    source = next(each for each in config.sources if each.dir == largest.latent_path.parent)
+    alike = [
+        sample
+        for sample in samples
+        if (sample.height, sample.width) == (largest.height, largest.width)
+        and sample.latent_path.parent == source.dir
+    ]
     reports: list[StepReport] = []
     with TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.mkdir()
-        extra = [path for path in [empty_prompt_path(config.data_dir)] if path.exists()]
+        extra = [path for path in [find_empty_prompt(config)] if path.exists()]
         for path in [*(p for s in alike[: config.batch_size] for p in _files(s)), *extra]:
             (data / path.name).symlink_to(path.resolve())
         trial = replace(
             config,
             data_dir=data,
+            data=(),
+            resolution=source.resolution,
             output_dir=Path(folder) / "run",
             steps=_PROBE_STEPS,
             num_validation=0,

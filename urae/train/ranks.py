@@ -27,7 +27,11 @@ def check_alike(config: TrainConfig, inputs: Inputs) -> None:
         ValueError: Names the first process that differs from the first, and in what.
     """
     paths = dict.fromkeys(("data_dir", "output_dir", "model"))  # hosts may have them elsewhere
-    settings = {**flatten(asdict(config)), **paths}
+    settings = {
+        name: value
+        for name, value in {**flatten(asdict(config)), **paths}.items()
+        if not name.endswith(".dir")
+    }
     facts = {
         "recipe": hashlib.sha256(repr(settings).encode()).hexdigest()[:12],
         "features": inputs.data_hash[:12],

@@ -49,6 +49,7 @@ def write_run(
         accelerator: Knows the devices.
     """
     recipe = asdict(config)
+    paths = tuple(source.dir.resolve() for source in config.sources)
     options = {name: recipe.pop(name) for name in _OPTIONS}
     record = {
         **options,
@@ -59,7 +60,7 @@ def write_run(
             "revision": fingerprint_component(inputs.model_path, "transformer"),
         },
         "data": {
-            "path": config.data_dir.resolve(),
+            "path": paths if config.data else paths[0],
             "hash": inputs.data_hash,
             "num_train": len(inputs.samples),
             "num_validation": len(inputs.held_out),
@@ -88,7 +89,7 @@ def format_toml(settings: Mapping[str, Any], comments: Mapping[str, str], sectio
     """Write nested settings as TOML; what is None is left out.
 
     Args:
-        settings: Numbers, texts, paths, tuples of texts, and sections of them.
+        settings: Numbers, texts, paths, tuples of these or of tables, and sections of them.
         comments: By dotted name, for the line above.
         section: Dotted name of the section that `settings` are.
     """
@@ -107,6 +108,9 @@ def format_toml(settings: Mapping[str, Any], comments: Mapping[str, str], sectio
 
 
 def _format_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        pairs = (f"{name} = {_format_value(each)}" for name, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_format_value, value))}]"
     if isinstance(value, bool):

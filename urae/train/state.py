@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from urae.adapters.attach import read_factors
 from urae.adapters.files import LORA_FILE_NAME
 from urae.train.adapter import TrainingAdapter
 from urae.train.average import Average
@@ -91,9 +90,6 @@ def build_state(adapter: TrainingAdapter, config: TrainConfig, inputs: Inputs) -
     if config.ema_decay is not None:
         weights = None
         if inputs.average is not None:
-            layers = read_factors(adapter.transformer, adapter.name)  # in the parameters' order
-            weights = [factor for name in layers for factor in inputs.average.layers[name]]
-            if config.adapter.trains == "down":
-                weights = weights[::2]
+            weights = adapter.pick_weights(inputs.average)
         average = Average(adapter.parameters, config.ema_decay, weights)
     return TrainingState(adapter, optimizer, average, start.step, start.num_batches)
