@@ -84,7 +84,7 @@ def test_another_empty_prompt_is_other_data(settings, data_dir):
 
 def test_weights_of_columns(settings):
     inputs = check_inputs(settings(caption_weights={"prompt": 1.0}))
-    embeds, _ = load_embeds(inputs.samples[0].embed_paths["prompt"])
+    embeds, _ = load_embeds(inputs.samples[0].embed_files["prompt"])
     assert (draw(inputs, 50).prompt_embeds == embeds).all()
     with pytest.raises(ValueError, match=r"caption_weights has a column 'promt', which no picture"):
         check_inputs(settings(caption_weights={"promt": 1.0}))

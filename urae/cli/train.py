@@ -131,7 +131,9 @@ def _list_fields(wanted: bool) -> None:
 def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
-    data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
+    data: Annotated[
+        str, typer.Option(help="Features of `urae cache`: a folder, or a folder or URL of shards.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")

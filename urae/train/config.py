@@ -102,8 +102,8 @@ class TrainConfig:
 
     model: str
     """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
-    data_dir: Path
-    """Folder with the features that `urae cache` wrote."""
+    data_dir: Path | str
+    """Features of `urae cache`: their folder, or a folder or URL of shards of `urae pack`."""
     output_dir: Path
     """Where checkpoints, the loss and the finished adapter go."""
     resolution: int = 2048
@@ -161,6 +161,8 @@ class TrainConfig:
     """Steps between previews."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Experiment tracker, through accelerate."""
+    remote_cache_gib: float = 50.0
+    """Most disk space for features from a URL, kept in the user's cache folder; 0 for none."""
     resume: bool = False
     """Continue from the newest checkpoint in `output_dir`."""
     overwrite: bool = False
@@ -178,6 +180,8 @@ class TrainConfig:
         shift = self.timestep_shift
         if shift != "resolution" and not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"timestep_shift {shift} must be a positive number or 'resolution'")
+        if not (math.isfinite(self.remote_cache_gib) and self.remote_cache_gib >= 0):
+            raise ValueError(f"remote_cache_gib {self.remote_cache_gib} must be 0 or more")
         if self.num_validation < 0:
             raise ValueError(f"num_validation {self.num_validation} must be 0 or more")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

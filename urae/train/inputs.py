@@ -1,7 +1,6 @@
 """What a run reads, found and checked before any weights load."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,15 @@ from urae.backbones.flux import (
     read_latent_scale,
 )
 from urae.features.captions import check_weights
-from urae.features.dataset import Sample, check_cache, list_samples
-from urae.features.store import empty_prompt_path, fingerprint_encoders
+from urae.features.dataset import Sample, check_cache
+from urae.features.location import open_features
+from urae.features.store import FeatureFile, fingerprint_encoders, fingerprint_file
 from urae.geometry import PATCH
 from urae.train.adapter import check_rank, read_adapters
 from urae.train.batch import Draws
 from urae.train.config import TrainConfig
 from urae.train.output import Start, find_start
 from urae.train.validate import hold_out
-
-_EDGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,19 @@ def check_inputs(config: TrainConfig) -> Inputs:
         ValueError, FileNotFoundError, FileExistsError, PermissionError: Says what does not fit.
     """
     start = find_start(config)
-    samples = list_samples(config.data_dir)
+    features = open_features(config.data_dir, config.remote_cache_gib)
+    samples = features.samples
     train_samples, held_out = hold_out(samples, config.num_validation, config.seed)
     model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
     meta = build_meta_transformer(model_path)
     if config.caption_weights is not None:
         check_weights(samples, config.caption_weights)
-    empty_prompt = empty_prompt_path(config.data_dir) if config.caption_dropout else None
+    empty_prompt = features.empty_prompt if config.caption_dropout else None
+    if config.caption_dropout and empty_prompt is None:
+        raise ValueError(
+            f"caption_dropout needs the empty prompt's embeddings, which are not in "
+            f"{config.data_dir}; run `urae cache` on the folder once more, and `urae pack`"
+        )
     check_cache(
         samples,
         latent_channels=meta.config.in_channels // PATCH**2,
@@ -85,7 +89,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         train_samples,
         held_out,
         data_hash,
-        _read_draws(config, model_path),
+        _read_draws(config, model_path, empty_prompt),
         over,
         initial,
         average,
@@ -93,7 +97,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     )
 
 
-def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
+def _read_draws(config: TrainConfig, model_path: Path, empty_prompt: FeatureFile | None) -> Draws:
     scheduler = FlowMatchEulerDiscreteScheduler()  # its defaults are FLUX.1's
     if model_path.is_dir():
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model_path / "scheduler")
@@ -103,33 +107,27 @@ def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
         original_caption_share=config.original_caption_share,
         caption_weights=config.caption_weights,
         caption_dropout=config.caption_dropout,
-        empty_prompt=empty_prompt_path(config.data_dir),
+        empty_prompt=empty_prompt,
         timestep_sampling=config.timestep_sampling,
         timestep_shift=config.timestep_shift,
         scheduler=scheduler.config,
     )
 
 
-def fingerprint_features(samples: Sequence[Sample], empty_prompt: Path | None) -> str:
-    """Identify the features of a run without reading them whole.
+def fingerprint_features(samples: Sequence[Sample], empty_prompt: FeatureFile | None) -> str:
+    """Identify the features of a run without reading them whole, the same loose or packed.
 
     Args:
         samples: All of the run.
-        empty_prompt: File of the empty prompt's embeddings, if the run draws it.
+        empty_prompt: The empty prompt's embeddings, if the run draws them.
 
     Returns:
-        SHA-256 over the name, size, beginning (which holds what `urae cache` says of the file's
-        origin) and end of each file, 64 hex digits.
+        SHA-256 over the name and fingerprint of each file, 64 hex digits.
     """
     digest = hashlib.sha256()
-    paths = [path for s in samples for path in (s.latent_path, *s.embed_paths.values())]
-    for path in [*paths, *([empty_prompt] if empty_prompt else [])]:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            digest.update(f"{path.name}:{size}\n".encode())
-            for begin in (0, max(0, size - _EDGE_BYTES)):
-                stream.seek(begin)
-                digest.update(stream.read(_EDGE_BYTES))
+    files = [file for s in samples for file in (s.latent_file, *s.embed_files.values())]
+    for file in [*files, *([empty_prompt] if empty_prompt else [])]:
+        digest.update(f"{file.name}:{fingerprint_file(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 import urae
 from urae.backbones.flux import fingerprint_component, pick_dtype
 from urae.config import describe_fields
+from urae.features.location import is_url
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.config import TrainConfig
@@ -48,7 +49,7 @@ def write_run(
         policy: The one in effect, the recipe's or the base's own.
         accelerator: Knows the devices.
     """
-    recipe = asdict(config)
+    recipe, data = asdict(config), config.data_dir
     options = {name: recipe.pop(name) for name in _OPTIONS}
     record = {
         **options,
@@ -59,7 +60,7 @@ def write_run(
             "revision": fingerprint_component(inputs.model_path, "transformer"),
         },
         "data": {
-            "path": config.data_dir.resolve(),
+            "path": data if is_url(data) else Path(data).resolve(),
             "hash": inputs.data_hash,
             "num_train": len(inputs.samples),
             "num_validation": len(inputs.held_out),
