@@ -61,7 +61,9 @@ def test_a_run_without_captions_is_another(settings, data_dir, tmp_path):
 
 def test_a_cache_without_the_empty_prompt(settings, monkeypatch):
     monkeypatch.setattr(loop_module, "load_transformer", None)
-    message = r"needs the empty prompt's embeddings, .*; run `urae cache` on this folder once more"
+    message = (
+        r"needs the empty prompt's embeddings, .* in .*train_data; run `urae cache` on the folder"
+    )
     with pytest.raises(ValueError, match=message):
         train(settings(caption_dropout=0.1))
 

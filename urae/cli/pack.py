@@ -28,9 +28,8 @@ def pack_command(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     text = (
-        f"{report.num_samples} pictures in {len(report.written) + len(report.unchanged)} shards, "
-        f"{report.num_bytes / 2**30:.2f} GiB in {output}: {len(report.written)} written, "
-        f"{len(report.unchanged)} unchanged"
+        f"{report.num_samples} pictures, {report.num_bytes / 2**30:.2f} GiB in {output}; shards: "
+        f"{len(report.written)} written, {len(report.unchanged)} unchanged"
     )
     if report.removed:
         text += f", {len(report.removed)} files of an earlier packing removed"

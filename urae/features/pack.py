@@ -4,7 +4,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarInfo
 
@@ -224,10 +224,11 @@ def _describe(path: Path, data: bytes, offset: int, header: int) -> Entry:
 
 
 def _simplify(header: Header) -> Header:
-    if header.metadata is None:
-        return header
-    metadata = {key: text for key, text in header.metadata.items() if key not in _PER_PICTURE}
-    return replace(header, metadata=metadata)
+    """Leave out what differs from picture to picture; sort the rest, which is read in no order."""
+    metadata = header.metadata
+    if metadata is not None:
+        metadata = {key: metadata[key] for key in sorted(metadata.keys() - _PER_PICTURE)}
+    return Header(metadata, dict(sorted(header.shapes.items())))
 
 
 def _write_index(config: PackConfig, names: Sequence[str]) -> set[str]:

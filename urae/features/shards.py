@@ -114,7 +114,13 @@ def read_shards(folder: ShardFolder) -> tuple[list[Sample], PackedFile | None]:
         ConnectionError: If the folder cannot be read.
     """
     where = f"{folder.url}/{INDEX_NAME}"
-    index = decode_record(INDEX_FORM, folder.read(INDEX_NAME), where)
+    try:
+        data = folder.read(INDEX_NAME)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data {folder.url} has no {INDEX_NAME}; name a folder that `urae pack` wrote"
+        ) from error
+    index = decode_record(INDEX_FORM, data, where)
     if index.version != FORMAT_VERSION:
         raise ValueError(
             f"{where} is of version {index.version}, this urae reads {FORMAT_VERSION}; run "
