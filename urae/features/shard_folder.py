@@ -43,8 +43,8 @@ class ShardFolder:
             self._files, self._root = url_to_fs(url)
         except ImportError as error:
             raise ImportError(
-                f"data {url} needs a package that is missing ({error}); pip install 'urae[remote]' "
-                "has what reads s3:// and https://"
+                f"data {url} needs a package that is missing ({error}); for s3:// and https:// "
+                "pip install s3fs, or in a clone pip install -e '.[remote]'"
             ) from error
         except ValueError as error:
             raise ValueError(
@@ -129,7 +129,9 @@ class ShardFolder:
                 ) from error
             except Exception as error:  # each storage library has errors of its own
                 if wait is not None:
-                    logger.warning("%s: %r; trying again in %g s", where, error, wait)
+                    logger.warning(
+                        "%s cannot be read (%s); trying again in %s s", where, repr(error), wait
+                    )
                     time.sleep(wait)
                 elif isinstance(error, ValueError):
                     raise
