@@ -128,17 +128,17 @@ class ShardFolder:
                     f"{where} is not there; bring the file back, or run `urae pack` again"
                 ) from error
             except Exception as error:  # each storage library has errors of its own
-                if wait is not None:
+                if wait is not None and not isinstance(error, PermissionError):
                     logger.warning(
                         "%s cannot be read (%s); trying again in %s s", where, repr(error), wait
                     )
                     time.sleep(wait)
-                elif isinstance(error, ValueError):
+                    continue
+                if isinstance(error, ValueError):  # said in full by whoever read
                     raise
-                else:
-                    raise ConnectionError(
-                        f"{where} cannot be read ({error!r}); once it can be, go on with --resume"
-                    ) from error
+                raise ConnectionError(
+                    f"{where} cannot be read ({error!r}); once it can be, go on with --resume"
+                ) from error
         raise AssertionError
 
 
