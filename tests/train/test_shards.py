@@ -18,6 +18,7 @@ from urae.cli.main import app
 from urae.features.pack import PackConfig, pack
 from urae.train import TrainConfig, train
 from urae.train.checkpoint import find_checkpoints
+from urae.train.plan import plan_training
 
 ROOT = Path(__file__).parents[2]
 TWO_SAMPLES = 260 / 2**20  # GiB, of the tiny model
@@ -118,6 +119,14 @@ def test_the_command_takes_a_url(settings, bucket, whole, tmp_path):
     record = tomllib.loads((config.output_dir / "run.toml").read_text())["record"]
     assert record["data_dir"] == record["data"]["path"] == FAR
     assert_same(config.output_dir / "pytorch_lora_weights.safetensors", whole)
+
+
+def test_a_plan_is_the_same(settings, shards):
+    plans = [
+        plan_training(settings(data_dir=data), 2**34) for data in (settings().data_dir, shards)
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0].cache_bytes > 0
 
 
 def test_a_size_of_the_cache_that_makes_no_sense():

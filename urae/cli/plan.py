@@ -101,7 +101,9 @@ def _show(plan: "Plan", title: str) -> None:
 def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
-    data: Annotated[Path, typer.Option(help="Folder with the features of `urae cache`.")],
+    data: Annotated[
+        str, typer.Option(help="Features of `urae cache`: a folder, or a folder or URL of shards.")
+    ],
     gpu: Gpu = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Then take three steps of the largest pictures.")

@@ -36,6 +36,11 @@ class Sample:
     width: int
     """In pixels."""
 
+    @property
+    def files(self) -> list[FeatureFile]:
+        """All of them, latents first."""
+        return [self.latent_file, *self.embed_files.values()]
+
 
 def list_samples(data_dir: Path) -> list[Sample]:
     """List the cached images of a folder, by name; sizes come from the files' headers.

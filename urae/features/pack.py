@@ -29,7 +29,6 @@ from urae.features.store import (
     EMBED_KEYS,
     LATENT_KEYS,
     WORK_DIR,
-    FeatureFile,
     Header,
     empty_prompt_path,
     fingerprint_file,
@@ -151,13 +150,8 @@ def _name_shard(number: int, samples: Sequence[Sample]) -> str:
 
 
 def _list_files(sample: Sample) -> list[Path]:
-    """List a sample's loose files, latents first."""
-    return [_check_loose(file) for file in (sample.latent_file, *sample.embed_files.values())]
-
-
-def _check_loose(file: FeatureFile) -> Path:
-    assert isinstance(file, Path)
-    return file
+    """List a sample's files, which are loose, latents first."""
+    return [file for file in sample.files if isinstance(file, Path)]
 
 
 def _count_bytes(sample: Sample, path: Path) -> int:

@@ -208,6 +208,11 @@ def _read_loose(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def count_bytes(file: FeatureFile) -> int:
+    """Return a feature file's size in bytes."""
+    return file.num_bytes if isinstance(file, PackedFile) else file.stat().st_size
+
+
 def fingerprint_file(file: FeatureFile) -> str:
     """Identify a feature file without reading it whole, the same loose or packed.
 

@@ -125,7 +125,7 @@ def fingerprint_features(samples: Sequence[Sample], empty_prompt: FeatureFile | 
         SHA-256 over the name and fingerprint of each file, 64 hex digits.
     """
     digest = hashlib.sha256()
-    files = [file for s in samples for file in (s.latent_file, *s.embed_files.values())]
+    files = [file for sample in samples for file in sample.files]
     for file in [*files, *([empty_prompt] if empty_prompt else [])]:
         digest.update(f"{file.name}:{fingerprint_file(file)}\n".encode())
     return digest.hexdigest()

@@ -12,9 +12,10 @@ from typing import Any
 
 from urae.backbones.flux import MAX_TEXT_TOKENS, PACKAGED, build_meta_models, pick_device
 from urae.backbones.free_memory import free_bytes
-from urae.features.dataset import Sample, list_samples
+from urae.features.dataset import Sample
+from urae.features.location import open_features
 from urae.features.order import build_batches
-from urae.features.store import empty_prompt_path
+from urae.features.store import count_bytes, empty_prompt_path
 from urae.geometry import TOKEN_PIXELS, num_image_tokens
 from urae.local_attention import build_local_attention
 from urae.resolution import ResolutionPolicy, read_base_policy
@@ -95,7 +96,8 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         raise ValueError(
             "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
         )
-    samples, held_out = hold_out(list_samples(config.data_dir), config.num_validation, config.seed)
+    features = open_features(config.data_dir, config.remote_cache_gib)
+    samples, held_out = hold_out(features.samples, config.num_validation, config.seed)
     transformer: Any = build_meta_models(config.model)["transformer"]
     ways = list_ways(config.memory, config.gradient_checkpointing)
     tokens = count_tokens(samples)
@@ -114,7 +116,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         epoch * num_taken / num_batches,
         estimates,
         free_bytes(device) if gpu_bytes is None else gpu_bytes,
-        sum(path.stat().st_size for each in (*samples, *held_out) for path in _files(each)),
+        sum(count_bytes(file) for sample in features.samples for file in sample.files),
         int(config.keep_checkpoints * states * trained),
     )
 
@@ -131,16 +133,19 @@ def probe(config: TrainConfig) -> list[StepReport]:
     Raises:
         As `train`.
     """
-    samples, _ = hold_out(list_samples(config.data_dir), config.num_validation, config.seed)
+    features = open_features(config.data_dir, config.remote_cache_gib)
+    samples, _ = hold_out(features.samples, config.num_validation, config.seed)
     largest = max(samples, key=lambda each: each.height * each.width)
     alike = [s for s in samples if (s.height, s.width) == (largest.height, largest.width)]
     reports: list[StepReport] = []
     with TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        data.mkdir()
-        extra = [path for path in [empty_prompt_path(config.data_dir)] if path.exists()]
-        for path in [*(p for s in alike[: config.batch_size] for p in _files(s)), *extra]:
-            (data / path.name).symlink_to(path.resolve())
+        empty_prompt_path(data).parent.mkdir(parents=True)
+        for sample in alike[: config.batch_size]:
+            for file in sample.files:
+                (data / file.name).write_bytes(file.read_bytes())
+        if features.empty_prompt is not None:
+            empty_prompt_path(data).write_bytes(features.empty_prompt.read_bytes())
         trial = replace(
             config,
             data_dir=data,
@@ -154,10 +159,6 @@ def probe(config: TrainConfig) -> list[StepReport]:
         )
         train(trial, on_step=reports.append)
     return reports
-
-
-def _files(sample: Sample) -> list[Path]:
-    return [sample.latent_path, *sample.embed_paths.values()]
 
 
 def _list_buckets(
