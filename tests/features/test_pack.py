@@ -115,6 +115,14 @@ def test_a_packing_that_was_stopped_goes_on(config, tmp_path, monkeypatch, name)
     assert read_folder(config.output_dir) == read_folder(tmp_path / "fresh")
 
 
+def test_what_a_killed_packing_was_writing_goes(config):
+    pack(config)
+    left = config.output_dir / ".features-000007-0123456789ab.tar.tmp"
+    left.touch()
+    assert pack(config).removed == [left.name]
+    assert not left.exists()
+
+
 def test_a_damaged_shard_is_packed_again(config):
     config = replace(config, shard_gib=1e-9)
     pack(config)

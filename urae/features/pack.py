@@ -38,7 +38,9 @@ from urae.features.store import (
 from urae.storage import open_atomic, write_atomic
 
 _IDENTITY_DIGITS = 12
-_OURS = re.compile(rf"(features-\d{{6,}}|empty_prompt)-[0-9a-f]{{{_IDENTITY_DIGITS}}}\.\w+")
+_OURS = re.compile(  # also what a killed run was writing
+    rf"\.?(features-\d{{6,}}|empty_prompt)-[0-9a-f]{{{_IDENTITY_DIGITS}}}\.\w+(\.tmp)?"
+)
 _PER_PICTURE = {CHECKSUM_KEY, "image_sha256", "caption_sha256"}  # metadata of no use in an index
 
 Progress = Callable[[int, int], None]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
+from urae.features.location import is_url
 from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
@@ -32,6 +33,10 @@ _AT_LEAST_ONE = (
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
+
+
+def _as_location(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and not is_url(value) else value
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class TrainConfig:
 
     model: str
     """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
-    data_dir: Path | str
+    data_dir: Annotated[Path | str, BeforeValidator(_as_location)]
     """Features of `urae cache`: their folder, or a folder or URL of shards of `urae pack`."""
     output_dir: Path
     """Where checkpoints, the loss and the finished adapter go."""

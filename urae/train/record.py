@@ -18,7 +18,6 @@ from accelerate import Accelerator
 import urae
 from urae.backbones.flux import fingerprint_component, pick_dtype
 from urae.config import describe_fields
-from urae.features.location import is_url
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.config import TrainConfig
@@ -60,7 +59,7 @@ def write_run(
             "revision": fingerprint_component(inputs.model_path, "transformer"),
         },
         "data": {
-            "path": data if is_url(data) else Path(data).resolve(),
+            "path": data.resolve() if isinstance(data, Path) else data,
             "hash": inputs.data_hash,
             "num_train": len(inputs.samples),
             "num_validation": len(inputs.held_out),
