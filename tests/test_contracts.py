@@ -17,9 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up: a package imports from lower levels only
 LEVELS = [
-    {"geometry"},
+    {"geometry", "storage"},
     {"local_attention"},
-    {"flow", "resolution", "storage", "config", "content_cache", "undo"},
+    {"flow", "resolution", "config", "content_cache", "undo"},
     {"backbones"},
     {"adapters"},
     {"features", "generate"},

@@ -155,6 +155,7 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
 def jobs(monkeypatch, tmp_path):
     """Put recorders in the place of the four jobs, and what the pages name in a folder."""
     from urae.features.cache import CacheReport
+    from urae.features.pack import PackReport
     from urae.generate.plan import Plan
     from urae.study import StudyResult
     from urae.train import Pushed, StepReport, TrainResult
@@ -171,6 +172,7 @@ def jobs(monkeypatch, tmp_path):
         return job
 
     monkeypatch.setattr("urae.features.cache.cache", stand_in("cache", CacheReport()))
+    monkeypatch.setattr("urae.features.pack.pack", stand_in("pack", PackReport()))
     result = TrainResult(1, Path("adapter.safetensors"), True)
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
     monkeypatch.setattr("urae.train.push", stand_in("push", Pushed(Path("hub"), None)))

@@ -7,7 +7,6 @@ A checksum inside makes a damaged file a miss.
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from urae.storage import write_shared
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class ContentCache:
             return
         data = save(dict(tensors), metadata={"sha256": _checksum(tensors)})
         try:
-            self._write_atomically(self._path(key), data)
+            write_shared(self._path(key), data)
         except OSError as error:
             self._writable = False
             logger.warning(
@@ -79,19 +80,6 @@ class ContentCache:
 
     def _path(self, key: str) -> Path:
         return self.cache_dir / f"{key}.safetensors"
-
-    def _write_atomically(self, path: Path, data: bytes) -> None:
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=self.cache_dir, prefix=f"{path.stem}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary_path = Path(file.name)
-            try:
-                file.write(data)
-                file.close()
-                temporary_path.replace(path)
-            finally:
-                temporary_path.unlink(missing_ok=True)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

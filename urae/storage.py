@@ -2,8 +2,11 @@
 
 import errno
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,15 +52,29 @@ def write_tensors(
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, then move it there.
+    """Write a file whole or not at all, as `open_atomic` does."""
+    with open_atomic(path, len(data)) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def open_atomic(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
+    """Open a file beside its place to write; at the end, flush it to the disk and move it there.
 
     The temporary name is fixed, so the next writer overwrites what a killed one left; only one
     process at a time may write a path.
+
+    Args:
+        path: The file's place.
+        num_bytes: About how many it will have, for the error.
+
+    Raises:
+        OSError: If it cannot be written, no space being left for one; its place is as before.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -66,9 +83,27 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
         raise OSError(
             error.errno,
-            f"no space left for {len(data) / 2**20:.1f} MiB; what was written before is whole: "
+            f"no space left for {num_bytes / 2**20:.1f} MiB; what was written before is whole: "
             "free some space and run again to go on",
             str(path),
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_shared(path: Path, data: bytes) -> None:
+    """Write a file of a cache, whole or not at all, where other processes may write the same.
+
+    It is not flushed to the disk: what a crash takes from a cache is made again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f"{path.stem}.", suffix=".tmp", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.close()
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

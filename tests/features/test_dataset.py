@@ -30,11 +30,11 @@ def test_the_references_cache_is_read(train_data):
         ("image_2", 256, 128),
         ("image_3", 128, 256),
     ]
-    assert all(sorted(s.embed_paths) == ["generated_prompt", "prompt"] for s in samples)
+    assert all(sorted(s.embed_files) == ["generated_prompt", "prompt"] for s in samples)
     check_cache(samples, **DIMS, resolution=256, fingerprints=Fingerprints("any", "any"))
     mean, std = load_latents(samples[0])
     assert mean.shape == std.shape == (16, 24, 32)
-    prompt_embeds, pooled = load_embeds(samples[0].embed_paths["prompt"])
+    prompt_embeds, pooled = load_embeds(samples[0].embed_files["prompt"])
     assert prompt_embeds.shape == (48, 32)
     assert pooled.shape == (24,)
     stored = load_file(train_data / "image_0_prompt_embed.safetensors")

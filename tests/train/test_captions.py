@@ -61,7 +61,9 @@ def test_a_run_without_captions_is_another(settings, data_dir, tmp_path):
 
 def test_a_cache_without_the_empty_prompt(settings, monkeypatch):
     monkeypatch.setattr(loop_module, "load_transformer", None)
-    message = r"needs the empty prompt's embeddings, .*; run `urae cache` on this folder once more"
+    message = (
+        r"needs the empty prompt's embeddings, .* in .*train_data; run `urae cache` on the folder"
+    )
     with pytest.raises(ValueError, match=message):
         train(settings(caption_dropout=0.1))
 
@@ -84,7 +86,7 @@ def test_another_empty_prompt_is_other_data(settings, data_dir):
 
 def test_weights_of_columns(settings):
     inputs = check_inputs(settings(caption_weights={"prompt": 1.0}))
-    embeds, _ = load_embeds(inputs.samples[0].embed_paths["prompt"])
+    embeds, _ = load_embeds(inputs.samples[0].embed_files["prompt"])
     assert (draw(inputs, 50).prompt_embeds == embeds).all()
     with pytest.raises(ValueError, match=r"caption_weights has a column 'promt', which no picture"):
         check_inputs(settings(caption_weights={"promt": 1.0}))

@@ -14,6 +14,7 @@ from urae.cli.convert import convert_command
 from urae.cli.generate import generate_command
 from urae.cli.launch import hand_over, is_launched
 from urae.cli.miniature import miniature_app
+from urae.cli.pack import pack_command
 from urae.cli.plan import plan_app
 from urae.cli.push import push_command
 from urae.cli.study import study_command
@@ -51,6 +52,7 @@ def root(
 
 
 app.command("cache")(cache_command)
+app.command("pack")(pack_command)
 _FIELDS_TOO = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("train", context_settings=_FIELDS_TOO)(train_command)
 app.command("convert")(convert_command)

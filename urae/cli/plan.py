@@ -102,8 +102,11 @@ def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the features of `urae cache`, unless the recipe has some."),
+        str | None,
+        typer.Option(
+            help="Features of `urae cache`: a folder, or a folder or URL of shards; none where the "
+            "recipe names some."
+        ),
     ] = None,
     gpu: Gpu = None,
     probe: Annotated[

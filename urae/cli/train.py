@@ -133,8 +133,11 @@ def train_command(
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the features of `urae cache`, unless the recipe has some."),
+        str | None,
+        typer.Option(
+            help="Features of `urae cache`: a folder, or a folder or URL of shards; none where the "
+            "recipe names some."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")

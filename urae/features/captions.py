@@ -29,14 +29,14 @@ def choose_caption(
     draw = float(torch.rand((), generator=generator))
     if weights is not None:
         return _choose_weighted(sample, weights, draw)
-    others = sorted(column for column in sample.embed_paths if column != ORIGINAL_COLUMN)
-    if not others or (ORIGINAL_COLUMN in sample.embed_paths and draw < original_share):
+    others = sorted(column for column in sample.embed_files if column != ORIGINAL_COLUMN)
+    if not others or (ORIGINAL_COLUMN in sample.embed_files and draw < original_share):
         return ORIGINAL_COLUMN
     return others[int(torch.randint(len(others), (), generator=generator))]
 
 
 def _choose_weighted(sample: Sample, weights: Mapping[str, float], draw: float) -> str:
-    columns = [column for column in sorted(sample.embed_paths) if weights.get(column, 0.0) > 0]
+    columns = [column for column in sorted(sample.embed_files) if weights.get(column, 0.0) > 0]
     ends = list(accumulate(weights[column] for column in columns))
     return columns[min(bisect(ends, draw * ends[-1]), len(columns) - 1)]
 
@@ -47,7 +47,7 @@ def check_weights(samples: Sequence[Sample], weights: Mapping[str, float]) -> No
     Raises:
         ValueError: Names the column, or the first such sample.
     """
-    columns = {column for sample in samples for column in sample.embed_paths}
+    columns = {column for sample in samples for column in sample.embed_files}
     for name in weights:
         if name not in columns:
             raise ValueError(
@@ -55,8 +55,8 @@ def check_weights(samples: Sequence[Sample], weights: Mapping[str, float]) -> No
                 f"{', '.join(sorted(columns))}"
             )
     for sample in samples:
-        if not any(weights.get(column, 0.0) > 0 for column in sample.embed_paths):
+        if not any(weights.get(column, 0.0) > 0 for column in sample.embed_files):
             raise ValueError(
-                f"{sample.latent_path.name} has no caption with a weight in caption_weights, only "
-                f"{', '.join(sorted(sample.embed_paths))}; give one of these a weight"
+                f"{sample.latent_file.name} has no caption with a weight in caption_weights, only "
+                f"{', '.join(sorted(sample.embed_files))}; give one of these a weight"
             )

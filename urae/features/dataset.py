@@ -13,6 +13,7 @@ from urae.features.store import (
     EMBED_SUFFIX,
     LATENT_KEYS,
     LATENT_SUFFIX,
+    FeatureFile,
     Fingerprints,
     Header,
     read_features,
@@ -27,8 +28,8 @@ class Sample:
     """An image's feature files and its size."""
 
     stem: str
-    latent_path: Path
-    embed_paths: dict[str, Path]
+    latent_file: FeatureFile
+    embed_files: dict[str, FeatureFile]
     """By caption column, at least one."""
     height: int
     """In pixels."""
@@ -36,6 +37,11 @@ class Sample:
     """In pixels."""
     weight: int = 1
     """How many times an epoch has it."""
+
+    @property
+    def files(self) -> list[FeatureFile]:
+        """All of them, latents first."""
+        return [self.latent_file, *self.embed_files.values()]
 
 
 def list_samples(data_dir: Path) -> list[Sample]:
@@ -52,22 +58,22 @@ def list_samples(data_dir: Path) -> list[Sample]:
             f"run `urae cache {data_dir}` first"
         )
     known = frozenset(stems)
-    embeds: defaultdict[str, dict[str, Path]] = defaultdict(dict)
+    embeds: defaultdict[str, dict[str, FeatureFile]] = defaultdict(dict)
     for name in names:
         if name.endswith(EMBED_SUFFIX) and (owner := split_embed_name(name, known)):
             embeds[owner[0]][owner[1]] = data_dir / name
     return [_read_sample(data_dir, stem, embeds[stem]) for stem in stems]
 
 
-def _read_sample(data_dir: Path, stem: str, embed_paths: dict[str, Path]) -> Sample:
+def _read_sample(data_dir: Path, stem: str, embed_files: dict[str, FeatureFile]) -> Sample:
     path = data_dir / f"{stem}{LATENT_SUFFIX}"
-    if not embed_paths:
+    if not embed_files:
         raise ValueError(
             f"{path.name} has no prompt embeddings beside it ({stem}_<column>{EMBED_SUFFIX}); "
             f"caption the image and run `urae cache {data_dir}`, or remove the file"
         )
     _, height, width = _shape(path, read_header(path), "mean", 3)
-    return Sample(stem, path, embed_paths, height * VAE_FACTOR, width * VAE_FACTOR)
+    return Sample(stem, path, embed_files, height * VAE_FACTOR, width * VAE_FACTOR)
 
 
 def check_cache(
@@ -78,7 +84,7 @@ def check_cache(
     clip_dim: int,
     resolution: int | None = None,
     fingerprints: Fingerprints | None = None,
-    empty_prompt: Path | None = None,
+    empty_prompt: FeatureFile | None = None,
 ) -> None:
     """Check, by headers alone, that a cache is what a model is to be trained on.
 
@@ -91,57 +97,52 @@ def check_cache(
         clip_dim: Width of its pooled prompt embeddings (FLUX.1: 768).
         resolution: The one that images should be cached for; None to take any.
         fingerprints: Of the model's encoders; None to take any.
-        empty_prompt: File of the empty prompt's embeddings, if they are to be there too.
+        empty_prompt: The empty prompt's embeddings, if the run draws them.
 
     Raises:
         ValueError: If a file does not fit, naming it and both values.
     """
-    embeds = [path for sample in samples for path in sample.embed_paths.values()]
+    embeds = [file for sample in samples for file in sample.embed_files.values()]
     if empty_prompt is not None:
-        if not empty_prompt.exists():
-            raise ValueError(
-                f"caption_dropout needs the empty prompt's embeddings, {empty_prompt}, which are "
-                "not there; run `urae cache` on this folder once more"
-            )
         embeds.append(empty_prompt)
     for sample in samples:
-        header = read_header(sample.latent_path)
+        header = read_header(sample.latent_file)
         for key in LATENT_KEYS:
-            channels = _shape(sample.latent_path, header, key, 3)[0]
-            _expect(sample.latent_path, f"channels of {key}", channels, latent_channels)
+            channels = _shape(sample.latent_file, header, key, 3)[0]
+            _expect(sample.latent_file, f"channels of {key}", channels, latent_channels)
         if header.metadata and resolution is not None:
             found = header.metadata["resolution"]
-            _expect(sample.latent_path, "resolution", found, str(resolution))
+            _expect(sample.latent_file, "resolution", found, str(resolution))
         if header.metadata and fingerprints:
-            _expect(sample.latent_path, "VAE", header.metadata["vae"], fingerprints.vae)
+            _expect(sample.latent_file, "VAE", header.metadata["vae"], fingerprints.vae)
     length: int | None = None
-    for path in embeds:
-        header = read_header(path)
-        tokens, width = _shape(path, header, EMBED_KEYS[0], 2)
-        _expect(path, "width of T5's embeddings", width, t5_dim)
-        (width,) = _shape(path, header, EMBED_KEYS[1], 1)
-        _expect(path, "width of CLIP's embedding", width, clip_dim)
+    for file in embeds:
+        header = read_header(file)
+        tokens, width = _shape(file, header, EMBED_KEYS[0], 2)
+        _expect(file, "width of T5's embeddings", width, t5_dim)
+        (width,) = _shape(file, header, EMBED_KEYS[1], 1)
+        _expect(file, "width of CLIP's embedding", width, clip_dim)
         length = tokens if length is None else length
-        _expect(path, "max_sequence_length", tokens, length)
+        _expect(file, "max_sequence_length", tokens, length)
         if header.metadata and fingerprints:
             found = header.metadata["text_encoders"]
-            _expect(path, "text encoders", found, fingerprints.text_encoders)
+            _expect(file, "text encoders", found, fingerprints.text_encoders)
 
 
-def _shape(path: Path, header: Header, key: str, num_axes: int) -> tuple[int, ...]:
+def _shape(file: FeatureFile, header: Header, key: str, num_axes: int) -> tuple[int, ...]:
     shape = header.shapes.get(key)
     if shape is None or len(shape) != num_axes:
         raise ValueError(
-            f"feature file {path} has no {key!r} of {num_axes} axes (found {header.shapes}); "
+            f"feature file {file} has no {key!r} of {num_axes} axes (found {header.shapes}); "
             "delete it and run `urae cache` again"
         )
     return shape
 
 
-def _expect(path: Path, what: str, found: int | str, wanted: int | str) -> None:
+def _expect(file: FeatureFile, what: str, found: int | str, wanted: int | str) -> None:
     if found != wanted:
         raise ValueError(
-            f"feature file {path} was cached for another setting: {what} is {found}, this run "
+            f"feature file {file} was cached for another setting: {what} is {found}, this run "
             f"wants {wanted}; run `urae cache` with this run's model, resolution and text length"
         )
 
@@ -152,15 +153,15 @@ def load_latents(sample: Sample) -> tuple[Float[Tensor, "c h w"], Float[Tensor, 
     Raises:
         ValueError: If the file is corrupt or not finite.
     """
-    tensors = read_features(sample.latent_path, LATENT_KEYS)
+    tensors = read_features(sample.latent_file, LATENT_KEYS)
     return tensors["mean"], tensors["std"]
 
 
-def load_embeds(path: Path) -> tuple[Float[Tensor, "l d"], Float[Tensor, " p"]]:
+def load_embeds(file: FeatureFile) -> tuple[Float[Tensor, "l d"], Float[Tensor, " p"]]:
     """Read a caption's `prompt_embeds` and `pooled_prompt_embeds`, as stored, on the CPU.
 
     Raises:
         ValueError: If the file is corrupt or not finite.
     """
-    tensors = read_features(path, EMBED_KEYS)
+    tensors = read_features(file, EMBED_KEYS)
     return tensors[EMBED_KEYS[0]], tensors[EMBED_KEYS[1]]

@@ -6,9 +6,12 @@ folder. The metadata is ours: it says what a file was made from.
     <stem>_latent_code.safetensors       mean, std: 16 x h/8 x w/8
     <stem>_<column>_embed.safetensors    caption_feature_t5: L x d, caption_feature_clip: p
     .urae/empty_prompt_embed.safetensors the same, of no caption at all
+
+Such a file lies beside its picture, or packed with others in a shard.
 """
 
 import hashlib
+import os
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,10 +20,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from urae.backbones.flux import TEXT_COMPONENTS, fingerprint_component
+from urae.features.shard_folder import ShardFolder
 from urae.storage import write_atomic
 
 LATENT_SUFFIX = "_latent_code.safetensors"
@@ -34,6 +38,8 @@ FORMAT_KEY = "urae_features"
 FORMAT_VERSION = "1"
 """Raised when the way features are made changes: older files are then made again."""
 CHECKSUM_KEY = "crc32"
+
+_EDGE_BYTES = 4096
 
 
 class Status(Enum):
@@ -60,6 +66,37 @@ class Header:
     metadata: dict[str, str] | None
     """Ours, or None: such a file was written by the reference."""
     shapes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """A feature file in a shard."""
+
+    name: str
+    """Of the file, as it is outside of shards."""
+    folder: ShardFolder
+    shard: str
+    """Name of the shard's file."""
+    offset: int
+    """Of the feature file's first byte in it."""
+    num_bytes: int
+    crc32: int
+    fingerprint: str
+    header: Header
+    """Without what differs from picture to picture."""
+
+    def __str__(self) -> str:
+        return f"{self.name} in shard {self.folder.url}/{self.shard}"
+
+    def read_bytes(self) -> bytes:
+        """Read the feature file and check its bytes; the errors are `ShardFolder`'s."""
+        return self.folder.read_range(
+            self.shard, self.offset, self.num_bytes, self.crc32, self.name
+        )
+
+
+FeatureFile = Path | PackedFile
+"""Where a feature file lies."""
 
 
 def latent_path(data_dir: Path, stem: str) -> Path:
@@ -119,32 +156,48 @@ def find_status(path: Path, identity: Mapping[str, str]) -> Status:
     return Status.CURRENT if identity.items() <= metadata.items() else Status.DUE
 
 
-def read_header(path: Path) -> Header:
+def read_header(file: FeatureFile) -> Header:
     """Read a feature file's metadata and shapes.
 
     Raises:
         ValueError: If the file is truncated or corrupt.
     """
+    if isinstance(file, PackedFile):
+        return file.header
     try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        with safe_open(file, "pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
-        raise _corrupt(path, str(error)) from error
+        raise _corrupt(file, str(error)) from error
     return Header(metadata if FORMAT_KEY in metadata else None, shapes)
 
 
-def read_features(path: Path, keys: Collection[str]) -> dict[str, Tensor]:
+def read_features(file: FeatureFile, keys: Collection[str]) -> dict[str, Tensor]:
     """Read a feature file's tensors, as stored, onto the CPU.
 
     Args:
-        path: The file.
+        file: The file.
         keys: Those that must be there.
 
     Raises:
         ValueError: If the file is truncated or corrupt, lacks a key, is not finite, or does not
             have the checksum that it was written with.
+        FileNotFoundError, ConnectionError: If its shard cannot be read.
     """
+    if isinstance(file, PackedFile):
+        tensors: dict[str, Tensor] = load(file.read_bytes())
+    else:
+        tensors = _read_loose(file)
+    for key in keys:
+        if key not in tensors:
+            raise _corrupt(file, f"it has no {key!r}, only {', '.join(tensors) or 'nothing'}")
+        if not tensors[key].isfinite().all():
+            raise _corrupt(file, f"{key!r} holds values that are not finite")
+    return tensors
+
+
+def _read_loose(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -152,12 +205,30 @@ def read_features(path: Path, keys: Collection[str]) -> dict[str, Tensor]:
     wanted = (read_header(path).metadata or {}).get(CHECKSUM_KEY)
     if wanted is not None and wanted != checksum(tensors):
         raise _corrupt(path, "its bytes have changed since it was written")
-    for key in keys:
-        if key not in tensors:
-            raise _corrupt(path, f"it has no {key!r}, only {', '.join(tensors) or 'nothing'}")
-        if not tensors[key].isfinite().all():
-            raise _corrupt(path, f"{key!r} holds values that are not finite")
     return tensors
+
+
+def count_bytes(file: FeatureFile) -> int:
+    """Return a feature file's size in bytes."""
+    return file.num_bytes if isinstance(file, PackedFile) else file.stat().st_size
+
+
+def fingerprint_file(file: FeatureFile) -> str:
+    """Identify a feature file without reading it whole, the same loose or packed.
+
+    Returns:
+        SHA-256 over its size, beginning (which holds what `urae cache` says of its origin) and
+        end, 64 hex digits.
+    """
+    if isinstance(file, PackedFile):
+        return file.fingerprint
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        found = hashlib.sha256(f"{size}\n".encode())
+        for begin in (0, max(0, size - _EDGE_BYTES)):
+            stream.seek(begin)
+            found.update(stream.read(_EDGE_BYTES))
+    return found.hexdigest()
 
 
 def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -196,7 +267,7 @@ def name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _corrupt(path: Path, reason: str) -> ValueError:
+def _corrupt(file: FeatureFile, reason: str) -> ValueError:
     return ValueError(
-        f"feature file {path} cannot be used: {reason}; delete it and run `urae cache` again"
+        f"feature file {file} cannot be used: {reason}; delete it and run `urae cache` again"
     )

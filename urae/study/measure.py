@@ -91,7 +91,7 @@ def measure_held_out(pipe: FluxPipeline, scoring: Scoring, data_dir: Path) -> fl
         original_caption_share=1.0,
         caption_weights=None,
         caption_dropout=0.0,
-        empty_prompt=Path(),
+        empty_prompt=None,
         timestep_sampling="uniform",
         timestep_shift=1.0,
         scheduler={},

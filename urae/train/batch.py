@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from urae.backbones.flux import LatentScale
 from urae.features.captions import choose_caption
 from urae.features.dataset import Sample, load_embeds, load_latents
+from urae.features.store import FeatureFile
 from urae.flow import TimestepSampling, find_resolution_shift, sample_sigmas, shift_sigmas
 from urae.geometry import num_image_tokens
 
@@ -31,8 +31,8 @@ class Draws:
     """Of caption columns, in place of the share."""
     caption_dropout: float
     """Probability of the empty prompt."""
-    empty_prompt: Path
-    """File of its embeddings; read only if captions are left out."""
+    empty_prompt: FeatureFile | None
+    """Its embeddings; None if no captions are left out."""
     timestep_sampling: TimestepSampling
     timestep_shift: float | Literal["resolution"]
     """Of the sigmas drawn; `resolution` is that of the sample's size."""
@@ -102,8 +102,9 @@ def _draw(
     sigma = shift_sigmas(sigmas, draws.shift(sample))[0]
     # last, so that all else is drawn as without it
     is_dropped = float(torch.rand((), generator=generator)) < draws.caption_dropout
-    path = draws.empty_prompt if is_dropped else sample.embed_paths[column]
-    return latents, noise, sigma, *load_embeds(path)
+    file = draws.empty_prompt if is_dropped else sample.embed_files[column]
+    assert file is not None
+    return latents, noise, sigma, *load_embeds(file)
 
 
 def _generator(seed: int, counter: int) -> torch.Generator:

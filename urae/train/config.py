@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict
 
 from urae.adapters.variants import is_variant
+from urae.features.location import is_url
 from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
@@ -33,6 +34,10 @@ _AT_LEAST_ONE = (
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
+
+
+def _as_location(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and not is_url(value) else value
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
 
-    dir: Path
-    """Folder with the features that `urae cache` wrote."""
+    dir: Annotated[Path | str, BeforeValidator(_as_location)]
+    """Features: their folder, or a folder or URL of shards."""
     resolution: int
     """As given to `urae cache` for this folder."""
     weight: int = 1
@@ -128,8 +133,9 @@ class TrainConfig:
 
     model: str
     """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
-    data_dir: Path | None
-    """Folder with the features that `urae cache` wrote; None if `data` names several."""
+    data_dir: Annotated[Path | str | None, BeforeValidator(_as_location)]
+    """Features of `urae cache`: their folder, or a folder or URL of shards of `urae pack`; None if
+    `data` names several."""
     output_dir: Path
     """Where checkpoints, the loss and the finished adapter go."""
     data: tuple[DataConfig, ...] = ()
@@ -190,6 +196,8 @@ class TrainConfig:
     """Steps between previews."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Experiment tracker, through accelerate."""
+    remote_cache_gib: float = 50.0
+    """Most disk space for features from a URL, kept in the user's cache folder; 0 for none."""
     resume: bool = False
     """Continue from the newest checkpoint in `output_dir`."""
     overwrite: bool = False
@@ -218,6 +226,8 @@ class TrainConfig:
         shift = self.timestep_shift
         if shift != "resolution" and not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"timestep_shift {shift} must be a positive number or 'resolution'")
+        if not (math.isfinite(self.remote_cache_gib) and self.remote_cache_gib >= 0):
+            raise ValueError(f"remote_cache_gib {self.remote_cache_gib} must be 0 or more")
         if self.num_validation < 0:
             raise ValueError(f"num_validation {self.num_validation} must be 0 or more")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

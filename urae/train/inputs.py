@@ -1,7 +1,6 @@
 """What a run reads, found and checked before any weights load."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,16 +15,15 @@ from urae.backbones.flux import (
     read_latent_scale,
 )
 from urae.features.captions import check_weights
-from urae.features.dataset import Sample, check_cache, list_samples
-from urae.features.store import empty_prompt_path, fingerprint_encoders
+from urae.features.dataset import Sample, check_cache
+from urae.features.location import Features, open_features
+from urae.features.store import FeatureFile, fingerprint_encoders, fingerprint_file
 from urae.geometry import PATCH
 from urae.train.adapter import check_rank, read_adapters
 from urae.train.batch import Draws
 from urae.train.config import TrainConfig
 from urae.train.output import Start, find_start
 from urae.train.validate import hold_out
-
-_EDGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,19 @@ def check_inputs(config: TrainConfig) -> Inputs:
         ValueError, FileNotFoundError, FileExistsError, PermissionError: Says what does not fit.
     """
     start = find_start(config)
-    samples = read_samples(config)
+    sources = open_sources(config)
+    samples = [sample for source in sources for sample in source.samples]
     train_samples, held_out = hold_out(samples, config.num_validation, config.seed)
     model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
     meta = build_meta_transformer(model_path)
     if config.caption_weights is not None:
         check_weights(samples, config.caption_weights)
-    empty_prompt = find_empty_prompt(config) if config.caption_dropout else None
+    empty_prompt = sources[0].empty_prompt if config.caption_dropout else None
+    if config.caption_dropout and empty_prompt is None:
+        raise ValueError(
+            f"caption_dropout needs the empty prompt's embeddings, which are not in "
+            f"{config.sources[0].dir}; run `urae cache` on the folder once more, and `urae pack`"
+        )
     check = partial(
         check_cache,
         latent_channels=meta.config.in_channels // PATCH**2,
@@ -70,11 +74,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
         fingerprints=fingerprint_encoders(model_path),
         empty_prompt=empty_prompt,
     )
-    for source in config.sources:
-        check(
-            [sample for sample in samples if sample.latent_path.parent == source.dir],
-            resolution=source.resolution,
-        )
+    for source, part in zip(config.sources, sources, strict=True):
+        check(part.samples, resolution=source.resolution)
     if len(config.sources) > 1:
         check(samples)  # text of one length in all
     data_hash = fingerprint_features(samples, empty_prompt)
@@ -92,7 +93,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         repeat_by_weight(train_samples),
         held_out,
         data_hash,
-        _read_draws(config, model_path),
+        _read_draws(config, model_path, empty_prompt),
         over,
         initial,
         average,
@@ -100,19 +101,20 @@ def check_inputs(config: TrainConfig) -> Inputs:
     )
 
 
-def read_samples(config: TrainConfig) -> list[Sample]:
-    """List the samples of a run, folder by folder, each once with its weight.
+def open_sources(config: TrainConfig) -> list[Features]:
+    """Open the features of a run, as they are named; each sample comes once, with its weight.
 
     Raises:
-        ValueError: If a folder has none, or comes twice.
+        ValueError: If some have none, or come twice.
+        FileNotFoundError, ConnectionError, ImportError: As `open_features`.
     """
-    dirs = [source.dir for source in config.sources]
-    for twice in {each for each in dirs if dirs.count(each) > 1}:
+    locations = [source.dir for source in config.sources]
+    for twice in {each for each in locations if locations.count(each) > 1}:
         raise ValueError(f"data folder {twice} is named twice; give it a weight of 2")
+    found = [open_features(each, config.remote_cache_gib) for each in locations]
     return [
-        replace(sample, weight=source.weight)
-        for source in config.sources
-        for sample in list_samples(source.dir)
+        Features([replace(each, weight=source.weight) for each in part.samples], part.empty_prompt)
+        for source, part in zip(config.sources, found, strict=True)
     ]
 
 
@@ -121,12 +123,7 @@ def repeat_by_weight(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples for _ in range(sample.weight)]
 
 
-def find_empty_prompt(config: TrainConfig) -> Path:
-    """Name the file of the empty prompt's embeddings."""
-    return empty_prompt_path(config.sources[0].dir)  # the same in each folder
-
-
-def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
+def _read_draws(config: TrainConfig, model_path: Path, empty_prompt: FeatureFile | None) -> Draws:
     scheduler = FlowMatchEulerDiscreteScheduler()  # its defaults are FLUX.1's
     if model_path.is_dir():
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model_path / "scheduler")
@@ -136,33 +133,27 @@ def _read_draws(config: TrainConfig, model_path: Path) -> Draws:
         original_caption_share=config.original_caption_share,
         caption_weights=config.caption_weights,
         caption_dropout=config.caption_dropout,
-        empty_prompt=find_empty_prompt(config),
+        empty_prompt=empty_prompt,
         timestep_sampling=config.timestep_sampling,
         timestep_shift=config.timestep_shift,
         scheduler=scheduler.config,
     )
 
 
-def fingerprint_features(samples: Sequence[Sample], empty_prompt: Path | None) -> str:
-    """Identify the features of a run without reading them whole.
+def fingerprint_features(samples: Sequence[Sample], empty_prompt: FeatureFile | None) -> str:
+    """Identify the features of a run without reading them whole, the same loose or packed.
 
     Args:
         samples: All of the run.
-        empty_prompt: File of the empty prompt's embeddings, if the run draws it.
+        empty_prompt: The empty prompt's embeddings, if the run draws them.
 
     Returns:
-        SHA-256 over the name, size, beginning (which holds what `urae cache` says of the file's
-        origin) and end of each file, 64 hex digits.
+        SHA-256 over the name and fingerprint of each file, 64 hex digits.
     """
     digest = hashlib.sha256()
-    paths = [path for s in samples for path in (s.latent_path, *s.embed_paths.values())]
-    for path in [*paths, *([empty_prompt] if empty_prompt else [])]:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            digest.update(f"{path.name}:{size}\n".encode())
-            for begin in (0, max(0, size - _EDGE_BYTES)):
-                stream.seek(begin)
-                digest.update(stream.read(_EDGE_BYTES))
+    files = [file for sample in samples for file in sample.files]
+    for file in [*files, *([empty_prompt] if empty_prompt else [])]:
+        digest.update(f"{file.name}:{fingerprint_file(file)}\n".encode())
     return digest.hexdigest()
 
 

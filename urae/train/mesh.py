@@ -128,7 +128,7 @@ def _count_what_is_split(
     config: TrainConfig, samples: Sequence[Sample], model_path: Path
 ) -> dict[str, int]:
     """Count, by what it is, all that the ranks of a context take equal parts of."""
-    embeds = next(iter(samples[0].embed_paths.values()))  # all are as long
+    embeds = next(iter(samples[0].embed_files.values()))  # all are as long
     counts = {
         "the base's attention heads": build_meta_transformer(model_path).config.num_attention_heads,
         "the text tokens of the features": read_header(embeds).shapes[EMBED_KEYS[0]][0],

@@ -39,7 +39,7 @@ _DIR = re.compile(r"data\.\d+\.dir")  # of one of several folders
 _FREE_FIELDS = {
     "data_dir", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "validate_every",
     "tracker", "resume", "overwrite", "memory", "gradient_checkpointing", "compile",
-    "context_parallel", "shard",
+    "context_parallel", "shard", "remote_cache_gib",
     "preview_prompts", "preview_seeds", "preview_every",
     "gradient_accumulation",  # the order of samples does not depend on it
     "model", "adapter.over",  # compared by their weights, wherever they lie now

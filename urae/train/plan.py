@@ -14,6 +14,7 @@ from urae.backbones.flux import MAX_TEXT_TOKENS, PACKAGED, build_meta_models, pi
 from urae.backbones.free_memory import free_bytes
 from urae.features.dataset import Sample
 from urae.features.order import build_batches
+from urae.features.store import count_bytes, empty_prompt_path
 from urae.geometry import TOKEN_PIXELS, num_image_tokens
 from urae.local_attention import build_local_attention
 from urae.resolution import ResolutionPolicy, read_base_policy
@@ -26,7 +27,7 @@ from urae.train.estimate import (
     estimate,
     list_ways,
 )
-from urae.train.inputs import find_empty_prompt, read_samples, repeat_by_weight
+from urae.train.inputs import open_sources, repeat_by_weight
 from urae.train.loop import train
 from urae.train.memory import fits
 from urae.train.output import StepReport
@@ -95,7 +96,8 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         raise ValueError(
             "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
         )
-    samples, held_out = hold_out(read_samples(config), config.num_validation, config.seed)
+    everything = [sample for part in open_sources(config) for sample in part.samples]
+    samples, held_out = hold_out(everything, config.num_validation, config.seed)
     transformer: Any = build_meta_models(config.model)["transformer"]
     ways = list_ways(config.memory, config.gradient_checkpointing)
     tokens = count_tokens(samples)
@@ -114,7 +116,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         epoch * num_taken / num_batches,
         estimates,
         free_bytes(device) if gpu_bytes is None else gpu_bytes,
-        sum(path.stat().st_size for each in (*samples, *held_out) for path in _files(each)),
+        sum(count_bytes(file) for sample in everything for file in sample.files),
         int(config.keep_checkpoints * states * trained),
     )
 
@@ -131,27 +133,31 @@ def probe(config: TrainConfig) -> list[StepReport]:
     Raises:
         As `train`.
     """
-    samples, _ = hold_out(read_samples(config), config.num_validation, config.seed)
+    sources = open_sources(config)
+    everything = [sample for part in sources for sample in part.samples]
+    samples, _ = hold_out(everything, config.num_validation, config.seed)
     largest = max(samples, key=lambda each: each.height * each.width)
-    source = next(each for each in config.sources if each.dir == largest.latent_path.parent)
+    number = next(n for n, part in enumerate(sources) if largest in part.samples)
     alike = [
         sample
         for sample in samples
         if (sample.height, sample.width) == (largest.height, largest.width)
-        and sample.latent_path.parent == source.dir
+        and sample in sources[number].samples
     ]
     reports: list[StepReport] = []
     with TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        data.mkdir()
-        extra = [path for path in [find_empty_prompt(config)] if path.exists()]
-        for path in [*(p for s in alike[: config.batch_size] for p in _files(s)), *extra]:
-            (data / path.name).symlink_to(path.resolve())
+        empty_prompt_path(data).parent.mkdir(parents=True)
+        for sample in alike[: config.batch_size]:
+            for file in sample.files:
+                (data / file.name).write_bytes(file.read_bytes())
+        if (empty_prompt := sources[0].empty_prompt) is not None:
+            empty_prompt_path(data).write_bytes(empty_prompt.read_bytes())
         trial = replace(
             config,
             data_dir=data,
             data=(),
-            resolution=source.resolution,
+            resolution=config.sources[number].resolution,
             output_dir=Path(folder) / "run",
             steps=_PROBE_STEPS,
             num_validation=0,
@@ -162,10 +168,6 @@ def probe(config: TrainConfig) -> list[StepReport]:
         )
         train(trial, on_step=reports.append)
     return reports
-
-
-def _files(sample: Sample) -> list[Path]:
-    return [sample.latent_path, *sample.embed_paths.values()]
 
 
 def _list_buckets(

@@ -49,7 +49,9 @@ def write_run(
         accelerator: Knows the devices.
     """
     recipe = asdict(config)
-    paths = tuple(source.dir.resolve() for source in config.sources)
+    places = [
+        each.dir.resolve() if isinstance(each.dir, Path) else each.dir for each in config.sources
+    ]
     options = {name: recipe.pop(name) for name in _OPTIONS}
     record = {
         **options,
@@ -60,7 +62,7 @@ def write_run(
             "revision": fingerprint_component(inputs.model_path, "transformer"),
         },
         "data": {
-            "path": paths if config.data else paths[0],
+            "path": places if config.data else places[0],
             "hash": inputs.data_hash,
             "num_train": len(inputs.samples),
             "num_validation": len(inputs.held_out),
