@@ -15,10 +15,10 @@ demo: $(INSTALLED)
 	$(BIN)/python demo/run.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not slow and not gpu"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "slow and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

@@ -24,6 +24,7 @@ from urae.train import loop as loop_module
 from urae.train.adapter import attach_for_training
 from urae.train.checkpoint import find_checkpoints
 from urae.train.inputs import check_inputs
+from urae.train.loader import Loader
 
 
 def same(one, other) -> bool:
@@ -108,7 +109,7 @@ def test_accumulation_equals_a_batch(settings, tmp_path):
 
 
 @pytest.mark.parametrize("split", [[(0, 1), (2,)], [(2,), (0,), (1,)]])
-def test_each_sample_weighs_the_same_in_any_batches(settings, tmp_path, split):
+def test_each_sample_weighs_the_same_in_any_batches(settings, tmp_path, monkeypatch, split):
     """Batches of two and of one, accumulated or on two ranks, give the gradient of one of three."""
     data_dir = tmp_path / "data"
     data_dir.mkdir()
@@ -121,10 +122,11 @@ def test_each_sample_weighs_the_same_in_any_batches(settings, tmp_path, split):
     adapter = attach_for_training(transformer, config.adapter, [], None, 0)
 
     def gradient(batches) -> list[torch.Tensor]:
-        chosen = tuple(StepBatch(batch, batch) for batch in batches)
-        done = loop_module.accumulate(
-            transformer, inputs, StepShare(chosen, 3), config, accelerator
-        )
+        chosen = StepShare(tuple(StepBatch(batch, batch) for batch in batches), 3)
+        turns = replace(config, gradient_accumulation=len(batches))
+        with Loader(inputs.samples, inputs.draws, turns, torch.device("cpu"), end=3) as loader:
+            monkeypatch.setattr(loader, "share", lambda _first: chosen)
+            done = loop_module.accumulate(transformer, loader, 0, 1.0, accelerator)
         found = [done.loss, *(parameter.grad.clone() for parameter in adapter.parameters)]
         transformer.zero_grad()
         return found

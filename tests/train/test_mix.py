@@ -15,7 +15,7 @@ from urae.features.cache import CacheConfig, cache
 from urae.features.order import Order
 from urae.resolution import ResolutionPositions, read_base_policy
 from urae.train import DataConfig, TrainConfig, train
-from urae.train.inputs import check_inputs, read_samples
+from urae.train.inputs import check_inputs, open_sources
 from urae.train.plan import plan_training, probe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -56,7 +56,7 @@ def test_an_epoch_has_each_picture_by_its_weight(mix, small):
         (batch,) = order.share(place, 1).batches
         assert again.share(place, 1).batches == (batch,)
         assert len({(samples[at].height, samples[at].width) for at in batch.indices}) == 1
-        trained += [samples[at].latent_path for at in batch.indices]
+        trained += [samples[at].latent_file for at in batch.indices]
         counters += batch.counters
         place += 1
     assert Counter(path.parent for path in trained) == {GOLDEN / "train_data": 4, small: 6}
@@ -112,7 +112,7 @@ def test_the_record_is_a_recipe(mix):
 def test_one_folder_is_a_mix_of_one(settings):
     config = settings()
     one = replace(config, data_dir=None, data=(DataConfig(config.data_dir, 256),))
-    assert read_samples(config) == read_samples(one)
+    assert open_sources(config) == open_sources(one)
     assert check_inputs(config).data_hash == check_inputs(one).data_hash
 
 

@@ -49,9 +49,9 @@ def write_run(
         accelerator: Knows the devices.
     """
     recipe = asdict(config)
-    places = [
+    places = tuple(
         each.dir.resolve() if isinstance(each.dir, Path) else each.dir for each in config.sources
-    ]
+    )
     options = {name: recipe.pop(name) for name in _OPTIONS}
     record = {
         **options,
