@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -126,13 +125,9 @@ def alone_like(config: TrainConfig, output_dir: Path, number: int) -> TrainConfi
     )
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("mode", ["shard", "context and shard"])
-def test_two_ranks_in_short(settings, minor, tmp_path, rel, monkeypatch, mode):
-    """As below, but quick: what has imported everything is forked itself."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that has used CUDA cannot be forked; the slow tests do without")
-    monkeypatch.setattr(sys.modules[__name__], "server", multiprocessing.get_context("fork"))
+def test_two_ranks_in_short(settings, minor, tmp_path, rel, mode):
+    """As below, with one adapter."""
     config = settings(steps=1, adapter=minor, **MODES[mode])
     check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
 
