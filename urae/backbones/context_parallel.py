@@ -42,6 +42,25 @@ def build_mesh(degree: int, device: torch.device) -> DeviceMesh:
 
 @contextmanager
 def context_parallel(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Iterator[None]:
+    """Share each forward of a transformer as `share_forwards` does, and give it back as it was.
+
+    Args:
+        transformer: As in `share_forwards`.
+        mesh: As in `share_forwards`.
+
+    Raises:
+        ValueError: As `share_forwards`.
+    """
+    share_forwards(transformer, mesh)
+    try:
+        yield
+    finally:
+        for holder in (transformer, *transformer.attn_processors.values()):
+            holder._parallel_config = None
+        remove_context_parallel(transformer, transformer._cp_plan)
+
+
+def share_forwards(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> None:
     """Share each forward of a transformer among the ranks of a mesh; all get its whole output.
 
     It is diffusers' `enable_parallelism`, but for what that cannot do: run without an accelerator,
@@ -61,16 +80,9 @@ def context_parallel(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> I
     parts = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
     config = ParallelConfig(context_parallel_config=parts)
     config.setup(dist.get_rank(), dist.get_world_size(), torch.device(mesh.device_type), mesh=mesh)
-    holders = [transformer, *processors]
     apply_context_parallel(transformer, parts, transformer._cp_plan)
-    for holder in holders:
+    for holder in (transformer, *processors):
         holder._parallel_config = config
-    try:
-        yield
-    finally:
-        for holder in holders:
-            holder._parallel_config = None
-        remove_context_parallel(transformer, transformer._cp_plan)
 
 
 def find_degree(transformer: FluxTransformer2DModel) -> int:

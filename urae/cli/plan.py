@@ -7,7 +7,7 @@ import typer
 
 from urae.cli.generate import Memory, Model
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
-from urae.cli.train import format_seconds, read_recipe
+from urae.cli.train import Data, format_seconds, read_recipe
 
 if TYPE_CHECKING:
     from urae.generate.estimate import Stage
@@ -101,13 +101,7 @@ def _show(plan: "Plan", title: str) -> None:
 def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Features of `urae cache`: a folder, or a folder or URL of shards; none where the "
-            "recipe names some."
-        ),
-    ] = None,
+    data: Data = None,
     gpu: Gpu = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Then take three steps of the largest pictures.")

@@ -32,6 +32,14 @@ _SECONDS_BETWEEN_LINES = 60.0
 _STEPS_IN_MEAN = 50
 _PANEL_WIDTH = 80
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Features of `urae cache`: a folder, or a folder or URL of shards; none where the "
+        "recipe names some."
+    ),
+]
+
 
 class Display:
     """What a run shows: a live panel on a terminal, else a plain line a minute."""
@@ -132,13 +140,7 @@ def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Features of `urae cache`: a folder, or a folder or URL of shards; none where the "
-            "recipe names some."
-        ),
-    ] = None,
+    data: Data = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")
     ] = False,

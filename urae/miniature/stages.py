@@ -1,7 +1,6 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from urae.miniature.model import (
 )
 from urae.miniature.recipe import MiniatureRecipe, load_recipe
 from urae.miniature.text import TEXT_PARTS, train_text
+from urae.train.record import find_commit
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
 
@@ -71,7 +71,7 @@ def train_stage(
     recipe = load_recipe(recipe_path)
     metadata = {
         "urae.version": __version__,
-        "urae.commit": commit or find_commit(),
+        "urae.commit": commit or find_commit() or "unknown",
         "urae.stage": name,
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
@@ -111,12 +111,3 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
         latent_mean=float(vae["latent_mean"]),
         latent_std=float(vae["latent_std"]),
     )
-
-
-def find_commit() -> str:
-    """Return the checkout's commit, or `unknown` outside of one."""
-    run = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -116,12 +116,7 @@ def train(
     transformer, adapter = _build_model(config, inputs, policy, mesh)
     state = build_state(adapter, config, inputs)
 
-    metadata = {
-        "urae.policy": policy.to_json(),
-        "urae.base_model": config.model,
-        "urae.base_revision": fingerprint_component(inputs.model_path, "transformer"),
-        "urae.config": json.dumps(flatten(asdict(config))),
-    }
+    metadata = _describe_run(config, inputs, policy)
     batches_per_step = config.gradient_accumulation * mesh.num_data_ranks
     record = {
         "batches_per_step": batches_per_step,
@@ -233,6 +228,16 @@ def accumulate(
         losses[index] = loss.detach()
         levels += sum_levels(each, batch.sigmas)
     return Accumulated(losses.sum(), levels, chosen_samples)
+
+
+def _describe_run(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy) -> dict[str, str]:
+    """Say in an adapter's file what it comes from."""
+    return {
+        "urae.policy": policy.to_json(),
+        "urae.base_model": config.model,
+        "urae.base_revision": fingerprint_component(inputs.model_path, "transformer"),
+        "urae.config": json.dumps(flatten(asdict(config))),
+    }
 
 
 def _build_model(

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import ContextParallelConfig, FluxTransformer2DModel
-from diffusers.hooks.context_parallel import apply_context_parallel
-from diffusers.models._modeling_parallel import ParallelConfig
+from diffusers import FluxTransformer2DModel
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from urae.backbones.context_parallel import build_mesh as build_context
+from urae.backbones.context_parallel import share_forwards
 from urae.backbones.flux import build_meta_transformer
 from urae.features.dataset import Sample
 from urae.features.store import EMBED_KEYS, read_header
@@ -63,11 +63,6 @@ class Mesh:
         """
         turns = range(0, count, self.num_data_ranks)
         return [min(first + self.data_rank, count - 1) for first in turns]
-
-    def build_context(self) -> DeviceMesh:
-        """Build the mesh of data x context, as diffusers names its axes."""
-        shape = (self.num_data_ranks, 1, self.context_parallel)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
 
     def build_shards(self) -> DeviceMesh:
         """Build the mesh of the ranks on this host: weights do not travel between hosts."""
@@ -191,23 +186,12 @@ def distribute(
         for module in (*blocks, transformer):
             fully_shard(module, mesh=shards, ignored_params=ignored)
     if config.context_parallel > 1:
-        _split_pictures(transformer, mesh)
+        share_forwards(transformer, build_context(mesh.context_parallel, mesh.device))
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", harmless)
     if mesh.num_ranks > 1:
         for tensor in (*parameters, *transformer.buffers()):  # minor components are found by each
             distributed.broadcast(tensor.data, src=0)
-
-
-def _split_pictures(transformer: FluxTransformer2DModel, mesh: Mesh) -> None:
-    """Do what diffusers' `enable_parallelism` does, which needs an accelerator to find a device."""
-    context = ContextParallelConfig(ulysses_degree=mesh.context_parallel, mesh=mesh.build_context())
-    parallel = ParallelConfig(context_parallel_config=context)
-    parallel.setup(mesh.rank, mesh.num_ranks, mesh.device, mesh=context.mesh)
-    transformer._parallel_config = parallel
-    for processor in transformer.attn_processors.values():
-        processor._parallel_config = parallel
-    apply_context_parallel(transformer, context, transformer._cp_plan)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from httpx2 import HTTPError
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._validators import validate_repo_id
@@ -32,6 +31,8 @@ CONVERTED_FILE = "converted_lora.safetensors"
 """The adapter and those under it as one plain LoRA."""
 
 _IMAGE_DIR = "images"
+# of the HTTP library that the hub's client is built on, httpx or httpx2 by its version
+_HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _upload(config: PushConfig, folder: Path) -> str:
         api.upload_folder(
             repo_id=config.repo, folder_path=folder, commit_message="Upload an adapter with urae"
         )
-    except HTTPError as error:
+    except _HttpError as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         kind = PermissionError if status in (401, 403) else ConnectionError
         raise kind(
