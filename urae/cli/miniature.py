@@ -86,7 +86,7 @@ def data_command(
     verbose: Verbose = False,
 ) -> None:
     """Write captioned pictures to train an adapter on."""
-    from urae.backbones.flux import pick_device
+    from urae.backbones.flux import pick_device, pick_dtype
     from urae.miniature.sources import write_folder
     from urae.miniature.stages import load_stage
     from urae.miniature.synthetic import write_synthetic
@@ -97,7 +97,8 @@ def data_command(
     else:
         quiet_progress_bars()
         stage = Stage.teacher_512 if side <= 512 else Stage.teacher_1024
-        pipe = load_stage(stage.value, work).to(pick_device())
+        device = pick_device()
+        pipe = load_stage(stage.value, work).to(device, pick_dtype(device))
         pipe.set_progress_bar_config(disable=True)
         write_synthetic(output, pipe, range(count), seed=seed, side=side)
     console.print("[green]done:[/]", Text(f"{count} pictures in {output}"))

@@ -67,7 +67,7 @@ def load_scored(
         )
     device = pick_device()
     if stage is not None:
-        pipe = load_stage(stage, work_dir)
+        pipe = load_stage(stage, work_dir).to(dtype=pick_dtype(device))
     else:
         pipe = load_pipeline(model or DEFAULT_MODEL, dtype=pick_dtype(device))
     pipe.set_progress_bar_config(disable=True)
