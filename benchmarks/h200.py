@@ -4,7 +4,7 @@
 
 Needs a CUDA device with 80 GB or more, two of them for the parts `two_gpus_...`, 100 GB of host
 memory and 40 GB of disk. Each part writes its own JSON at once and runs alone with --parts;
-`results.md` is made anew from what is there.
+`results.md` and its plots are made anew from what is there.
 --shape tiny goes through everything on a CPU, an eighth as large; its figures say nothing.
 """
 
@@ -13,18 +13,22 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RANK, ROOT, Bench, time_forwards
+from bench import RANK, ROOT, Bench
+from forward import (
+    measure_forward,
+    measure_scaling,
+    measure_scaling_8k,
+    measure_scaling_vae,
+)
 from generation import GENERATION, measure_generate_2k
 from measure import describe_machine, find_commit, peak_gib, reset_peak, synchronize
 from report import write_report
@@ -111,69 +115,6 @@ def measure_minor(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure_forward(bench: Bench) -> dict[str, Any]:
-    """Time one transformer forward, stock and adapted in turn, with the same LoRA attached."""
-    import urae
-    from urae.backbones.flux import TEXT_COMPONENTS, load_pipeline
-
-    pipe = load_pipeline(str(bench.base), dtype=bench.dtype, without=("vae", *TEXT_COMPONENTS))
-    pipe.transformer.to(bench.device)
-
-    @contextmanager
-    def stock() -> Iterator[None]:
-        pipe.load_lora_weights(bench.lora.parent, weight_name=bench.lora.name, adapter_name="x")
-        yield
-        pipe.unload_lora_weights()
-
-    @contextmanager
-    def bare() -> Iterator[None]:
-        yield
-
-    def adapted(*adapters: Path) -> Callable[[], Any]:
-        @contextmanager
-        def attach() -> Iterator[None]:
-            urae.adapt(pipe, adapters)
-            yield
-            urae.restore(pipe)
-
-        return attach
-
-    sizes = [(1024, 10), (2048, 5), (4096, 1)]
-    cases = {
-        "stock, no adapter": (bare, sizes),
-        "stock, 2K LoRA": (stock, sizes),
-        "urae, 2K LoRA": (adapted(bench.lora), sizes),
-        "urae, 2K LoRA + 4K minor": (adapted(bench.lora, bench.minor), [(4096, 1)]),
-    }
-    times: dict[str, dict[int, list[float]]] = {}
-    peaks: dict[str, dict[int, float | None]] = {}
-
-    def time_case(name: str, attach: Callable[[], Any], sides: list[tuple[int, int]]) -> None:
-        with attach():
-            for side, count in sides:
-                reset_peak()
-                found = time_forwards(pipe.transformer, bench, side, count)
-                times.setdefault(name, {}).setdefault(side, []).extend(found)
-                peaks.setdefault(name, {})[side] = peak_gib()
-
-    for _ in range(2):  # in turn twice, so that a warming GPU favours none
-        for name, (attach, sides) in cases.items():
-            time_case(name, attach, sides)
-    pipe.transformer.compile_repeated_blocks()
-    time_case("urae, 2K LoRA, blocks compiled", adapted(bench.lora), sizes)
-    return {
-        name: {
-            str(side): {
-                "seconds": statistics.median(found),
-                "all_seconds": [round(value, 5) for value in found],
-                "peak_gib": peaks[name][side],
-            }
-            for side, found in sides.items()
-        }
-        for name, sides in times.items()
-    }
-
-
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "base": measure_base,  # the others need it
     "minor": measure_minor,  # `forward` and `generate_4k` need its adapter
@@ -184,6 +125,9 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
         for name, way in WAYS.items()
     },
     "forward": measure_forward,
+    "scaling": measure_scaling,
+    "scaling_8k": measure_scaling_8k,
+    "scaling_vae": measure_scaling_vae,
     "train_stock": measure_train_stock,
     **{
         f"train_4k_{name}": partial(measure_train, side=4096, adapter="minor", way=way)

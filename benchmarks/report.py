@@ -1,8 +1,11 @@
 """The benchmark's figures as one page of Markdown, beside the reference's."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from plots import PANELS, draw_scaling
 
 # one NVIDIA H200, torch 2.11, bf16, the same random shape, no adapter in the forwards:
 # seconds by side and GiB at the largest side
@@ -45,6 +48,7 @@ def write_report(folder: Path, parts: list[str]) -> None:
     results = {name: record["result"] for name, record in found.items()}
     if "forward" in results:
         lines += ["", *table_forward(tiny, results["forward"])]
+    lines += write_scaling(found, folder)
     if "forward_two_gpus" in results:
         lines += ["", *table_two_gpus(results["forward_two_gpus"])]
     for side, start in ((2048, ("train_stock", "train_2k")), (4096, ("train_4k",))):
@@ -105,6 +109,23 @@ def table_forward(tiny: bool, result: dict[str, Any]) -> list[str]:
         ours, stock = (result[f"{who}, 2K LoRA"][str(side)]["seconds"] for who in ("urae", "stock"))
         ratios.append(f"{ours / stock:.3f} at {side}^2")
     return [*lines, "", f"urae's time over stock's, the same LoRA attached: {', '.join(ratios)}."]
+
+
+def write_scaling(found: dict[str, Any], folder: Path) -> list[str]:
+    """List seconds and memory by size, and draw them where matplotlib is there."""
+    lines = []
+    for title, parts in PANELS.items():
+        rows = [
+            [f"{side}^2", case, entry["seconds"], len(entry["all_seconds"]), entry["peak_gib"]]
+            for part in parts
+            for case, by_side in found.get(part, {}).get("result", {}).items()
+            for side, entry in by_side.items()
+        ]
+        if rows:
+            lines += ["", *table([title, "", "s", "runs", "peak with weights, GiB"], rows)]
+    if lines and find_spec("matplotlib") is not None:
+        lines += ["", *(f"![{path.stem}]({path.name})" for path in draw_scaling(found, folder))]
+    return lines
 
 
 def table_two_gpus(result: dict[str, Any]) -> list[str]:
