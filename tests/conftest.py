@@ -1,8 +1,11 @@
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from urae.backbones.flux import load_pipeline
 
@@ -93,3 +96,38 @@ def sample():
         return pipe(prompt, height=height, width=width, **{**defaults, **options}).images
 
     return run
+
+
+class Tracker(TorchDispatchMode):
+    """Follow the bytes of what operations make, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return found
+
+    def count(self, storage, *, made=True):
+        key, size = storage._cdata, storage.nbytes() if made else 0
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+@pytest.fixture
+def tracker() -> Tracker:
+    """Follow what is allocated."""
+    return Tracker()

@@ -1,4 +1,3 @@
-import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -7,8 +6,6 @@ from diffusers import FluxTransformer2DModel
 from torch import distributed
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from urae.backbones.context_parallel import build_mesh, context_parallel
 from urae.backbones.flux import build_meta_models, predict_velocity
@@ -71,35 +68,6 @@ def test_decoding_beside_the_transformer_is_counted(flux):
     assert weights + 5 * GIB < found < weights + 7 * GIB
 
 
-class Tracker(TorchDispatchMode):
-    """Follow the bytes of what operations make, on any device."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return found
-
-    def count(self, storage, *, made=True):
-        key, size = storage._cdata, storage.nbytes() if made else 0
-        if key in self.alive:
-            return
-        self.alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.free, key, size)
-
-    def free(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-
-
 class FlashAttention(TorchFunctionMode):
     """Attention that holds nothing but its result, as on a GPU."""
 
@@ -110,14 +78,13 @@ class FlashAttention(TorchFunctionMode):
 
 
 @torch.no_grad()
-def track_maps(dual, single, chunked, mesh=None):
+def track_maps(tracker, dual, single, chunked, mesh=None):
     """Return the peak of FLUX.1's blocks at 4096 x 4096 on the meta device, in maps of tokens."""
     shapes = [(1, 16, 512, 512), (1,), (1, 512, 4096), (1, 768)]
     with torch.device("meta"), ExitStack() as stack:
         transformer = FluxTransformer2DModel(num_layers=dual, num_single_layers=single)
         torch.nn.Module.to(transformer, torch.bfloat16)
         inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-        tracker = Tracker()
         for tensor in [*inputs, *transformer.parameters()]:
             tracker.count(tensor.untyped_storage(), made=False)
         if chunked:
@@ -131,9 +98,9 @@ def track_maps(dual, single, chunked, mesh=None):
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("kind", "blocks"), [(0, (3, 0)), (1, (0, 2))])
-def test_the_maps_are_those_of_the_stock_forward(chunked, kind, blocks):
+def test_the_maps_are_those_of_the_stock_forward(tracker, chunked, kind, blocks):
     wanted = (_CHUNKED if chunked else _WHOLE)[kind]
-    assert track_maps(*blocks, chunked) == pytest.approx(wanted, abs=0.3)
+    assert track_maps(tracker, *blocks, chunked) == pytest.approx(wanted, abs=0.3)
 
 
 @pytest.fixture
@@ -147,9 +114,9 @@ def two_ranks():
 @pytest.mark.filterwarnings("ignore:.*all_gather_tensor")  # diffusers' own
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("kind", "blocks"), [(0, (3, 0)), (1, (0, 2))])
-def test_of_two_ranks_each_holds_half_the_maps(chunked, kind, blocks, two_ranks):
+def test_of_two_ranks_each_holds_half_the_maps(tracker, chunked, kind, blocks, two_ranks):
     wanted = (_CHUNKED if chunked else _WHOLE)[kind]
-    assert 2 * track_maps(*blocks, chunked, two_ranks) == pytest.approx(wanted, abs=0.3)
+    assert 2 * track_maps(tracker, *blocks, chunked, two_ranks) == pytest.approx(wanted, abs=0.3)
 
 
 def test_less_memory_tier_by_tier(flux):

@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from urae.backbones.flux import predict_velocity
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -32,3 +34,25 @@ def settings(tmp_path):
 @pytest.fixture
 def minor(expected) -> AdapterConfig:
     return AdapterConfig("minor", 4, over=(str(expected / "dev_2k_lora.safetensors"),))
+
+
+@pytest.fixture(scope="session")
+def take_step():
+    """Give velocity and gradients of one forward and backward, of latents of height x width."""
+
+    def take_step(adapter, height=8, width=8):
+        transformer = adapter.transformer.train()
+        generator = torch.Generator().manual_seed(0)
+        inputs = (
+            torch.randn(2, transformer.config.in_channels // 4, height, width, generator=generator),
+            torch.tensor([0.3, 0.9]),
+            torch.randn(2, 6, transformer.config.joint_attention_dim, generator=generator),
+            torch.randn(2, transformer.config.pooled_projection_dim, generator=generator),
+        )
+        for parameter in adapter.parameters:
+            parameter.grad = None
+        velocity = predict_velocity(transformer, *inputs, 1.0)
+        velocity.square().mean().backward()
+        return [velocity.detach(), *(parameter.grad for parameter in adapter.parameters)]
+
+    return take_step

@@ -1,6 +1,5 @@
 """The estimate of a step is what was measured, and what the stock blocks hold by count."""
 
-import weakref
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from urae.adapters.attach import attach_trainable
 from urae.adapters.files import LowRank
@@ -114,34 +111,6 @@ def test_operations_are_those_of_the_formula(flux):
 # --- the maps of a block, by count on the meta device ---------------------------------------------
 
 
-class Tracker(TorchDispatchMode):
-    """Follow the bytes of what operations make."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return found
-
-    def count(self, storage, *, made=True):
-        key, size = storage._cdata, storage.nbytes() if made else 0
-        if key not in self.alive:
-            self.alive.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.free, key, size)
-
-    def free(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-
-
 class Attention(torch.autograd.Function):
     """Holds what a GPU's does: log-sum-exp, and the sums of a gradient in float32."""
 
@@ -176,7 +145,7 @@ class Norm(torch.autograd.Function):
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("blocks", [(2, 0), (0, 2)])
-def test_the_maps_are_those_of_the_stock_blocks(blocks, chunked, monkeypatch):
+def test_the_maps_are_those_of_the_stock_blocks(tracker, blocks, chunked, monkeypatch):
     def attend(query, key, value, **_):
         return Attention.apply(*(each.contiguous() for each in (query, key, value)))
 
@@ -195,7 +164,6 @@ def test_the_maps_are_those_of_the_stock_blocks(blocks, chunked, monkeypatch):
         if chunked:
             chunk_mlps(transformer)
         set_checkpointing(transformer.train(), Way("resident", "full"), torch.device("cpu"))
-        tracker = Tracker()
         inputs = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
         for tensor in [*inputs, *transformer.parameters(), *transformer.buffers()]:
             tracker.count(tensor.untyped_storage(), made=False)

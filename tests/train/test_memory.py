@@ -1,5 +1,7 @@
 """Every exact rung of the memory ladder gives what the resident one gives."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -42,26 +44,16 @@ def build(bases, minor):
     return build
 
 
-def take_step(adapter, side=16):
-    transformer = adapter.transformer
-    generator = torch.Generator().manual_seed(0)
-    inputs = (
-        torch.randn(2, transformer.config.in_channels // 4, 2 * side, side, generator=generator),
-        torch.tensor([0.3, 0.9]),
-        torch.randn(2, 6, transformer.config.joint_attention_dim, generator=generator),
-        torch.randn(2, transformer.config.pooled_projection_dim, generator=generator),
-    )
-    for parameter in adapter.parameters:
-        parameter.grad = None
-    velocity = predict_velocity(transformer, *inputs, 1.0)
-    velocity.square().mean().backward()
-    return [velocity.detach(), *(parameter.grad for parameter in adapter.parameters)]
+@pytest.fixture
+def take_step(take_step):
+    """Pictures that are large enough for local attention."""
+    return partial(take_step, height=32, width=16)
 
 
 @pytest.mark.parametrize("policy", [FULL, LOCAL], ids=["full", "local"])
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 @pytest.mark.parametrize("tier", ["offload", "streamed"])
-def test_exact_rungs_give_what_resident_gives(build, tier, checkpointing, policy, rel):
+def test_exact_rungs_give_what_resident_gives(build, tier, checkpointing, policy, rel, take_step):
     wanted = take_step(build(Way("resident", "full"), policy=policy))
     adapter = build(Way(tier, checkpointing), policy=policy)
     for _ in range(2):
@@ -71,7 +63,7 @@ def test_exact_rungs_give_what_resident_gives(build, tier, checkpointing, policy
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
-def test_compiled_and_streamed_gives_the_same(build, rel, monkeypatch):
+def test_compiled_and_streamed_gives_the_same(build, rel, monkeypatch, take_step):
     monkeypatch.setattr(
         torch, "compile", lambda f, compile=torch.compile: compile(f, backend="aot_eager")
     )
@@ -83,7 +75,7 @@ def test_compiled_and_streamed_gives_the_same(build, rel, monkeypatch):
             assert rel(found, each) < 1e-5
 
 
-def test_local_attention_is_local_here(build, rel):
+def test_local_attention_is_local_here(build, rel, take_step):
     full, local = (take_step(build(Way("resident", "full"), policy=p)) for p in (FULL, LOCAL))
     assert rel(local[0], full[0]) > 0.01
 
@@ -113,7 +105,7 @@ def watched(build, monkeypatch):
     return build(Way("streamed", "full")), brought, used
 
 
-def test_weights_come_once_each_way_and_a_block_ahead(watched):
+def test_weights_come_once_each_way_and_a_block_ahead(watched, take_step):
     adapter, brought, used = watched
     take_step(adapter)
     last = len(list_blocks(adapter.transformer)) - 1
@@ -143,7 +135,7 @@ def test_a_forward_alone_finds_its_weights(watched):
     assert used == 2 * list(range(len(list_blocks(adapter.transformer))))
 
 
-def test_frozen_weights_are_back_on_the_host_after_a_step(build):
+def test_frozen_weights_are_back_on_the_host_after_a_step(build, take_step):
     adapter = build(Way("streamed", "full"))
     tensors = [t for block in list_blocks(adapter.transformer) for t in block.parameters()]
     before = [tensor.data_ptr() for tensor in tensors]
@@ -196,7 +188,7 @@ def test_an_mlp_that_an_adapter_acts_on_stays_whole():
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torchao
-def test_gradients_through_an_8bit_base_are_those_of_its_dequantised_copy(build, rel):
+def test_gradients_through_an_8bit_base_are_those_of_its_dequantised_copy(build, rel, take_step):
     pytest.importorskip("torchao")
     quantized, dense = build(Way("8bit", "full")), build(Way("resident", "full"))
     for one, other in zip(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from urae.adapters.files import read_adapter
 from urae.backbones.attention import backend, measure_error, pick_attention
-from urae.backbones.flux import load_transformer, predict_velocity
+from urae.backbones.flux import load_transformer
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train import AdapterConfig
 from urae.train.adapter import attach_for_training
@@ -56,23 +56,6 @@ def build(bases, expected):
     return build
 
 
-def take_step(adapter, side=8):
-    """Return velocity and gradients of one forward and backward."""
-    transformer = adapter.transformer.train()
-    generator = torch.Generator().manual_seed(0)
-    inputs = (
-        torch.randn(2, transformer.config.in_channels // 4, side, 8, generator=generator),
-        torch.tensor([0.3, 0.9]),
-        torch.randn(2, 6, transformer.config.joint_attention_dim, generator=generator),
-        torch.randn(2, transformer.config.pooled_projection_dim, generator=generator),
-    )
-    for parameter in adapter.parameters:
-        parameter.grad = None
-    velocity = predict_velocity(transformer, *inputs, 1.0)
-    velocity.square().mean().backward()
-    return [velocity.detach(), *(parameter.grad for parameter in adapter.parameters)]
-
-
 def count_blocks(adapter):
     transformer = adapter.transformer
     return len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
@@ -85,7 +68,7 @@ WAYS = [
 
 @pytest.mark.parametrize("kind", ["lora", "minor"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_what_is_recomputed_changes_no_bit(build, kind, way):
+def test_what_is_recomputed_changes_no_bit(build, kind, way, take_step):
     adapter = build(kind)
     wanted = take_step(adapter)
     set_checkpointing(adapter.transformer, way, CPU)
@@ -94,7 +77,7 @@ def test_what_is_recomputed_changes_no_bit(build, kind, way):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_attention_is_not_computed_twice(build, way):
+def test_attention_is_not_computed_twice(build, way, take_step):
     adapter = build()
     set_checkpointing(adapter.transformer, way, CPU)
     times = 2 if way.checkpointing == "full" else 1
@@ -116,7 +99,7 @@ def test_attention_is_not_computed_twice(build, way):
     ],
     ids=str,
 )
-def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel):
+def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel, take_step):
     backward_attentions = []
 
     def look_at_backward(graph, inputs):
@@ -157,7 +140,7 @@ def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel):
         pytest.param("selective", True, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_kept_leaves_the_device(build, checkpointing, compiled, monkeypatch):
+def test_what_is_kept_leaves_the_device(build, checkpointing, compiled, monkeypatch, take_step):
     """Blocks' inputs and outputs of attention, no weights and nothing that all blocks share."""
     sent, bring = [], HostKeeper.bring
 
@@ -180,7 +163,7 @@ def test_what_is_kept_leaves_the_device(build, checkpointing, compiled, monkeypa
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_on_the_host_is_not_on_the_device_too(build, compiled, monkeypatch):
+def test_what_is_on_the_host_is_not_on_the_device_too(build, compiled, monkeypatch, take_step):
     """Of the maps that were sent, the last block's alone outlive the forward.
 
     And the first's where blocks are compiled: its inputs are made leaves, which the graph holds.
