@@ -1,9 +1,13 @@
 import pytest
 from typer.testing import CliRunner
 
+import urae
 from urae.backbones import flux
 from urae.cli.main import app
 from urae.generate import job as job_module
+from urae.generate.estimate import count_bytes
+from urae.generate.inputs import check_adapters
+from urae.generate.joined_adapters import join_adapters
 from urae.generate.plan import PlanConfig, parse_bytes, plan
 
 GIB = 2**30
@@ -39,6 +43,19 @@ def test_a_folder_with_an_adapter(bases, expected):
     )
     assert plain.chosen.way.tier == "resident"
     assert adapted.chosen.sample.weights > plain.chosen.sample.weights
+
+
+@pytest.mark.parametrize(
+    "names", [("dev_2k_lora",), ("dev_4k_minor",), ("dev_2k_lora", "dev_4k_minor")]
+)
+def test_adapters_take_what_is_attached_and_joined(load_pipe, expected, names):
+    adapters = [str(expected / f"{name}.safetensors") for name in names]
+    pipe = load_pipe(without=("vae", *flux.TEXT_COMPONENTS))
+    before = count_bytes(pipe.transformer)
+    urae.adapt(pipe, adapters)
+    join_adapters(pipe.transformer, merge=False)
+    counted = check_adapters(adapters, (), pipe.transformer)
+    assert counted == count_bytes(pipe.transformer) - before
 
 
 def test_another_hub_id_gives_its_configs_alone(bases, monkeypatch):
