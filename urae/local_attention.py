@@ -197,16 +197,22 @@ class LocalForward:
     def __init__(self, native_side: int) -> None:
         self.native_side = native_side
         self._pattern: LocalAttention | None = None
+        self._ids: Tensor | None = None
+        self._grid = (0, 0)
         self._chosen: dict[Any, AttentionBackendName] = {}  # by processor
         self._compiled: list[nn.Module] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def enter(self, module: nn.Module, arguments: dict[str, Any]) -> float | None:
+    def enter(
+        self, module: nn.Module, arguments: dict[str, Any], given_ids: Tensor
+    ) -> float | None:
         """Make the arguments of one forward local, in place, if its picture is larger than native.
 
         Args:
             module: A stock `FluxTransformer2DModel`.
             arguments: Of its forward, by name, position ids in float32.
+            given_ids: The image's position ids as the caller gave them. Pipelines give the same
+                tensor in each step, so that the device is waited for once a picture.
 
         Returns:
             The keys that an image token sees; None where attention is full.
@@ -214,7 +220,7 @@ class LocalForward:
         Raises:
             ValueError: If the tokens are no picture, or something here excludes the mask.
         """
-        self._pattern = self._find_pattern(arguments)
+        self._pattern = self._find_pattern(arguments, given_ids)
         if self._pattern is None:
             self._release_backend()
             return None
@@ -247,14 +253,15 @@ class LocalForward:
             attention._compiled_call_impl = None
         self._compiled = []
 
-    def _find_pattern(self, arguments: dict[str, Any]) -> LocalAttention | None:
+    def _find_pattern(self, arguments: dict[str, Any], given_ids: Tensor) -> LocalAttention | None:
         image_ids, text_ids = arguments["img_ids"], arguments["txt_ids"]
         if image_ids.shape[-2] <= self.native_side**2:
             return None
-        rows, columns = find_grid(image_ids)
+        if given_ids is not self._ids:
+            self._ids, self._grid = given_ids, find_grid(image_ids)
         device = arguments["hidden_states"].device
         num_text = text_ids.shape[-2]
-        pattern = build_local_attention(rows, columns, num_text, self.native_side, device)
+        pattern = build_local_attention(*self._grid, num_text, self.native_side, device)
         return None if pattern.is_full else pattern
 
     def _choose_backend(self, module: Any, device: torch.device) -> AttentionBackendName:

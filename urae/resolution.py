@@ -182,7 +182,7 @@ class ResolutionPositions(nn.Module):
             inputs.arguments["img_ids"] = widen_ids(image_ids)
             inputs.arguments["txt_ids"] = text_ids.float()
             if self.local is not None:
-                self._num_local_keys = self.local.enter(module, inputs.arguments)
+                self._num_local_keys = self.local.enter(module, inputs.arguments, image_ids)
         if not torch.compiler.is_compiling():
             self._warn_of_inactive(module)
         # by keyword, where stock decorators of the forward look for what is theirs

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import urae
 from urae.backbones.attention import pick_attention
@@ -11,7 +12,7 @@ from urae.generate import attention, parts, quantize
 from urae.generate.memory import stream_blocks
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
 from urae.generate.speed import default_cache_dir, keep_compiled
-from urae.resolution import find_policy
+from urae.resolution import ResolutionPolicy, find_policy
 
 CPU = torch.device("cpu")
 
@@ -338,3 +339,34 @@ def test_an_older_gpu_has_no_fp8(monkeypatch):
         quantize.check_quantization("fp8", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     quantize.check_quantization("fp8", gpu)
+
+
+# --- waiting for the device -----------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers that go to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function in (aten._local_scalar_dense.default, aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["full", "local"])
+@pytest.mark.parametrize(
+    "parts", [("joined-adapters", "constants"), ("progressive=0.5",), ("taylorseer-cache=2",)]
+)
+def test_no_step_waits_for_the_device(adapted, sample, parts, attention):
+    pipe = adapted(policy=ResolutionPolicy(native_sequence_length=80, attention=attention))
+    apply(pipe, *parts)
+    counts = []
+    for steps in (4, 4, 8):  # the first finds local attention's pattern
+        with Reads() as reads:
+            sample(pipe, num_inference_steps=steps)
+        counts.append(reads.count)
+    assert counts[1] == counts[2]

@@ -121,7 +121,7 @@ class Progressive:
         if self._schedule.sigmas[0] < 1:
             raise ValueError(
                 "progressive resolution begins at pure noise, this schedule at noise level "
-                f"{float(self._schedule.sigmas[0]):.3f}: latents that hold a picture would lose "
+                f"{self._schedule.sigmas[0]:.3f}: latents that hold a picture would lose "
                 "its detail; leave it out"
             )
         if image_ids is self._ids:

@@ -4,7 +4,6 @@ from typing import Any
 from weakref import ref
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,7 +15,8 @@ class Schedule:
     """Follows a pipeline through its sigmas, one forward of its transformer after the other.
 
     The scheduler knows the step without asking the device, and makes new sigmas for every picture,
-    so a picture that was broken off is told from the next one.
+    so a picture that was broken off is told from the next one. Reading numbers waits for the
+    device: that is done once a picture, and where a step comes that does not follow the last one.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -30,13 +30,14 @@ class Schedule:
         """Which picture this is, counted from 1."""
         self.index = 0
         """Of the step, from 0."""
-        self.sigmas: Float[Tensor, " steps_1"] = torch.empty(0)
+        self.sigmas: list[float] = []
         """Of the whole schedule; the last is 0."""
+        self._read_from: Tensor | None = None
 
     @property
     def sigma(self) -> float:
         """The noise level of this forward."""
-        return float(self.sigmas[self.index])
+        return self.sigmas[self.index]
 
     @property
     def num_steps(self) -> int:
@@ -50,9 +51,13 @@ class Schedule:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         pipe = self._pipe()
+        before = self.picture, self.index
         if pipe is not None:
             self._read(pipe.scheduler)
-        found = float(kwargs["timestep"].flatten()[0])
+        if self.picture != before[0] or self.index <= before[1]:
+            self._check(float(kwargs["timestep"].flatten()[0]), pipe)
+
+    def _check(self, found: float, pipe: Any) -> None:
         if pipe is None or abs(found - self.sigma) > _ROUNDING * self.sigma:
             raise ValueError(
                 f"the transformer is optimized for one pipeline, and called at noise level "
@@ -61,8 +66,9 @@ class Schedule:
             )
 
     def _read(self, scheduler: Any) -> None:
-        if scheduler.sigmas is not self.sigmas:
-            self.sigmas = scheduler.sigmas
+        if scheduler.sigmas is not self._read_from:
+            self._read_from = scheduler.sigmas
+            self.sigmas = scheduler.sigmas.tolist()
             self.picture += 1
         step = scheduler.step_index
         if step is None:  # before the first step of a picture

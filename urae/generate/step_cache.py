@@ -144,7 +144,7 @@ class StepCache:
         corner = image_ids.reshape(-1, image_ids.shape[-1]).amax(0)
         where = {
             "size": corner.tolist(),
-            "sigmas": self._schedule.sigmas[self._schedule.index :].tolist(),
+            "sigmas": self._schedule.sigmas[self._schedule.index :],
             "policy": None if positions is None else positions.policy.to_json(),
             "variant": self._variant,
         }
