@@ -111,12 +111,28 @@ def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_like(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
         hidden, text = (
-            each if each.requires_grad else each.detach().requires_grad_()
+            each if each.requires_grad else _make_differentiable(each)
             for each in (hidden.contiguous(), text.contiguous())
         )
         return run(block, hidden, text, *rest)
 
     return run_like
+
+
+def _make_differentiable(tensor: Tensor) -> Tensor:
+    """Give a tensor that a block before might have made: a graph holds its leaves, not those."""
+    made: Tensor = _Through.apply(tensor, tensor.new_empty(0).requires_grad_())  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, _leaf: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _offload(run: Callable[..., Any], keeper: HostKeeper, first: nn.Module) -> Callable[..., Any]:
