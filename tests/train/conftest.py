@@ -40,14 +40,15 @@ def minor(expected) -> AdapterConfig:
 def take_step():
     """Give velocity and gradients of one forward and backward, of latents of height x width."""
 
-    def take_step(adapter, height=8, width=8):
+    def take_step(adapter, height=8, width=8, batch=2):
         transformer = adapter.transformer.train()
+        channels = transformer.config.in_channels // 4
         generator = torch.Generator().manual_seed(0)
         inputs = (
-            torch.randn(2, transformer.config.in_channels // 4, height, width, generator=generator),
-            torch.tensor([0.3, 0.9]),
-            torch.randn(2, 6, transformer.config.joint_attention_dim, generator=generator),
-            torch.randn(2, transformer.config.pooled_projection_dim, generator=generator),
+            torch.randn(batch, channels, height, width, generator=generator),
+            torch.tensor([0.3, 0.9])[:batch],
+            torch.randn(batch, 6, transformer.config.joint_attention_dim, generator=generator),
+            torch.randn(batch, transformer.config.pooled_projection_dim, generator=generator),
         )
         for parameter in adapter.parameters:
             parameter.grad = None

@@ -131,6 +131,19 @@ def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel, take_step):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
+def test_one_picture_a_batch_is_compiled_no_more_often(build, monkeypatch, take_step):
+    """Each kind of block once, and once more for all sizes, as for several pictures."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    adapter = build()
+    set_checkpointing(adapter.transformer, Way("resident", "full"), CPU, compiled=True)
+    counters.clear()
+    for height, graphs in ((8, 2), (10, 4), (12, 4)):
+        take_step(adapter, height, batch=1)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
 @pytest.mark.parametrize(
     ("checkpointing", "compiled"),
     [

@@ -110,9 +110,10 @@ def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
     """Make the first blocks' inputs like the others', so that one compilation serves all."""
 
     def run_like(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
+        # a view, for the stride of a batch of one: it may be any, and would be compiled for
+        hidden, text = (each.contiguous().view(each.shape) for each in (hidden, text))
         hidden, text = (
-            each if each.requires_grad else _make_differentiable(each)
-            for each in (hidden.contiguous(), text.contiguous())
+            each if each.requires_grad else _make_differentiable(each) for each in (hidden, text)
         )
         return run(block, hidden, text, *rest)
 
