@@ -123,9 +123,10 @@ def measure_scaling_8k(bench: Bench) -> Times:
 
 
 def compile_blocks(pipe: Any, bench: Bench) -> None:
-    """Compile the blocks anew, at most a few shapes each; a try on a CPU leaves it."""
+    """Compile the blocks anew; a try on a CPU leaves it."""
     if bench.device.type == "cuda":
         torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64  # beyond it blocks would run uncompiled
         pipe.transformer.compile_repeated_blocks()
 
 
