@@ -38,10 +38,10 @@ def test_an_existing_path_wins(packaged, tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_is_told_the_known_ones(packaged, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="known names: miniature-2k, miniature-4k$"):
+    with pytest.raises(FileNotFoundError, match=r"known names: miniature-2k, miniature-4k$"):
         resolve_adapter("miniature-8k")
     monkeypatch.delitem(packaged, "miniature-4k")
-    with pytest.raises(FileNotFoundError, match="'miniature-4k' is .*known names: miniature-2k$"):
+    with pytest.raises(FileNotFoundError, match=r"'miniature-4k' is .*known names: miniature-2k$"):
         resolve_adapter("miniature-4k")
 
 
