@@ -51,7 +51,7 @@ def write_page(
 <p>A FLUX of 5 M parameters, at home at 256 x 256. At 512 x 512, its 2K, it repeats objects as
 FLUX.1 does at 2048 x 2048. A LoRA trained for {steps} steps on this machine begins to mend
 that.</p>
-<img src="comparison.png" alt="the same prompts at native size, directly at 2K, and with the LoRA">
+<img src="comparison.png" alt="each prompt at native size, then at 2K without and with adapters">
 <h2>What the scene check reads in them</h2>
 <table><tr><th>caption</th>{head}</tr>{rows}</table>
 <h2>Training</h2>

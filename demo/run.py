@@ -17,10 +17,12 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
+from urae.adapters.packaged import PACKAGED_ADAPTERS
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
 DATA, PICTURES, LORA = OUTPUT / "data", OUTPUT / "pictures", OUTPUT / "lora_2k"
-MODEL = "miniature-dev"
+MODEL, SHIPPED = "miniature-dev", "miniature-2k"
 NATIVE, SIZE_2K = 256, 512
 SAMPLES, HELD_OUT, STEPS = 80, 16, 240
 PROMPTS = (
@@ -72,6 +74,10 @@ def main() -> None:
         "2K, no adapter": generate(prompts, "direct_2k", SIZE_2K),
         f"2K, this LoRA ({STEPS} steps)": generate(prompts, "lora_2k", SIZE_2K, "--adapter", LORA),
     }
+    if SHIPPED in PACKAGED_ADAPTERS:
+        columns["2K, the adapter that ships"] = generate(
+            prompts, "shipped_2k", SIZE_2K, "--adapter", SHIPPED
+        )
 
     tell("Check the pictures against their captions")
     # torch comes with these, and takes seconds

@@ -191,6 +191,7 @@ def jobs(monkeypatch, tmp_path):
     for name, result in {
         "stages.train_stage": Path("vae.safetensors"),
         "export.export_pipelines": [Path("miniature-dev")],
+        "export.export_adapters": [Path("miniature_2k_lora.safetensors")],
         "stages.load_stage": SimpleNamespace(
             to=lambda _: SimpleNamespace(set_progress_bar_config=lambda **_: None)
         ),

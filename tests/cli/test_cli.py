@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from urae.adapters.files import read_adapter
+from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS
 from urae.cli.generate import _read_prompts, _split_weight
 from urae.cli.main import app, main
 
@@ -71,6 +72,29 @@ def urae(monkeypatch, capsys, tmp_path):
         return ended.value.code, capsys.readouterr().err
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("options", "adapters"),
+    [
+        ((), ()),
+        (("--size", 512), ("miniature-2k",)),
+        (("--size", "1024x512"), ("miniature-2k", "miniature-4k")),
+        (("--size", 512, "--model", "miniature-dev"), ()),
+        (("--size", 1024, "--adapter", "mine.safetensors"), ("mine.safetensors",)),
+    ],
+)
+def test_beyond_native_size_the_default_is_adapted(urae, monkeypatch, options, adapters):
+    """A model or an adapter that is named is taken as it is."""
+    configs = []
+    monkeypatch.setattr("urae.generate.generate", lambda config, **_: configs.append(config) or [])
+    for name, file in FILES.items():
+        monkeypatch.setitem(PACKAGED_ADAPTERS, name, Path(file))
+    _, told = urae("generate", "a red circle", *options)
+    assert (configs[0].model, configs[0].adapters) == ("miniature-dev", adapters)
+    line = f"with {' and '.join(adapters)}, beyond 256 x 256; without: --model miniature-dev\n"
+    assert (line in told) == (adapters[:1] == ("miniature-2k",))
+    assert told.count("\n") == 1 + (line in told)
 
 
 @pytest.mark.parametrize(

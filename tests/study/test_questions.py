@@ -125,7 +125,7 @@ def test_a_cell_is_known_by_its_content(tmp_path, write_stages):
 def test_what_is_missing_is_said_first(study, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"vae\.safetensors does not exist; the teacher's"):
         list_cells(study("a", stand_in=False))
-    monkeypatch.setattr("urae.study.bench.SHIPPED_2K", tmp_path / "none.safetensors")
+    monkeypatch.setattr("urae.study.bench.PACKAGED_ADAPTERS", {})
     with pytest.raises(ValueError, match="question c goes over a 2K LoRA of the miniature"):
         list_cells(study("c"))
     monkeypatch.setattr("urae.study.bench.PACKAGED", {})

@@ -141,6 +141,7 @@ def test_a_minor_adapter_has_its_conversion_beside_it(settings, minor, rel):
     wanted = lora.up @ lora.down + trained.up @ trained.down - initial.up @ initial.down
     assert rel(whole.layers[name].up @ whole.layers[name].down, wanted) < 1e-6
     assert f"me/my-2k/{CONVERTED_FILE}" in (folder / "README.md").read_text()
+    assert str(GOLDEN).encode() not in (folder / LORA).read_bytes()
 
 
 def test_upload(run, hub):

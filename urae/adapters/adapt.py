@@ -48,9 +48,9 @@ def adapt(
 
     Args:
         pipe: Any stock FLUX pipeline of diffusers, offloaded, quantised or neither.
-        adapters: One adapter or several, applied in order: local files or folders, or
-            `[hf://]owner/repo[@revision]/file` on the hub. A minor-component adapter comes after
-            the 2K LoRA that it was trained over.
+        adapters: One adapter or several, applied in order: local files or folders, names of those
+            that come with this package (`miniature-2k`), or `[hf://]owner/repo[@revision]/file` on
+            the hub. A minor-component adapter comes after the 2K LoRA that it was trained over.
         adapter_names: A name each; `urae_2k` and `urae_4k` unless given.
         policy: Positions, attention and time shift; by default what the last adapter's metadata
             says, else what the base's folder says, else `ResolutionPolicy()`.

@@ -27,6 +27,7 @@ from peft import get_peft_config
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.adapters.variants import Variant, VariantKind, find_kind
 from urae.backbones.weights import linear_shape
 from urae.resolution import ResolutionPolicy
@@ -82,7 +83,8 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
     """Find an adapter file, on this machine or on the hub.
 
     Args:
-        source: A file or folder (an existing path wins), or `[hf://]owner/repo[@revision]/file`.
+        source: A file or folder (an existing path wins), the name of an adapter that comes with
+            this package (`miniature-2k`), or `[hf://]owner/repo[@revision]/file`.
 
     Raises:
         ValueError: If the file is a pickle, or a folder holds no single adapter.
@@ -98,12 +100,15 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
         )
     if path.is_file():
         return path
-    name = os.fspath(source).removeprefix("hf://")
+    if (name := os.fspath(source)) in PACKAGED_ADAPTERS:
+        return PACKAGED_ADAPTERS[name]
+    name = name.removeprefix("hf://")
     parts = name.split("/")
     if len(parts) < 3 or any(part in ("", ".", "..", "~") for part in parts):
         raise FileNotFoundError(
             f"adapter {os.fspath(source)!r} is neither an existing file or folder nor a file on "
-            "the hub, [hf://]owner/repo[@revision]/file"
+            "the hub, [hf://]owner/repo[@revision]/file; known names: "
+            f"{', '.join(PACKAGED_ADAPTERS) or 'none'}"
         )
     repo, _, revision = parts[1].partition("@")
     try:

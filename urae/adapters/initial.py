@@ -22,7 +22,8 @@ _ROW_STRIDE = 16
 def fingerprint_origin(weights: Weights, over: Sequence[Mapping[str, LowRank]]) -> str:
     """Identify a base and the adapters under a minor adapter by their numbers.
 
-    The same for a base held in bfloat16 and in float32, whatever file it came from.
+    The same for a base held in bfloat16 and in float32, whatever file it came from: the base's
+    numbers count as bfloat16 has them.
 
     Args:
         weights: The base's matrices by layer.
@@ -34,7 +35,7 @@ def fingerprint_origin(weights: Weights, over: Sequence[Mapping[str, LowRank]]) 
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name}\n".encode())
-        digest.update(_float_bytes(weights[name]()[::_ROW_STRIDE]))
+        digest.update(_float_bytes(weights[name]()[::_ROW_STRIDE].bfloat16()))
         for layers in over:
             if name in layers:
                 digest.update(_float_bytes(layers[name].down))

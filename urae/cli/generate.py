@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from urae.adapters.packaged import PACKAGED_ADAPTERS, pick_adapters
 from urae.cli.launch import launch, wants_launch
 from urae.cli.terminal import (
     Verbose,
@@ -37,17 +38,20 @@ class Speed(StrEnum):
     turbo = "turbo"
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="miniature-dev, flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file."
-    ),
-]
+MODELS = "miniature-dev, flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file"
+_DEFAULT_MODEL = "miniature-dev"
+_ADAPTERS = ", ".join([*PACKAGED_ADAPTERS, "a file, a folder or owner/repo/file"])
 
 
 def generate_command(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
-    model: Model = "miniature-dev",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{MODELS} [dim](miniature-dev, beyond its own size with the adapters that come "
+            "for it)[/]."
+        ),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +61,9 @@ def generate_command(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Ultra-resolution adapter; repeat in order: 2K LoRA, then 4K minor."),
+        typer.Option(
+            help=f"Ultra-resolution adapter: {_ADAPTERS}; repeat in order: 2K LoRA, then 4K minor."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="Another LoRA, FILE or FILE:WEIGHT; repeatable.")
@@ -102,13 +108,15 @@ def generate_command(
     from urae.generate import GenerateConfig, Progress, generate
     from urae.geometry import parse_size
 
-    height, width = parse_size(size or str(find_native_side(model)))
+    native_side = find_native_side(model or _DEFAULT_MODEL)
+    height, width = parse_size(size or str(native_side))
+    own = pick_adapters(height, width, native_side) if model is None and not adapter else ()
     config = GenerateConfig(
         prompts=texts,
-        model=model,
+        model=model or _DEFAULT_MODEL,
         height=height,
         width=width,
-        adapters=tuple(adapter or ()),
+        adapters=own or tuple(adapter or ()),
         loras=tuple(_split_weight(text) for text in lora or ()),
         steps=steps,
         guidance_scale=guidance,
@@ -121,6 +129,9 @@ def generate_command(
         speed=speed.value,
         parts=tuple(part or ()),
     )
+    if own and is_first_rank():
+        text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
+        console.print(Text(f"{text} {_DEFAULT_MODEL}"), soft_wrap=True)
     quiet_progress_bars()
     with build_progress() as bar:
         task = bar.add_task("loading", total=None)

@@ -172,6 +172,24 @@ def export_command(
         console.print("[green]done:[/]", Text(str(folder)))
 
 
+@miniature_app.command("export-adapters")
+def export_adapters_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Finished: that of the 2K LoRA, then the 4K one over it.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the adapters and their model card.")],
+    commit: Annotated[
+        str | None, typer.Option(help="Of the code that trained them, where a run does not say it.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write trained adapters of the miniature as they ship."""
+    from urae.miniature.export import export_adapters
+
+    for path in export_adapters(runs, output, commit=commit):
+        console.print("[green]done:[/]", Text(str(path)))
+
+
 @miniature_app.command("unpack")
 def unpack_command(work: Work = _WORK, verbose: Verbose = False) -> None:
     """Write the stages' files that come with the package, to train others from them."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from urae.cli.generate import Memory, Model
+from urae.cli.generate import MODELS, Memory
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
 from urae.cli.train import Data, format_seconds, read_recipe
 
@@ -29,7 +29,7 @@ def plan() -> None:
 
 @plan_app.command("generate")
 def generate_command(
-    model: Model = "flux-dev",
+    model: Annotated[str, typer.Option(help=f"{MODELS}.")] = "flux-dev",
     size: Annotated[
         str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
     ] = "1k",

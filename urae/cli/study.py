@@ -40,9 +40,7 @@ def study_command(
     ),
     model: Annotated[str, typer.Option(help="The guided base.")] = "miniature-dev",
     schnell: Annotated[str, typer.Option(help="Four-step base of f.")] = "miniature-schnell",
-    adapter: Annotated[
-        str | None, typer.Option(help="2K LoRA under the 4K stage of c [dim](the shipped one)[/].")
-    ] = None,
+    adapter: Annotated[str, typer.Option(help="2K LoRA under the 4K stage of c.")] = "miniature-2k",
     workers: Annotated[int, typer.Option(min=1, help="Processes; several share a GPU well.")] = 1,
     max_minutes: Annotated[
         float, typer.Option(min=0.01, help="Begin no cell after these; the same command goes on.")

@@ -25,7 +25,8 @@ class GenerateConfig:
     width: int = 1024
     """Pixels, a multiple of 16."""
     adapters: tuple[str, ...] = ()
-    """Ultra-resolution adapters in order: files, folders or owner/repo/file on the hub."""
+    """Ultra-resolution adapters in order: files, folders, names as miniature-2k, or
+    owner/repo/file on the hub."""
     loras: tuple[tuple[str, float], ...] = ()
     """Other LoRAs on top, each with its weight."""
     policy: ResolutionPolicy | None = None

@@ -1,19 +1,23 @@
-"""The trained miniatures as they ship: pipelines in diffusers layout, each with its model card.
+"""What ships: the miniatures as pipelines in diffusers layout, their adapters, with model cards.
 
 And the way back: what ships holds the files of the stages that it was made from, all but two.
 """
 
 import json
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from urae.adapters.packaged import FILES
 from urae.backbones.flux import PACKAGED, load_pipeline
 from urae.miniature.model import write_pipeline, write_weights
 from urae.miniature.stages import load_stage
 from urae.miniature.text import TEXT_PARTS
-from urae.storage import read_tensors, write_atomic
+from urae.storage import read_tensors, write_atomic, write_tensors
+from urae.train.publish import FinishedRun, format_record, read_finished
+from urae.train.record import RECORD_SECTION
 
 _NEEDS = {
     "dev": ("vae", "text", "base", "dev"),
@@ -37,6 +41,30 @@ deterministic from a seed (that of the weights is {seed}); no pictures of others
 `recipe.json` has the recipe and the commit of each stage. Its scores, and what it fails at, are in
 the project's docs/miniature.md.
 """
+_ADAPTERS_CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# The adapters of miniature-dev
+
+They make a FLUX of 5 M parameters, whose native size is 256 x 256, draw its rendered scenes at
+twice and four times the side: 512 x 512 plays FLUX.1's 2048 x 2048, 1024 x 1024 its 4096 x 4096.
+Their scores are in the project's docs/miniature.md. The resolution policy of each is in its
+metadata, which `urae.adapt(pipe, "miniature-2k")` follows. All are under Apache 2.0, as their base.
+"""
+_ADAPTER_SECTION = """
+## {name}
+
+`{file}`: {kind} of rank {rank}{over}, trained at {side} x {side} for {steps:,} steps, seed {seed},
+commit {commit}. The recipe, every field resolved, and what the run was made from:
+
+```toml
+{record}```
+"""
+_ADAPTER_KINDS = {"lora": "a LoRA", "minor": "minor components"}
 _KINDS = {
     "dev": "Guidance is distilled, as in FLUX.1-dev: 24 steps, guidance 3.5.",
     "schnell": "Distilled to four steps without guidance, as FLUX.1-schnell is.",
@@ -64,6 +92,69 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
         write_atomic(folder / "README.md", card.encode())
         folders.append(folder)
     return folders
+
+
+def export_adapters(
+    run_dirs: Sequence[Path], output_dir: Path, *, commit: str | None = None
+) -> list[Path]:
+    """Write the adapters of finished runs under the names that they ship by, and a model card.
+
+    The numbers stay in float32: the 4K adapter's own B0 and A0 are those of base and 2K LoRA as
+    they were, to the bit.
+
+    Args:
+        run_dirs: Of the 2K LoRA, then of the minor components over it, if they are to ship.
+        output_dir: Folder for the files.
+        commit: Of the code that trained them, where the runs do not know it.
+
+    Returns:
+        The adapters' files.
+
+    Raises:
+        ValueError: If a run is not finished, trained something else, or its commit is not known.
+        FileNotFoundError: If there is none.
+    """
+    runs = [read_finished(folder) for folder in run_dirs]
+    kinds = [run.config.adapter.kind for run in runs]
+    if kinds not in (["lora"], ["lora", "minor"]):
+        raise ValueError(
+            f"the runs trained {' and '.join(kinds)}, but what ships is a LoRA, or one and minor "
+            "components over it; name their runs in that order"
+        )
+    commits = [_find_commit(*each, commit) for each in zip(runs, run_dirs, strict=True)]
+    ships = list(FILES.items())[: len(runs)]
+    card = _ADAPTERS_CARD
+    for run, commit, (name, file) in zip(runs, commits, ships, strict=True):
+        metadata = {**run.metadata, "urae.commit": commit}
+        if run.config.adapter.over:
+            metadata["urae.over"] = ships[0][0]
+        write_tensors(output_dir / file, run.tensors, metadata)
+        card += _describe_adapter(run, metadata, name, file)
+    write_atomic(output_dir / "README.md", card.encode())
+    return [output_dir / file for _, file in ships]
+
+
+def _describe_adapter(run: FinishedRun, metadata: Mapping[str, str], name: str, file: str) -> str:
+    adapter, over = run.config.adapter, metadata.get("urae.over")
+    return _ADAPTER_SECTION.format(
+        name=name,
+        file=file,
+        kind=_ADAPTER_KINDS[adapter.kind],
+        rank=adapter.rank,
+        over=f" over {over}" if over else "",
+        side=run.config.resolution,
+        steps=int(metadata["urae.step"]),
+        seed=run.config.seed,
+        commit=metadata["urae.commit"],
+        record=format_record(run.settings),
+    )
+
+
+def _find_commit(run: FinishedRun, folder: Path, given: str | None) -> str:
+    commit = run.settings[RECORD_SECTION]["versions"].get("commit", given)
+    if commit is None:
+        raise ValueError(f"{folder} does not say which commit trained it; name it with --commit")
+    return str(commit)
 
 
 def unpack_pipelines(work_dir: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from urae.adapters.files import resolve_adapter
+from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.backbones.flux import PACKAGED, fetch_model, fingerprint_component
 from urae.features.store import fingerprint_encoders
 from urae.resolution import ResolutionPolicy, read_base_policy
@@ -21,7 +22,7 @@ from urae.study.cells import (
     Training,
     Weights,
 )
-from urae.study.config import SHIPPED_2K, StudyConfig
+from urae.study.config import StudyConfig
 
 _TRAINING_SET, _HELD_OUT_SET = 1, 2  # seeds of sets of scenes
 _GUIDANCE = 3.5  # of sampling a guidance-distilled base
@@ -196,13 +197,13 @@ class Bench:
         Raises:
             ValueError: If none ships and none is named.
         """
-        source = self.config.adapter_2k
-        if source is None and not SHIPPED_2K.is_file():
+        name = self.config.adapter_2k
+        if name == "miniature-2k" and name not in PACKAGED_ADAPTERS and not Path(name).exists():
             raise ValueError(
                 "question c goes over a 2K LoRA of the miniature, and none ships yet; train one "
                 "with recipes/miniature_2k_lora.toml and name it with --adapter"
             )
-        path = resolve_adapter(source or SHIPPED_2K)
+        path = resolve_adapter(name)
         return Weights(str(path), hash_file(path))
 
     def _score_2k(self, policy: ResolutionPolicy | None, model: Weights) -> Scoring:

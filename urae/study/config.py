@@ -11,9 +11,6 @@ from urae.geometry import check_side
 
 Letter = Literal["a", "b", "c", "d", "e", "f"]
 
-SHIPPED_2K = Path(__file__).parents[1] / "miniature" / "adapters" / "miniature_2k_lora.safetensors"
-"""The miniature's 2K LoRA, once it ships."""
-
 _SMALLEST_SIDE = 128
 _AT_LEAST_ONE = (
     "workers",
@@ -47,8 +44,8 @@ class StudyConfig:
     """The guidance-distilled base, by name or folder."""
     schnell: str = "miniature-schnell"
     """The four-step base of question f."""
-    adapter_2k: str | None = None
-    """The 2K LoRA under the 4K stage of question c; none takes the one that ships."""
+    adapter_2k: str = "miniature-2k"
+    """The 2K LoRA under the 4K stage of question c, by name, file or folder."""
     stand_in: bool = False
     """Train on clean renders where the teacher's pictures belong, to try a study without one."""
     workers: int = 1

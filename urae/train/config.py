@@ -52,7 +52,8 @@ class AdapterConfig:
     rank: int = 16
     """Components a matrix, alpha too; of `oft`, the side of a block."""
     over: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    """Adapters under this one, frozen: files, folders or owner/repo/file on the hub."""
+    """Adapters under this one, frozen: files, folders, names as miniature-2k, or owner/repo/file on
+    the hub."""
     init: str | None = None
     """Start from this adapter's weights: a file, or a checkpoint folder of the reference."""
     trains: Literal["both", "down"] = "both"

@@ -3,18 +3,19 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._validators import validate_repo_id
 from PIL import Image
+from torch import Tensor
 
 from urae.adapters.convert import ConvertConfig, convert
 from urae.adapters.files import LORA_FILE_NAME
-from urae.config import build_config, read_toml
+from urae.config import build_config, flatten, read_toml
 from urae.generate.picture import save_picture
 from urae.storage import read_tensors, write_atomic, write_tensors
 from urae.train.card import CURVES_FILE, CardInputs, find_license, format_card
@@ -62,6 +63,18 @@ class Pushed:
     """None after a dry run."""
 
 
+class FinishedRun(NamedTuple):
+    """What is in the folder of a run."""
+
+    config: TrainConfig
+    settings: dict[str, Any]
+    """All of `run.toml`."""
+    tensors: dict[str, Tensor]
+    """Of the adapter."""
+    metadata: dict[str, str]
+    """Of the adapter's file, without the folders that things lay in."""
+
+
 def push(config: PushConfig) -> Pushed:
     """Publish a finished run on the Hugging Face hub, with a model card.
 
@@ -98,24 +111,18 @@ def write_folder(config: PushConfig) -> Path:
     Raises:
         ValueError, FileNotFoundError: As in `push`.
     """
-    settings, run = _read_run(config.run_dir)
+    run, settings, tensors, metadata = read_finished(config.run_dir)
     license = find_license(run.model, config.license)
-    tensors, metadata = read_tensors(config.run_dir / LORA_FILE_NAME)
-    step = int(metadata["urae.step"])
-    if step < run.steps:
-        raise _unfinished(config.run_dir, step, run.steps)
-
     folder = config.run_dir / PUBLISH_DIR
     shutil.rmtree(folder, ignore_errors=True)
     (folder / _IMAGE_DIR).mkdir(parents=True)
-    metadata["urae.config"] = json.dumps(_without_folders(json.loads(metadata["urae.config"])))
-    write_tensors(folder / LORA_FILE_NAME, tensors, _without_folders(metadata))
+    write_tensors(folder / LORA_FILE_NAME, tensors, metadata)
     adapter_file = LORA_FILE_NAME
     if run.adapter.over:
         adapters = (*run.adapter.over, str(folder / LORA_FILE_NAME))
         convert(ConvertConfig(adapters, folder / CONVERTED_FILE))
         adapter_file = CONVERTED_FILE
-    record = format_toml(_without_folders(settings), {})
+    record = format_record(settings)
     write_atomic(folder / RUN_FILE, record.encode())
     _draw(config.run_dir, folder / CURVES_FILE)
     inputs = CardInputs(
@@ -123,13 +130,34 @@ def write_folder(config: PushConfig) -> Path:
         license=license,
         adapter_file=adapter_file,
         is_stock=run.adapter.kind not in ("lokr", "oft"),
-        step=step,
+        step=int(metadata["urae.step"]),
         previews=_copy_previews(run, folder),
         record=record,
     )
     card = format_card(replace(run, model=_without_folders(run.model)), inputs)
     write_atomic(folder / "README.md", card.encode())
     return folder
+
+
+def read_finished(run_dir: Path) -> FinishedRun:
+    """Read a finished run, to publish it.
+
+    Raises:
+        ValueError: If it is not finished.
+        FileNotFoundError: If there is none.
+    """
+    settings, config = _read_run(run_dir)
+    tensors, metadata = read_tensors(run_dir / LORA_FILE_NAME)
+    step = int(metadata["urae.step"])
+    if step < config.steps:
+        raise _unfinished(run_dir, step, config.steps)
+    metadata["urae.config"] = json.dumps(flatten(_without_folders(asdict(config))))
+    return FinishedRun(config, settings, tensors, _without_folders(metadata))
+
+
+def format_record(settings: Mapping[str, Any]) -> str:
+    """Write a run's `run.toml` without comments, nor the folders that things lay in."""
+    return format_toml(_without_folders(settings), {})
 
 
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], TrainConfig]:
@@ -160,9 +188,9 @@ def _without_folders(value: Any) -> Any:
     """Leave the last name of each absolute path: where things lay is nobody's business."""
     if isinstance(value, Mapping):
         return {name: _without_folders(each) for name, each in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return tuple(_without_folders(each) for each in value)
-    if isinstance(value, str) and Path(value).is_absolute():
+    if isinstance(value, str | Path) and Path(value).is_absolute():
         return Path(value).name
     return value
 

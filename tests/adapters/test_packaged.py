@@ -1,0 +1,75 @@
+"""Adapters that come with the package, by name; stand-ins take the place of the weights."""
+
+import pytest
+import torch
+
+import urae
+from urae.adapters.files import LowRank, read_adapter, resolve_adapter, write_lora
+from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS, find_packaged, pick_adapters
+from urae.resolution import find_policy
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """Both adapters, for the tiny base."""
+    generator = torch.Generator().manual_seed(0)
+    for name, file in FILES.items():
+        pair = LowRank(
+            torch.randn(2, 64, generator=generator), torch.randn(64, 2, generator=generator)
+        )
+        write_lora(tmp_path / "ships" / file, {"transformer_blocks.0.attn.to_q": pair})
+        monkeypatch.setitem(PACKAGED_ADAPTERS, name, tmp_path / "ships" / file)
+    return PACKAGED_ADAPTERS
+
+
+def test_a_name_goes_where_a_file_goes(packaged, load_pipe):
+    assert resolve_adapter("miniature-2k") == packaged["miniature-2k"]
+    pipe = urae.adapt(load_pipe(), ["miniature-2k", "miniature-4k"])
+    assert find_policy(pipe.transformer).adapter_names == ("urae_2k", "urae_4k")
+    assert read_adapter("miniature-4k").path == packaged["miniature-4k"]
+
+
+def test_an_existing_path_wins(packaged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "miniature-2k" / "mine.safetensors"
+    own.parent.mkdir()
+    own.write_bytes(b"")
+    assert resolve_adapter("miniature-2k").resolve() == own
+
+
+def test_an_unknown_name_is_told_the_known_ones(packaged, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"known names: miniature-2k, miniature-4k$"):
+        resolve_adapter("miniature-8k")
+    monkeypatch.delitem(packaged, "miniature-4k")
+    with pytest.raises(FileNotFoundError, match=r"'miniature-4k' is .*known names: miniature-2k$"):
+        resolve_adapter("miniature-4k")
+
+
+def test_what_is_not_there_has_no_name(tmp_path):
+    assert find_packaged(tmp_path) == {}
+    path = tmp_path / FILES["miniature-2k"]
+    path.touch()
+    assert find_packaged(tmp_path) == {"miniature-2k": path}
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "names"),
+    [
+        (256, 256, ()),
+        (128, 512, ()),
+        (272, 256, ("miniature-2k",)),
+        (512, 512, ("miniature-2k",)),
+        (256, 1024, ("miniature-2k",)),
+        (528, 512, ("miniature-2k", "miniature-4k")),
+        (2048, 2048, ("miniature-2k", "miniature-4k")),
+    ],
+)
+def test_which_a_size_takes(height, width, names, packaged):
+    assert pick_adapters(height, width, 256) == names
+
+
+def test_a_size_takes_what_ships(packaged, monkeypatch):
+    monkeypatch.delitem(packaged, "miniature-4k")
+    assert pick_adapters(1024, 1024, 256) == ("miniature-2k",)
+    monkeypatch.delitem(packaged, "miniature-2k")
+    assert pick_adapters(1024, 1024, 256) == ()

@@ -1,0 +1,37 @@
+"""The adapters that come with this package: their names, and which of them a size takes."""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parents[1] / "miniature" / "adapters"
+FILES = {
+    "miniature-2k": "miniature_2k_lora.safetensors",
+    "miniature-4k": "miniature_4k_minor.safetensors",
+}
+"""Of each adapter of `miniature-dev`, in the order in which they go on top of one another."""
+
+
+def find_packaged(folder: Path) -> dict[str, Path]:
+    """Return the adapters that are in a folder, by name, in order."""
+    return {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
+
+
+PACKAGED_ADAPTERS = find_packaged(_FOLDER)
+"""Adapters that come with this package, by name."""
+
+
+def pick_adapters(height: int, width: int, native_side: int) -> tuple[str, ...]:
+    """Name the adapters that ship for a size of picture, in order.
+
+    Up to twice the native side, by area, that is the 2K LoRA; above, the 4K adapter goes on top.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        native_side: Of the square that the base makes by itself, in pixels.
+
+    Returns:
+        Names; none at native size, or where no adapter ships.
+    """
+    scale = height * width / native_side**2
+    wanted = () if scale <= 1 else ("miniature-2k",) if scale <= 4 else tuple(FILES)
+    return tuple(name for name in wanted if name in PACKAGED_ADAPTERS)
