@@ -21,7 +21,7 @@ from urae.backbones.weights import open_original_weights
 from urae.features.cache import CacheConfig, cache
 from urae.generate import GenerateConfig, generate
 from urae.miniature.check import SceneReport, check_scene
-from urae.miniature.model import HELD_OUT_SEED, POLICY
+from urae.miniature.model import HELD_OUT_SEED, POLICY, build_tokenizers
 from urae.miniature.score import held_out_scenes, summarize
 from urae.miniature.sources import write_folder
 from urae.miniature.synthetic import generate_pictures
@@ -64,6 +64,13 @@ def test_it_is_found_by_name_and_carries_its_policy(tmp_path, monkeypatch):
     (tmp_path / "miniature-dev").mkdir()
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         fetch_model("miniature-dev")
+
+
+def test_its_tokenizers_are_built_alike_in_every_process(pipe):
+    assert [each.get_vocab() for each in build_tokenizers()] == [
+        pipe.tokenizer.get_vocab(),
+        pipe.tokenizer_2.get_vocab(),
+    ]
 
 
 def test_it_is_small_and_says_what_it_comes_from():

@@ -11,7 +11,7 @@ from torch import nn
 from urae.features.sources import find_sources
 from urae.miniature.autoencoder import reconstruction_losses
 from urae.miniature.export import export_pipelines
-from urae.miniature.flow import sample_batch, sample_shifted_sigmas
+from urae.miniature.flow import sample_batch
 from urae.miniature.grammar import COLOURS, RELATIONS, SHAPES, TEXTURES, parse_caption
 from urae.miniature.loop import LoopConfig, StageRun, run_loop
 from urae.miniature.model import (
@@ -42,7 +42,7 @@ RECIPE = (
     "[vae]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
     "num_held_out = 1\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
     + f"[text]\n{STAGE}".replace("scenes", "captions")
-    + "".join(f"[{name}]\n{STAGE}" for name in ("base", "dev", "schnell"))
+    + "".join(f"[{name}]\n{STAGE}" for name in ("base", "refined", "dev", "schnell"))
     + "".join(f"[{name}]\nside = 256\n{STAGE}" for name in ("teacher_512", "teacher_1024"))
 )
 
@@ -139,23 +139,23 @@ def test_edges_cost_more_than_areas_of_the_same_error():
     assert flat_bands < 1e-6 < 0.09 < bands
 
 
-def test_sigmas_lean_to_the_noisy_end():
-    plain, shifted = (
-        sample_shifted_sigmas(4000, shift, torch.Generator().manual_seed(0)) for shift in (1.0, 2.0)
-    )
-    assert ((shifted > 0) & (shifted < 1)).all()
-    assert plain.median() == pytest.approx(0.5, abs=0.02)
-    assert shifted.median() == pytest.approx(2 / 3, abs=0.02)
+def make_pool(count):
+    """Captions are their scene's number from 1, and 0 the empty one."""
+    ids, empty = torch.arange(count)[:, None] + 1, torch.zeros(1, 1, dtype=torch.long)
+    return Pool(torch.randn(count, 16, 4, 4), ids, ids, ids[:, 0], empty, empty)
+
+
+def test_weights_draw_some_scenes_more_often():
+    pool = make_pool(6)
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 4.0])
+    batch = sample_batch(pool, 4000, torch.Generator().manual_seed(0), 0.0, weights)
+    shares = torch.bincount(batch.t5_ids[:, 0] - 1, minlength=6) / 4000
+    torch.testing.assert_close(shares, weights / 8, rtol=0, atol=0.03)
+    assert shares[4] == 0
 
 
 def test_guided_paths_lead_from_noise_to_where_the_velocity_points():
-    pool = Pool(
-        torch.randn(7, 16, 4, 4),
-        torch.arange(7)[:, None],
-        torch.arange(7)[:, None],
-        torch.zeros(1, 1, dtype=torch.long),
-        torch.zeros(1, 1, dtype=torch.long),
-    )
+    pool = make_pool(7)
     paths = GuidedPaths(pool, 5, (2.0, 4.0), sigma_shift=3.0)
     generator = torch.Generator().manual_seed(0)
     restarts, arrivals = 0, 0
@@ -164,7 +164,7 @@ def test_guided_paths_lead_from_noise_to_where_the_velocity_points():
         assert ((paths.guidance >= 2) & (paths.guidance <= 4)).all()
         assert torch.equal(paths.t5_ids, paths.clip_ids)
         restarts += (paths.sigmas == 1).sum().item()
-        ends = pool.latents[paths.t5_ids[:, 0]]
+        ends = pool.latents[paths.t5_ids[:, 0] - 1]
         paths.advance((paths.latents - ends) / paths.sigmas[:, None, None, None])
         done = paths.sigmas == 0
         arrivals += done.sum().item()
@@ -173,13 +173,7 @@ def test_guided_paths_lead_from_noise_to_where_the_velocity_points():
 
 
 def test_dropped_captions_are_the_empty_one():
-    pool = Pool(
-        torch.randn(5, 16, 4, 4),
-        torch.arange(5)[:, None] + 1,
-        torch.arange(5)[:, None] + 1,
-        torch.zeros(1, 1, dtype=torch.long),
-        torch.zeros(1, 1, dtype=torch.long),
-    )
+    pool = make_pool(5)
     batch = sample_batch(pool, 2000, torch.Generator().manual_seed(0), 0.1)
     dropped = batch.t5_ids[:, 0] == 0
     assert dropped.float().mean() == pytest.approx(0.1, abs=0.03)

@@ -99,6 +99,7 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last_letters = [f"{letter}</w>" for letter in letters]
     learner.train_from_iterator(
         words,
         trainers.BpeTrainer(
@@ -106,12 +107,12 @@ def build_clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
             min_frequency=1,
             show_progress=False,
             initial_alphabet=letters,
+            special_tokens=last_letters,  # else numbered as they come, and ties differ by process
             end_of_word_suffix="</w>",
         ),
     )
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    tokens += [first + second for first, second in merges]
+    tokens = [*letters, *last_letters, *(first + second for first, second in merges)]
     tokens = [*dict.fromkeys(tokens), *_CLIP_SPECIAL]
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},

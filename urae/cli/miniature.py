@@ -19,6 +19,7 @@ class Stage(StrEnum):
     vae = "vae"
     text = "text"
     base = "base"
+    refined = "refined"
     dev = "dev"
     schnell = "schnell"
     teacher_512 = "teacher_512"

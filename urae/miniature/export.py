@@ -20,8 +20,8 @@ from urae.train.publish import FinishedRun, format_record, read_finished
 from urae.train.record import RECORD_SECTION
 
 _NEEDS = {
-    "dev": ("vae", "text", "base", "dev"),
-    "schnell": ("vae", "text", "base", "dev", "schnell"),
+    "dev": ("vae", "text", "base", "refined", "dev"),
+    "schnell": ("vae", "text", "base", "refined", "dev", "schnell"),
 }
 _CARD = """\
 ---
@@ -160,7 +160,7 @@ def _find_commit(run: FinishedRun, folder: Path, given: str | None) -> str:
 def unpack_pipelines(work_dir: Path) -> list[Path]:
     """Write the stages' files that the packaged pipelines hold, to go on from them.
 
-    `base` and the teachers do not ship. Files that are there are kept.
+    `base`, `refined` and the teachers do not ship. Files that are there are kept.
 
     Returns:
         The files written.

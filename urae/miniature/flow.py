@@ -96,12 +96,14 @@ def train_flow(
     pool = _build_pool(config.num_scenes, config.side, run)
     compute = _compile(model, run)
     batch_size = run.share(config.batch_size)
+    weights = torch.tensor(config.object_weights, device=run.device)[pool.num_objects - 1]
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         long_text = step % _LONG_TEXT_EVERY == 0
         size = batch_size // _LONG_TEXT_SHARE or 1 if long_text else batch_size
-        batch = sample_batch(pool, size, generator, config.caption_dropout)
-        sigmas = sample_shifted_sigmas(size, config.sigma_shift, generator)
+        batch = sample_batch(pool, size, generator, config.caption_dropout, weights)
+        uniform = torch.rand(size, generator=generator, device=run.device)
+        sigmas = shift_sigmas(uniform, config.sigma_shift)
         noisy = add_noise(batch.latents, batch.noise, sigmas)
         t5_ids = batch.t5_ids
         if long_text:
@@ -118,12 +120,12 @@ def train_flow(
 def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     """Distil classifier-free guidance into a guidance embedding (arXiv:2210.03142, stage one).
 
-    It learns from the base's transformer, on noised renders and, as many again, on states
+    It learns from the refined base's transformer, on noised renders and, as many again, on states
     of the guided paths, where the renders alone leave much to learn. Arguments and result as of
     `train_flow`.
     """
-    teacher = _load("base", run, stored_guided=False, guided=False)
-    student = _load("base", run, stored_guided=False, guided=True)
+    teacher = _load("refined", run, stored_guided=False, guided=False)
+    student = _load("refined", run, stored_guided=False, guided=True)
     pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
@@ -204,23 +206,24 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
 
 
 def sample_batch(
-    pool: Pool, size: int, generator: torch.Generator, caption_dropout: float
+    pool: Pool,
+    size: int,
+    generator: torch.Generator,
+    caption_dropout: float,
+    weights: Tensor | None = None,
 ) -> Batch:
-    """Draw scenes and noise, some captions emptied."""
+    """Draw scenes, all alike or by weights, and noise; some captions are emptied."""
     device = pool.latents.device
-    chosen = torch.randint(len(pool), (size,), generator=generator, device=device)
+    if weights is None:
+        chosen = torch.randint(len(pool), (size,), generator=generator, device=device)
+    else:
+        chosen = torch.multinomial(weights, size, replacement=True, generator=generator)
     latents = pool.latents[chosen].float()
     noise = torch.randn(latents.shape, generator=generator, device=device)
     dropped = torch.rand(size, 1, generator=generator, device=device) < caption_dropout
     t5_ids = torch.where(dropped, pool.empty_t5_ids, pool.t5_ids[chosen])
     clip_ids = torch.where(dropped, pool.empty_clip_ids, pool.clip_ids[chosen])
     return Batch(latents, t5_ids, clip_ids, noise)
-
-
-def sample_shifted_sigmas(size: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Draw sigmas in (0, 1) from a logit-normal distribution with a time shift."""
-    normal = torch.randn(size, generator=generator, device=generator.device)
-    return shift_sigmas(torch.sigmoid(normal), shift)
 
 
 def _build_pool(num_scenes: int, side: int, run: StageRun) -> Pool:

@@ -30,6 +30,7 @@ class Pool:
     """Normalised as the transformer sees them, bfloat16 on a GPU."""
     t5_ids: Int[Tensor, "n l"]
     clip_ids: Int[Tensor, "n 77"]
+    num_objects: Int[Tensor, " n"]
     empty_t5_ids: Int[Tensor, "1 l"]
     """Of the empty caption."""
     empty_clip_ids: Int[Tensor, "1 77"]
@@ -56,10 +57,12 @@ def build_pool(
     generator = torch.Generator(device).manual_seed(first_seed)
     seeds = range(first_seed, first_seed + num_scenes)
     captions: list[str] = []
+    num_objects: list[int] = []
     began = time.monotonic()
     for scenes in sample_scenes(seeds, side, device):
         found = _encode(vae, render(scenes, side, side, device=device), generator)
         start = len(captions)
+        num_objects += [len(scene.objects) for scene in scenes]
         latents[start : start + len(scenes)] = (found - statistics.mean) / statistics.std
         captions += [
             write_terse_caption(scene.description, seed)
@@ -68,7 +71,8 @@ def build_pool(
     t5_ids, clip_ids = tokenize([*captions, ""])
     t5_ids, clip_ids = t5_ids.to(device), clip_ids.to(device)
     logger.info("%d scenes rendered and encoded in %.0f s", num_scenes, time.monotonic() - began)
-    return Pool(latents, t5_ids[:-1], clip_ids[:-1], t5_ids[-1:], clip_ids[-1:])
+    counts = torch.tensor(num_objects, device=device)
+    return Pool(latents, t5_ids[:-1], clip_ids[:-1], counts, t5_ids[-1:], clip_ids[-1:])
 
 
 @torch.no_grad()

@@ -56,8 +56,10 @@ class FlowStage:
     """Of the pictures in pixels."""
     caption_dropout: float = 0.1
     """Share of empty captions, for classifier-free guidance."""
-    sigma_shift: float = 2.0
-    """Time shift of the logit-normal distribution that sigmas are drawn from."""
+    sigma_shift: float = 3.0
+    """Time shift of sigmas drawn uniformly: the layout is decided at the noisiest."""
+    object_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """How often a scene of one, two and three objects is drawn, beside one another."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class MiniatureRecipe:
     vae: VaeStage
     text: TextStage
     base: FlowStage
+    refined: FlowStage
     dev: DistillStage
     schnell: DistillStage
     teacher_512: FlowStage

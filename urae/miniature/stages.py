@@ -28,6 +28,7 @@ STAGES: dict[str, Train] = {
     "vae": lambda recipe, run: train_vae(recipe.vae, run),
     "text": lambda recipe, run: train_text(recipe.text, run),
     "base": lambda recipe, run: train_flow(recipe.base, "dev", "base", run),
+    "refined": lambda recipe, run: train_flow(recipe.refined, "dev", "refined", run, start="base"),
     "dev": lambda recipe, run: train_guided(recipe.dev, "dev", run),
     "schnell": lambda recipe, run: train_four_steps(recipe.schnell, "schnell", run),
     "teacher_512": lambda recipe, run: train_flow(
@@ -89,8 +90,8 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
     """Load a trained stage as a stock pipeline in float32, on the CPU.
 
     Args:
-        name: A stage that trains a transformer. `base` and the teachers have no distilled guidance:
-            give them `true_cfg_scale` and an empty negative prompt.
+        name: A stage that trains a transformer. `base`, `refined` and the teachers have no guidance
+            embedding: give them `true_cfg_scale` and an empty negative prompt.
         work_dir: Of the stages' files.
 
     Raises:
