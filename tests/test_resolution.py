@@ -61,6 +61,47 @@ def test_positions_scale_the_logits_exactly(load_pipe):
         assert torch.allclose(after, before * math.sqrt(wanted), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("native_length", "enlargement", "wanted"), [(4608, 2, 8.3), (4608, 4, 69.2), (320, 2, 50.5)]
+)
+def test_the_frequency_of_half_a_turn_is_slowed_by_the_enlargement(
+    native_length, enlargement, wanted
+):
+    policy = ResolutionPolicy(ntk_factor="auto", native_sequence_length=native_length)
+    side, theta = policy.native_side, 10_000
+    assert policy.rope_factor(side**2, theta) == 1
+    assert policy.rope_factor(side**2 // 4, theta) == 1
+    factor = policy.rope_factor((enlargement * side) ** 2, theta)
+    assert factor == pytest.approx(wanted, rel=1e-2)
+    x = math.log(side / math.pi) / math.log(theta)  # of theta^-x = pi / side
+    assert (theta * factor) ** -x == pytest.approx(math.pi / side / enlargement)
+
+
+@torch.no_grad()
+def test_positions_of_each_picture_follow_its_own_size(load_pipe):
+    transformer = load_pipe().transformer
+    policy = ResolutionPolicy("auto", proportional_attention=False, native_sequence_length=80)
+    seen = []
+    positions = apply_policy(transformer, policy)
+    positions.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    stock = positions.stock
+    for side in (8, 16, 8):
+        transformer(
+            hidden_states=torch.randn(1, side * side, 64),
+            encoder_hidden_states=torch.randn(1, 4, 32),
+            pooled_projections=torch.randn(1, 24),
+            timestep=torch.ones(1),
+            guidance=torch.ones(1),
+            img_ids=build_image_ids(side, side),
+            txt_ids=build_text_ids(4),
+        )
+        factor = policy.rope_factor(side * side, stock.theta)
+        like = type(stock)(theta=stock.theta * factor, axes_dim=stock.axes_dim)
+        ids, output = seen[-1]
+        assert all(map(torch.equal, output, like(ids)))
+        assert all(map(torch.equal, output, stock(ids))) == (side == 8)
+
+
 def test_ids_in_half_precision_are_widened():
     ids = build_image_ids(270, 300)
     assert not torch.equal(ids.bfloat16().float(), ids)
@@ -166,6 +207,8 @@ def test_a_scheduler_without_shift_is_refused():
     [
         ({"ntk_factor": 0.0}, "ntk_factor 0.0 must be a positive number"),
         ({"ntk_factor": math.nan}, "ntk_factor nan"),
+        ({"ntk_factor": "stock"}, "ntk_factor 'stock' must be a positive number or 'auto'"),
+        ({"ntk_factor": "auto", "native_sequence_length": 60}, "60 is too short for ntk_factor"),
         ({"native_sequence_length": 1}, "native_sequence_length 1 must be at least 2"),
         ({"time_shift": -1.0}, "time_shift -1.0 must be"),
         ({"time_shift": "static"}, "time_shift 'static' must be"),

@@ -37,8 +37,9 @@ class ResolutionPolicy:
 
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    ntk_factor: float = 10.0
-    """RoPE base multiplier on all three axes, > 0; 1 leaves positions as they are."""
+    ntk_factor: float | Literal["auto"] = 10.0
+    """RoPE base multiplier on all three axes, > 0; 1 leaves positions as they are, "auto" up to
+    native size too, and slows them as much as a larger picture is enlarged."""
     proportional_attention: bool = True
     """Scale attention logits by sqrt(log L / log L0) for L text and image tokens."""
     native_sequence_length: int = 4608
@@ -51,8 +52,11 @@ class ResolutionPolicy:
     text and a coarse view of the rest, an approximation with a tenth of the keys at 4K."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ntk_factor) and self.ntk_factor > 0):
-            raise ValueError(f"ntk_factor {self.ntk_factor} must be a positive number; 10 is usual")
+        factor = self.ntk_factor
+        if factor != "auto" and (isinstance(factor, str) or not 0 < factor < math.inf):
+            raise ValueError(
+                f"ntk_factor {factor!r} must be a positive number or 'auto'; 10 is usual"
+            )
         if self.native_sequence_length < 2:
             raise ValueError(
                 f"native_sequence_length {self.native_sequence_length} must be at least 2 tokens; "
@@ -65,6 +69,11 @@ class ResolutionPolicy:
             raise ValueError(f"time_shift {shift} must be a positive number, 'dynamic' or None")
         if self.attention not in ("full", "local"):
             raise ValueError(f"attention {self.attention!r} must be 'full' or 'local'")
+        if factor == "auto" and not self.native_side:
+            raise ValueError(
+                f"native_sequence_length {self.native_sequence_length} is too short for ntk_factor "
+                "'auto', which needs 64 tokens or more; give a number"
+            )
         if self.attention == "local" and self.native_side < SMALLEST_SIDE:
             raise ValueError(
                 f"native_sequence_length {self.native_sequence_length} is too short for local "
@@ -78,6 +87,24 @@ class ResolutionPolicy:
         What is left of L0 is text: 64 of FLUX.1's sqrt(512 + 64 x 64) = 67.9.
         """
         return math.isqrt(self.native_sequence_length) // 8 * 8
+
+    def rope_factor(self, num_image_tokens: int, theta: float) -> float:
+        """Return the multiplier of the RoPE base for a picture.
+
+        Frequencies are theta^-x, x from 0 to 1. A base multiplied by k has them slower by k^x. The
+        slowest to turn by half over a native side, pi / side, tell one end of a native picture
+        from the other; "auto" slows just these by the enlargement, so that they do so again, and
+        leaves the fast ones, which tell neighbours apart, nearly as they are.
+
+        Args:
+            num_image_tokens: Of one picture, over all ranks.
+            theta: The stock base.
+        """
+        if self.ntk_factor != "auto":
+            return self.ntk_factor
+        enlargement = max(1.0, math.sqrt(num_image_tokens) / self.native_side)
+        x = math.log(self.native_side / math.pi) / math.log(theta)
+        return float(enlargement ** (1 / x))
 
     def attention_scale(self, sequence_length: float) -> float:
         """Return the factor on the attention logits, 1 at L0.
@@ -150,17 +177,19 @@ class ResolutionPositions(nn.Module):
         super().__init__()
         self.stock = stock
         self.policy = policy
-        self.rope = type(stock)(theta=stock.theta * policy.ntk_factor, axes_dim=stock.axes_dim)
+        self.rope = type(stock)(theta=stock.theta, axes_dim=stock.axes_dim)
         self.adapter_names: tuple[str, ...] = ()
         self.adapter_sources: tuple[str, ...] = ()
         self.local = local
         self.hooks: list[RemovableHandle] = []
-        self._sequence_length = 0
+        self._sequence_length = self._num_image_tokens = 0
         self._num_local_keys: float | None = None
         self._warned_about: tuple[str, ...] = ()
 
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
         """Return cos and sin (tokens x head dim, float32) of these positions."""
+        theta = self.stock.theta
+        self.rope.theta = theta * self.policy.rope_factor(self._num_image_tokens, theta)
         cos, sin = self.rope(ids)
         # a ControlNet may add a token after the hook has counted, context parallelism hands over
         # this rank's tokens only: the longer of the two counts is the sequence of the attention
@@ -178,7 +207,8 @@ class ResolutionPositions(nn.Module):
         inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
         image_ids, text_ids = inputs.arguments.get("img_ids"), inputs.arguments.get("txt_ids")
         if image_ids is not None and text_ids is not None:
-            self._sequence_length = image_ids.shape[-2] + text_ids.shape[-2]
+            self._num_image_tokens = image_ids.shape[-2]
+            self._sequence_length = self._num_image_tokens + text_ids.shape[-2]
             inputs.arguments["img_ids"] = widen_ids(image_ids)
             inputs.arguments["txt_ids"] = text_ids.float()
             if self.local is not None:

@@ -105,5 +105,6 @@ class _KnownPositions(_Known):
             return None
         follows: tuple[Any, ...] = (args[0].shape, args[0].device)
         if isinstance(module, ResolutionPositions):
-            follows += (module.policy, module._sequence_length, module._num_local_keys)
+            counts = (module._sequence_length, module._num_image_tokens, module._num_local_keys)
+            follows += (module.policy, *counts)
         return follows
