@@ -62,11 +62,17 @@ def same(one, other) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_it_goes_down(optimizer):
-    parameters, built = build(optimizer)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_it_goes_down(optimizer, schedule):
+    if optimizer.name == "schedule-free":
+        schedule = "constant"
+    config = replace(optimizer, schedule=schedule, warmup_steps=5)
+    parameters, built = build(config)
+    rule = build_schedule(built, config, num_steps=40, step=0)
     before = sum(float(p.detach().square().sum()) for p in parameters)
     for number in range(40):
         step(parameters, built, number)
+        rule.step()
     with weights_to_use(built):
         assert sum(float(p.detach().square().sum()) for p in parameters) < before
 
