@@ -181,7 +181,7 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.cli.generate.launch", stand_in("generate", None))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
-    step = StepReport(1, 0.1, 1.0, 2.0, 0.0, (None,), 32, 32, None)
+    step = StepReport(1, 0.1, 1.0, 1e-4, 2.0, 0.0, (None,), 32, 32, None)
     terms = {name: 2**30 for name in (*TERMS, "host_bytes")}
     training = TrainPlan((), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 1, 1, 1)
     monkeypatch.setattr("urae.train.plan.plan_training", stand_in("plan", training))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from urae.config import build_config, describe_fields, override, read_toml
-from urae.train import TrainConfig
+from urae.train import OptimizerConfig, TrainConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 PATHS = {"data_dir": "data", "output_dir": "out"}
@@ -62,6 +62,13 @@ def test_there_are_recipes_for_both_models_and_stages():
             {"optimizer": {"name": "schedule-free", "beta1": 0.0}},
             r"optimizer: beta1 0.0 must be above 0 for schedule-free",
         ),
+        ({"optimizer": {"schedule": "cosin"}}, r"optimizer.schedule: .*'cosine', not 'cosin'"),
+        ({"optimizer": {"warmup_steps": -1}}, r"optimizer: warmup_steps -1 must be 0 or more"),
+        ({"optimizer": {"warmup_steps": 0.5}}, r"optimizer.warmup_steps: .*integer"),
+        (
+            {"optimizer": {"name": "schedule-free", "schedule": "linear"}},
+            r"optimizer: schedule linear does not go with schedule-free, which takes a warm-up",
+        ),
         ({"optimizer": {"weight_decay": float("nan")}}, r"weight_decay nan must be"),
         ({"seed": -1}, r"seed -1 must be"),
         ({"timestep_sampling": "normal"}, r"timestep_sampling: .*'logit-normal', not 'normal'"),
@@ -84,9 +91,10 @@ def test_a_missing_field_is_named():
 def test_overrides():
     settings = {"optimizer": {"lr": 1.0}}
     override(settings, ["--optimizer.lr", "0.5", "--steps=7", "--adapter.over", '["a", "b"]'])
+    override(settings, ["--optimizer.schedule", "cosine", "--optimizer.warmup-steps", "100"])
     override(settings, ["--gradient-checkpointing", "off", "--model", "flux-schnell"])
     config = build(settings)
-    assert config.optimizer.lr == 0.5
+    assert config.optimizer == OptimizerConfig(lr=0.5, schedule="cosine", warmup_steps=100)
     assert config.steps == 7
     assert config.adapter.over == ("a", "b")
     assert config.gradient_checkpointing == "off"

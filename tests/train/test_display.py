@@ -16,6 +16,7 @@ def report(step: int, **changes) -> StepReport:
         "step": step,
         "loss": 0.5,
         "grad_norm": 1.0,
+        "lr": 9.0451e-05,
         "seconds": 4.0,
         "loader_seconds": 0.01,
         "level_losses": (None, None, 0.5, None),
@@ -49,15 +50,24 @@ def test_a_plain_line_a_minute(show, monkeypatch):
     text = show(*[report(step) for step in range(1, 13)], terminal=False)
     assert len(text.splitlines()) == 2
     assert text.splitlines()[0] == (
-        "step 6 of 1000: loss 0.5000, s/step 4.00, ETA 1:06:16, GPU 30.4 GiB, size 3072 x 2048"
+        "step 6 of 1000: loss 0.5000, lr 9.05e-05, s/step 4.00, ETA 1:06:16, GPU 30.4 GiB, "
+        "size 3072 x 2048"
     )
 
 
 def test_a_panel_on_a_terminal(show):
     text = show(report(1, loss=1.0), report(2), terminal=True)
-    for part in ("step", "2 of 1000", "0.7500", "4.00", "1:06:32", "30.4 GiB", "3072 x 2048"):
+    figures = "2 of 1000", "0.7500", "9.05e-05", "4.00", "1:06:32", "30.4 GiB", "3072 x 2048"
+    for part in ("step", *figures):
         assert part in text
     assert max(len(line) for line in text.splitlines()) < 120
+
+
+def test_the_panel_has_room_for_a_long_run(show):
+    late = report(19_999, seconds=131.5, memory_gib=130.41, height=4096, width=4096)
+    text = show(late, terminal=True)
+    for part in ("19999 of 1000", "9.05e-05", "131.50", "130.4 GiB", "4096 x 4096"):
+        assert part in text
 
 
 def test_no_memory_on_a_cpu(show, monkeypatch):

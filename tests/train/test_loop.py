@@ -338,6 +338,17 @@ def test_features_of_another_resolution_or_model(settings, tmp_path, monkeypatch
 
 def test_tensorboard(settings):
     pytest.importorskip("tensorboard")
-    config = settings(tracker="tensorboard", steps=2)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    optimizer = OptimizerConfig("adamw", lr=1e-3, schedule="linear")
+    config = settings(tracker="tensorboard", steps=2, optimizer=optimizer)
     train(config)
-    assert list(config.output_dir.rglob("events.out.tfevents*"))
+    (events,) = (
+        path
+        for path in config.output_dir.rglob("events.out.tfevents*")
+        if path.parent.name == "urae"
+    )
+    curves = EventAccumulator(str(events)).Reload()
+    assert {"loss", "grad_norm", "lr", "loader_share"} <= set(curves.Tags()["scalars"])
+    rates = [(event.step, event.value) for event in curves.Scalars("lr")]
+    assert rates == [(1, pytest.approx(1e-3)), (2, pytest.approx(5e-4))]

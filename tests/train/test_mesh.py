@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from urae.train import AdapterConfig, TrainConfig, train
+from urae.train import AdapterConfig, OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints, find_damage
 from urae.train.output import find_previews
 from urae.train.state import TrainingState
@@ -221,7 +221,9 @@ def read_curve(path: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_that_was_killed_resumes_bitwise(settings, adapter, tmp_path, mode):
-    config = settings(**MODES[mode], steps=8, checkpoint_every=1, ema_decay=0.9, adapter=adapter)
+    optimizer = OptimizerConfig("adamw", lr=1e-3, schedule="cosine", warmup_steps=2)
+    config = settings(**MODES[mode], steps=8, checkpoint_every=1, ema_decay=0.9, adapter=adapter,
+                      optimizer=optimizer)  # fmt: skip
     whole = replace(config, output_dir=tmp_path / "whole")
     train_on(whole, 2)
     moments = random.Random(mode)

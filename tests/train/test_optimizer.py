@@ -1,6 +1,9 @@
 """Optimizers by name: each goes on bitwise from a checkpoint, and gives the weights it is for."""
 
+import csv
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,13 @@ from torch import nn
 from urae.train import OptimizerConfig, train
 from urae.train import loop as loop_module
 from urae.train.checkpoint import find_checkpoints, load_optimizer, save_checkpoint
-from urae.train.optimizer import PACKAGES, build_optimizer, weights_to_use
+from urae.train.optimizer import (
+    PACKAGES,
+    build_optimizer,
+    build_schedule,
+    read_lr,
+    weights_to_use,
+)
 
 NAMES = ["adamw", "adamw8bit", "muon", "prodigy", "schedule-free"]
 
@@ -53,11 +62,17 @@ def same(one, other) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_it_goes_down(optimizer):
-    parameters, built = build(optimizer)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_it_goes_down(optimizer, schedule):
+    if optimizer.name == "schedule-free":
+        schedule = "constant"
+    config = replace(optimizer, schedule=schedule, warmup_steps=5)
+    parameters, built = build(config)
+    rule = build_schedule(built, config, num_steps=40, step=0)
     before = sum(float(p.detach().square().sum()) for p in parameters)
     for number in range(40):
         step(parameters, built, number)
+        rule.step()
     with weights_to_use(built):
         assert sum(float(p.detach().square().sum()) for p in parameters) < before
 
@@ -88,8 +103,19 @@ def test_the_eight_bit_state_is_of_eight_bits(tmp_path):
     assert sum(t.dtype == torch.uint8 for t in state.values()) == 2  # of the larger matrix
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_resume_is_bitwise(settings, tmp_path, optimizer, ema_decay):
+def fail_at_three(report):
+    if report.step == 3:
+        raise InterruptedError
+
+
+@pytest.mark.parametrize(
+    ("ema_decay", "schedule", "warmup_steps"),
+    [(None, "constant", 0), (0.9, "constant", 0), (None, "cosine", 2)],
+)
+def test_resume_is_bitwise(settings, tmp_path, optimizer, ema_decay, schedule, warmup_steps):
+    if optimizer.name == "schedule-free":
+        schedule = "constant"
+    optimizer = replace(optimizer, schedule=schedule, warmup_steps=warmup_steps)
     config = settings(optimizer=optimizer, ema_decay=ema_decay)
     whole = train(replace(config, num_validation=1, validate_every=3))
     parts = replace(
@@ -99,8 +125,8 @@ def test_resume_is_bitwise(settings, tmp_path, optimizer, ema_decay):
         validate_every=1,
         checkpoint_every=1,
     )
-    train(replace(parts, steps=3))
-    find_checkpoints(parts.output_dir)[-1].discard()  # as in a run that was killed
+    with pytest.raises(InterruptedError):  # before the checkpoint of step 3, as if killed
+        train(parts, on_step=fail_at_three)
     resumed = train(replace(parts, resume=True))
     assert same(whole.adapter_path, resumed.adapter_path)
     folders = [find_checkpoints(each.output_dir)[-1].path for each in (config, parts)]
@@ -112,6 +138,98 @@ def test_resume_is_bitwise(settings, tmp_path, optimizer, ema_decay):
     if averaged:
         assert same(*plain)
         assert not same(plain[0], folders[0] / "pytorch_lora_weights.safetensors")
+    assert rates_of(parts.output_dir) == rates_of(config.output_dir)
+
+
+# --- the schedule ---------------------------------------------------------------------------------
+
+
+def rates_of(output_dir: Path) -> list[float]:
+    with (output_dir / "loss.csv").open() as file:
+        return [float(row["lr"]) for row in csv.DictReader(file)]
+
+
+def cosine(*progress: float) -> list[float]:
+    return [(1 + math.cos(math.pi * each)) / 2 for each in progress]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "shares"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1, 1]),
+        ("constant", 2, [0, 1 / 2, 1, 1, 1, 1]),
+        ("linear", 0, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("linear", 2, [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", 0, cosine(0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)),
+        ("cosine", 2, [0, 1 / 2, *cosine(0, 1 / 4, 2 / 4, 3 / 4)]),
+        ("cosine", 8, [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8]),
+    ],
+)
+def test_the_rates_are_those_of_the_schedule(schedule, warmup_steps, shares):
+    """From any step on, whatever rate the state of the optimizer holds."""
+    config = OptimizerConfig("adamw", lr=1e-2, schedule=schedule, warmup_steps=warmup_steps)
+    for start in range(6):
+        parameters, built = build(config)
+        built.param_groups[0]["lr"] = 7.0
+        rule = build_schedule(built, config, num_steps=6, step=start)
+        rates = []
+        for number in range(start, 6):
+            step(parameters, built, number)
+            rates.append(read_lr(built))
+            rule.step()
+        assert rates == pytest.approx([1e-2 * share for share in shares[start:]], abs=1e-12)
+
+
+def test_a_constant_rate_is_the_recipes_to_the_bit(settings, optimizer):
+    train(settings(optimizer=optimizer, steps=3))
+    assert rates_of(settings().output_dir) == [optimizer.lr] * 3
+
+
+def test_each_optimizer_steps_at_the_rate_of_the_schedule(optimizer):
+    """Steps are in proportion to the rate, so at a rate of 0 nothing moves."""
+    config = replace(optimizer, warmup_steps=1)
+    parameters, built = build(config)
+    before = [parameter.detach().clone() for parameter in parameters]
+    rule = build_schedule(built, config, num_steps=2, step=0)
+    step(parameters, built, 0)
+    moved = any(not torch.equal(*pair) for pair in zip(parameters, before, strict=True))
+    assert moved == (optimizer.name == "schedule-free")  # whose own warm-up of 1 is none
+    rule.step()
+    step(parameters, built, 1)
+    assert not all(torch.equal(*pair) for pair in zip(parameters, before, strict=True))
+    assert read_lr(built) == optimizer.lr
+
+
+def test_schedule_free_warms_up_by_itself(settings, schedule_free):
+    train(settings(optimizer=replace(schedule_free, warmup_steps=4), steps=6))
+    rates = rates_of(settings().output_dir)
+    assert rates == pytest.approx([1e-2 * share for share in (1 / 4, 2 / 4, 3 / 4, 1, 1, 1)])
+
+
+def test_a_resumed_run_of_other_steps_follows_their_schedule(settings, caplog):
+    """The steps that are done stay; the rate goes on where a run of as many steps would be."""
+    optimizer = OptimizerConfig("adamw", lr=1e-2, schedule="linear")
+    train(settings(optimizer=optimizer, steps=2))
+    assert not caplog.records
+    config = settings(optimizer=optimizer, steps=5, resume=True)
+    train(config)
+    assert rates_of(config.output_dir) == pytest.approx([1e-2, 5e-3, 6e-3, 4e-3, 2e-3])
+    (warning,) = caplog.messages
+    assert warning == (
+        "steps was 2 and is 5 now; from step 3 on the learning rate is that of the linear "
+        "schedule over 5 steps, before it was that over 2"
+    )
+
+
+def test_another_schedule_is_refused(settings):
+    optimizer = OptimizerConfig("adamw", lr=1e-2, schedule="linear")
+    train(settings(optimizer=optimizer, steps=1))
+    other = replace(optimizer, schedule="cosine")
+    with pytest.raises(ValueError, match=r"optimizer.schedule = linear, but the run now says cosi"):
+        train(settings(optimizer=other, resume=True))
+
+
+# --- weights to use -------------------------------------------------------------------------------
 
 
 def test_schedule_free_weights_are_the_average_of_its_steps(schedule_free):

@@ -72,6 +72,7 @@ class Display:
         pace = sum(each.seconds for each in self._recent) / count
         figures = [
             ("loss", f"{loss:.4f}"),
+            ("lr", f"{report.lr:.3g}"),
             ("s/step", f"{pace:.2f}"),
             ("ETA", format_seconds(pace * (self.num_steps - report.step))),
         ]

@@ -84,6 +84,10 @@ class OptimizerConfig:
     """Prodigy finds its own step size; the others want a learning rate, AdamW about 1e-4."""
     lr: float = 1.0
     """Learning rate; 1 for Prodigy."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes after the warm-up: it stays, or falls to 0 by the end."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises from 0."""
     beta1: float = 0.9
     """Decay of the first moment; Muon's momentum."""
     beta2: float = 0.999
@@ -99,6 +103,13 @@ class OptimizerConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
         if self.name == "schedule-free" and self.beta1 == 0:
             raise ValueError("beta1 0.0 must be above 0 for schedule-free; 0.9 is usual")
+        if self.name == "schedule-free" and self.schedule != "constant":
+            raise ValueError(
+                f"schedule {self.schedule} does not go with schedule-free, which takes a warm-up "
+                "alone; leave it out, or choose another optimizer.name"
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be 0 or more")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay {self.weight_decay} must be 0 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):

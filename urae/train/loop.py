@@ -41,7 +41,7 @@ from urae.train.memory import choose_way, is_placed_first, place
 from urae.train.mesh import Mesh, build_mesh, check_mesh, distribute, sum_gradients
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
-from urae.train.output import StepReport, prepare_output
+from urae.train.output import StepReport, prepare_output, warn_of_other_steps
 from urae.train.preview import Previewer
 from urae.train.ranks import MAX_WAIT_MINUTES, check_alike, warn_of_other_batch
 from urae.train.recompute import count_tokens, is_compiled, set_checkpointing
@@ -125,6 +125,7 @@ def train(
     }
     if accelerator.is_main_process:
         warn_of_other_batch(inputs.start, batches_per_step)
+        warn_of_other_steps(config, inputs.start)
         prepare_output(config.output_dir, inputs.start)
         write_run(config, inputs, policy, accelerator)
     monitor = Monitor(config, inputs, accelerator, mesh, transformer, previewer)
@@ -170,11 +171,12 @@ def train(
                         f"samples {done.stems} of rank {accelerator.process_index}; the state "
                         f"before this step is saved in {config.output_dir}"
                     )
-            state.advance(batches_per_step)
+            lr = state.advance(batches_per_step)
             report = StepReport(
                 step=state.step,
                 loss=loss,
                 grad_norm=grad_norm,
+                lr=lr,
                 seconds=time.perf_counter() - began,
                 loader_seconds=loader.waited_seconds - waited,
                 level_losses=mean_levels(levels),

@@ -69,6 +69,7 @@ class Monitor:
         figures = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
+            "lr": report.lr,
             "loader_share": report.loader_seconds / report.seconds,
         }
         self.accelerator.log(figures, step=report.step)

@@ -1,4 +1,4 @@
-"""Optimizers by name, from kept libraries."""
+"""Optimizers and schedules of the learning rate by name, from kept libraries."""
 
 import io
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from urae.train.config import OptimizerConfig
 
@@ -42,6 +44,7 @@ def build_optimizer(
     elif config.name == "schedule-free":
         from schedulefree import AdamWScheduleFree
 
+        options["warmup_steps"] = config.warmup_steps  # it weighs its steps by their rates
         optimizer = AdamWScheduleFree(parameters, **options)
         optimizer.train()  # type: ignore[attr-defined]
     else:
@@ -51,6 +54,38 @@ def build_optimizer(
         with redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
             optimizer = Prodigy(parameters, **options)
     return optimizer
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, num_steps: int, step: int
+) -> LambdaLR:
+    """Set the learning rate of the next step, and build what sets those after it.
+
+    A rate follows from the recipe and the step alone, so a checkpoint need not hold any.
+
+    Args:
+        optimizer: In the state that it has after `step`.
+        config: Of the optimizer.
+        num_steps: Steps of the whole run.
+        step: Steps done.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr
+    is_constant = config.schedule == "constant"
+    schedule: LambdaLR = get_scheduler(
+        "constant_with_warmup" if is_constant else config.schedule,
+        optimizer,
+        num_warmup_steps=0 if config.name == "schedule-free" else config.warmup_steps,
+        num_training_steps=num_steps,
+        last_epoch=step - 1,
+    )
+    return schedule
+
+
+def read_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate that an optimizer just stepped with, its own warm-up included."""
+    group = optimizer.param_groups[0]
+    return float(group.get("scheduled_lr", group["lr"]))
 
 
 def keeps_average(optimizer: torch.optim.Optimizer) -> bool:

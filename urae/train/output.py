@@ -56,6 +56,8 @@ class StepReport:
     """Mean over the step's batches on all devices."""
     grad_norm: float
     """Before clipping."""
+    lr: float
+    """Learning rate that the step was taken with."""
     seconds: float
     loader_seconds: float
     """Of those, what the main process waited for its batches."""
@@ -146,6 +148,17 @@ def _check_same_settings(
             )
 
 
+def warn_of_other_steps(config: TrainConfig, start: Start) -> None:
+    """Say so if a resumed run's learning rate falls over more or fewer steps than it began to."""
+    before = start.record.get("config", {}).get("steps", config.steps)
+    if before != config.steps and config.optimizer.schedule != "constant":
+        logger.warning(
+            f"steps was {before} and is {config.steps} now; from step {start.step + 1} on the "
+            f"learning rate is that of the {config.optimizer.schedule} schedule over "
+            f"{config.steps} steps, before it was that over {before}"
+        )
+
+
 def prepare_output(output_dir: Path, start: Start) -> None:
     """Make a run's folder ready: an earlier run goes, damaged checkpoints are set aside.
 
@@ -182,16 +195,15 @@ class Curves:
     def __init__(self, output_dir: Path, step: int, *, num_validation: int) -> None:
         self._losses = output_dir / LOSS_FILE
         self._validation = output_dir / VALIDATION_FILE
-        _start_csv(
-            self._losses, ["step", "loss", "grad_norm", "seconds", "loader_seconds", *_LEVELS], step
-        )
+        figures = ["loss", "grad_norm", "lr", "seconds", "loader_seconds"]
+        _start_csv(self._losses, ["step", *figures, *_LEVELS], step)
         if num_validation:
             samples = [f"sample_{number}" for number in range(1, num_validation + 1)]
             _start_csv(self._validation, ["step", "loss", *_LEVELS, *samples], step)
 
     def write_step(self, report: StepReport) -> None:
         seconds = [f"{each:.4f}" for each in (report.seconds, report.loader_seconds)]
-        row = [report.step, report.loss, report.grad_norm, *seconds]
+        row = [report.step, report.loss, report.grad_norm, report.lr, *seconds]
         _append_row(self._losses, [*row, *report.level_losses])
 
     def write_validation(self, step: int, losses: Float[Tensor, "samples levels"]) -> None:

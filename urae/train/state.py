@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from urae.adapters.files import LORA_FILE_NAME
 from urae.train.adapter import TrainingAdapter
@@ -14,7 +15,13 @@ from urae.train.average import Average
 from urae.train.checkpoint import PLAIN_FILE, load_optimizer, save_checkpoint
 from urae.train.config import TrainConfig
 from urae.train.inputs import Inputs
-from urae.train.optimizer import build_optimizer, keeps_average, weights_to_use
+from urae.train.optimizer import (
+    build_optimizer,
+    build_schedule,
+    keeps_average,
+    read_lr,
+    weights_to_use,
+)
 
 
 @dataclass
@@ -23,6 +30,8 @@ class TrainingState:
 
     adapter: TrainingAdapter
     optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    """Sets the optimizer's learning rate; follows from the recipe and the step."""
     average: Average | None
     """Of the adapter's weights, where the recipe wants one."""
     step: int
@@ -30,15 +39,22 @@ class TrainingState:
     num_batches: int
     """Batches that the run, on all devices, has trained on: its place in the order of samples."""
 
-    def advance(self, num_batches: int) -> None:
-        """Take the step whose gradients are there, from so many batches over all devices."""
+    def advance(self, num_batches: int) -> float:
+        """Take the step whose gradients are there, from so many batches over all devices.
+
+        Returns:
+            The learning rate of the step.
+        """
         self.optimizer.step()
+        lr = read_lr(self.optimizer)
+        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.num_batches += num_batches
         if self.average is not None:
             with weights_to_use(self.optimizer):
                 self.average.update(self.step)
+        return lr
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the weights that the run is for in place: the average, where there is one."""
@@ -86,10 +102,11 @@ def build_state(adapter: TrainingAdapter, config: TrainConfig, inputs: Inputs) -
     start = inputs.start
     if start.checkpoint is not None:
         load_optimizer(start.checkpoint, optimizer)
+    schedule = build_schedule(optimizer, config.optimizer, num_steps=config.steps, step=start.step)
     average = None
     if config.ema_decay is not None:
         weights = None
         if inputs.average is not None:
             weights = adapter.pick_weights(inputs.average)
         average = Average(adapter.parameters, config.ema_decay, weights)
-    return TrainingState(adapter, optimizer, average, start.step, start.num_batches)
+    return TrainingState(adapter, optimizer, schedule, average, start.step, start.num_batches)
