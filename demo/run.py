@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,10 @@ OUTPUT = Path("runs/demo")
 DATA, PICTURES, LORA = OUTPUT / "data", OUTPUT / "pictures", OUTPUT / "lora_2k"
 MODEL, SHIPPED = "miniature-dev", "miniature-2k"
 NATIVE, SIZE_2K = 256, 512
-SAMPLES, HELD_OUT, STEPS = 80, 16, 240
+SAMPLES = 80
+RECIPE = Path("demo/lora_2k.toml")
+_SETTINGS = tomllib.loads((ROOT / RECIPE).read_text())
+HELD_OUT, STEPS = _SETTINGS["num_validation"], _SETTINGS["steps"]
 PROMPTS = (
     "a large red circle left of a small blue square on a striped green background",
     "a medium yellow ring above a large purple cross on a dotted blue background",
@@ -62,10 +66,7 @@ def main() -> None:
     urae("miniature", "data", "clean", DATA, "--side", SIZE_2K, "--count", SAMPLES)
     urae("cache", DATA, "--model", MODEL, "--resolution", SIZE_2K)
     tell("Adapt it to 2K, its own: a LoRA")
-    urae(
-        *("train", "recipes/miniature_2k_lora.toml", "--data", DATA, "--output", LORA),
-        *("--steps", STEPS, "--num-validation", HELD_OUT, "--validate-every", STEPS // 4),
-    )
+    urae("train", RECIPE, "--data", DATA, "--output", LORA)
     tell("Generate the same prompts with the same seed")
     prompts = OUTPUT / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
@@ -154,7 +155,8 @@ def explain(improvement: Improvement, seconds: float) -> None:
         console.print(f"  [cyan]{name:{width}}[/]  {meaning}")
     console.print(
         f"\nLoss on {HELD_OUT} held-out pictures: {improvement} (95% interval).\n"
-        f"{STEPS} steps are a beginning: recipes/miniature_2k_lora.toml has 2,000."
+        f"{STEPS} steps of one picture are a beginning: recipes/miniature_2k_lora.toml, for a GPU, "
+        "has 2,000 of 32."
     )
 
 

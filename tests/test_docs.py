@@ -201,7 +201,8 @@ def jobs(monkeypatch, tmp_path):
         "sources.write_folder": None,
     }.items():
         monkeypatch.setattr(f"urae.miniature.{name}", stand_in("miniature", result))
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("recipes", "demo"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "prompts.txt").write_text("a lighthouse\n")
     monkeypatch.chdir(tmp_path)
     return calls
