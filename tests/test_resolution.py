@@ -236,10 +236,11 @@ def test_a_base_carries_its_own_policy(tmp_path):
 
 
 @torch.no_grad()
-def test_no_recompilation_from_one_resolution_to_the_next(load_pipe, sample):
+def test_no_recompilation_from_one_resolution_to_the_next(load_pipe, sample, expected):
     from urae import adapt
 
-    pipe = adapt(load_pipe())
+    adapters = [expected / f"dev_{name}.safetensors" for name in ("2k_lora", "4k_minor")]
+    pipe = adapt(load_pipe(), adapters)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -53,7 +53,7 @@ class ResolutionPolicy:
 
     def __post_init__(self) -> None:
         factor = self.ntk_factor
-        if factor != "auto" and (isinstance(factor, str) or not 0 < factor < math.inf):
+        if not (factor == "auto" if isinstance(factor, str) else 0 < factor < math.inf):
             raise ValueError(
                 f"ntk_factor {factor!r} must be a positive number or 'auto'; 10 is usual"
             )

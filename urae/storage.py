@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,19 +23,35 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: If the file is corrupt, truncated or holds NaN or infinity.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy or download it again"
-        ) from error
+    with _open_whole(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = dict(file.metadata() or {})
     for key, tensor in tensors.items():
         values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 has no isfinite
         if not torch.isfinite(values).all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the file is of no use")
     return tensors, metadata
+
+
+def read_keys(path: Path) -> list[str]:
+    """Read the names of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        ValueError: If the file is corrupt or truncated.
+    """
+    with _open_whole(path) as file:
+        return list(file.keys())
+
+
+@contextmanager
+def _open_whole(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+        ) from error
 
 
 def write_tensors(

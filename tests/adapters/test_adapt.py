@@ -258,14 +258,15 @@ def test_half_precision(load_pipe, expected, sample, rel):
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own deprecations
-def test_quantised_transformer(base, load_pipe, bases, expected, sample, rel):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantised_transformer(base, kind, load_pipe, bases, expected, sample, rel):
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     pipe = load_pipe(base)
     stock = copy.deepcopy(pipe)
     quantize_(
         pipe.transformer,
-        Int8WeightOnlyConfig(version=2),
+        Int8WeightOnlyConfig(version=2) if kind == "int8" else Float8WeightOnlyConfig(),
         lambda module, name: isinstance(module, torch.nn.Linear) and "blocks" in name,
     )
     quantised = sample(pipe)
@@ -346,6 +347,9 @@ def test_bad_adapters_leave_the_pipe_as_it_was(load_pipe, expected, sample, tmp_
         urae.adapt(pipe, lora, adapter_names=["a", "b"])
     with pytest.raises(ValueError, match="must differ"):
         urae.adapt(pipe, [lora, lora], adapter_names=["a", "a"])
+    for name in ("", "my.adapter"):  # a module of torch has no such name
+        with pytest.raises(ValueError, match="and no dot"):
+            urae.adapt(pipe, lora, adapter_names=name)
     assert torch.equal(sample(pipe), before)
 
 

@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,20 @@ def test_a_damaged_model_index(tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"model_index\.json is damaged"):
         fetch_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder_2"])
+def test_damaged_and_pickled_weights_are_refused_before_loading(bases, tmp_path, component):
+    folder = shutil.copytree(bases["dev"], tmp_path / "model")
+    (path,) = (folder / component).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{component}/.* is not a whole safetensors file"):
+        fetch_model(str(folder))
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(
+        ValueError, match=rf"{component}/.*\.bin is not a .safetensors file; no oth"
+    ):
+        fetch_model(str(folder))
 
 
 def test_a_fingerprint_follows_the_files(bases, tmp_path):

@@ -143,6 +143,18 @@ def test_verbose_shows_where(urae):
         urae("generate", "x", "--size", "1000", "--verbose")
 
 
+def test_what_is_skipped_is_named(urae, tmp_path):
+    shutil.copytree(GOLDEN / "train_data", tmp_path / "data")
+    (tmp_path / "data" / "scan.tiff").write_bytes(b"")
+    (tmp_path / "data" / "none.png").write_bytes(b"")
+    (tmp_path / "data" / "none.txt").write_text("a caption")
+    small = ("--resolution", 192, "--max-sequence-length", 48)
+    code, told = urae("cache", "data", "--model", GOLDEN / "base_dev", *small)
+    assert code == 0
+    assert "  scan.tiff: .tiff is not read" in told
+    assert "  none.png is not a JPEG" in told
+
+
 def test_unknown_options_of_a_recipe(urae):
     recipe = ROOT / "recipes" / "flux_dev_2k_lora.toml"
     code, errors = urae("train", recipe, "--data", "d", "--output", "o", "--stesp", 3)

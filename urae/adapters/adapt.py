@@ -175,6 +175,8 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
             raise ValueError(f"{len(names)} adapter_names {names} for {len(files)} adapters")
         if len(set(names)) != len(names):
             raise ValueError(f"adapter_names {names} must differ from one another")
+        if not all(name and "." not in name for name in names):
+            raise ValueError(f"adapter_names {names} must have some letters each, and no dot")
         return names
     names = []
     for file in files:

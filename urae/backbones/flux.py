@@ -28,13 +28,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
 from urae.resolution import BASE_POLICY_FILE, read_base_policy
+from urae.storage import read_keys
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,15 @@ def _check_local(path: Path) -> None:
         raise ValueError(f"model folder {path}: model_index.json is damaged ({error})") from error
     if not name.startswith("Flux"):
         raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
+    for component in sorted(each for each in path.iterdir() if each.is_dir()):
+        weights = sorted(component.glob("*.safetensors"))
+        for file in weights:
+            read_keys(file)
+        if not weights:
+            for file in component.glob("*.bin"):
+                raise ValueError(
+                    f"model file {file} is not a .safetensors file; no other is loaded"
+                )
 
 
 def load_pipeline(
@@ -195,7 +204,7 @@ def load_pipeline(
     elif quantization is not None:
         mapping = {"transformer": quantization}
         parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
-    return FluxPipeline.from_pretrained(path, dtype=dtype, **parts)
+    return FluxPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **parts)
 
 
 def base_of_file(path: Path) -> str:
@@ -204,14 +213,7 @@ def base_of_file(path: Path) -> str:
     Raises:
         ValueError: If the file is damaged or no FLUX transformer.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"model file {path} is not a whole safetensors file ({error}); copy or download it "
-            "again"
-        ) from error
+    keys = read_keys(path)
     if not any(key.endswith(("img_in.weight", "x_embedder.weight")) for key in keys):
         raise ValueError(f"model file {path} holds no FLUX transformer")
     guided = any("guidance_in." in key or "guidance_embedder." in key for key in keys)
@@ -389,4 +391,6 @@ def load_transformer(path: Path, *, dtype: torch.dtype) -> FluxTransformer2DMode
         with TemporaryDirectory() as folder:  # so that its config is not looked up on the hub
             build_meta_transformer(path).save_config(folder)
             return FluxTransformer2DModel.from_single_file(str(path), config=folder, dtype=dtype)
-    return FluxTransformer2DModel.from_pretrained(path / "transformer", dtype=dtype)
+    return FluxTransformer2DModel.from_pretrained(
+        path / "transformer", dtype=dtype, use_safetensors=True
+    )

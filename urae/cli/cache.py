@@ -67,7 +67,8 @@ def cache_command(
         text += f" (all in {data_dir / WORK_DIR / REPORT_NAME})"
         console.print(f"[yellow]skipped {len(report.skipped)}:[/]", Text(text))
         for skip in report.skipped[:5]:
-            console.print(f"  {skip.detail}", markup=False)
+            name = "" if skip.detail.startswith(skip.file) else f"{skip.file}: "
+            console.print(f"  {name}{skip.detail}", markup=False)
     ready = report.latents.encoded + report.latents.unchanged + report.latents.kept
     ready += report.latents.shared
     color = "green" if ready else "red"
