@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from urae.resolution import ResolutionPolicy
 from urae.study.bench import Bench
@@ -11,7 +11,7 @@ from urae.study.cells import Cell, Factor
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEACHER_STEPS = (24, 8, 4)
 RANKS = (4, 16, 64)
-NTK_FACTORS = (1.0, 2.0, 4.0, 10.0, 40.0)
+NTK_FACTORS: tuple[float | Literal["auto"], ...] = (1.0, 4.0, 10.0, 40.0, "auto")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def components(bench: Bench) -> list[Cell]:
 
 
 def resolution_policy(bench: Bench) -> list[Cell]:
-    """Policies of sampling x policy of training (on, off, nothing trained), at 2K."""
+    """Policies of sampling x policy of training (on, off, auto, nothing trained), at 2K."""
     on, off = bench.policy, bench.policy_off
+    auto = replace(on, ntk_factor="auto")
     ways: list[ResolutionPolicy] = [
         *(replace(on, ntk_factor=factor) for factor in NTK_FACTORS),
         replace(on, proportional_attention=False),
@@ -109,7 +110,8 @@ def resolution_policy(bench: Bench) -> list[Cell]:
     return [
         *(bench.trained_2k(_name("on", way), policy=on, sampling_policy=way) for way in ways),
         *(bench.trained_2k(_name("off", way), policy=off, sampling_policy=way) for way in few),
-        *(bench.untrained_2k(_name("nothing trained", way), way) for way in few),
+        bench.trained_2k(_name("auto", auto), policy=auto, sampling_policy=auto),
+        *(bench.untrained_2k(_name("nothing trained", way), way) for way in [*few, auto]),
     ]
 
 
