@@ -57,9 +57,10 @@ that.</p>
 <h2>Training</h2>
 <p>Loss on held-out pictures, always with the same noises: {escape(improvement)} (95% interval of
 the change, over pictures).</p>
-<img src="loss.png" alt="loss by step" style="max-width: 560px">
+<img src="loss.png" alt="loss by step" style="max-width: 100%">
 <h2>Next</h2>
-<p>Train on: <code>urae miniature data clean scenes --side 512 --count 3000</code>, then
+<p>On a GPU, train as the adapter that ships was:
+<code>urae miniature data clean scenes --side 512 --count 3000</code>, then
 <code>urae cache scenes --model miniature-dev --resolution 512</code> and
 <code>urae train recipes/miniature_2k_lora.toml --data scenes --output runs/my_2k</code>.<br>
 On FLUX.1 it is the same with <code>--model flux-dev</code>: see <a href="../../README.md">the

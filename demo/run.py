@@ -85,11 +85,12 @@ def main() -> None:
     from page import write_page
     from sheets import draw_comparison
 
-    from urae.train.chart import draw_curves, smooth
+    from urae.train.chart import Curve, draw_curves, smooth
 
     draw_comparison(PROMPTS, columns, OUTPUT / "comparison.png")
-    losses = smooth(f"LoRA at {SIZE_2K} x {SIZE_2K}", read_losses())
-    draw_curves([losses], OUTPUT / "loss.png")
+    losses = smooth(f"LoRA at {SIZE_2K} x {SIZE_2K}, each step", read_losses())
+    held_out = Curve("Held-out pictures, the same noises", read_held_out())
+    draw_curves([losses, held_out], OUTPUT / "loss.png")
     improvement = read_improvement()
     write_page(OUTPUT / "index.html", PROMPTS, columns, str(improvement), STEPS)
     explain(improvement, time.perf_counter() - began)
@@ -119,6 +120,11 @@ def read_losses() -> list[float]:
     return [float(row["loss"]) for row in _read_csv("loss.csv")]
 
 
+def read_held_out() -> list[tuple[int, float]]:
+    """Read the steps at which the held-out samples were measured, and their mean loss."""
+    return [(int(row["step"]), float(row["loss"])) for row in _read_csv("validation.csv")]
+
+
 def read_improvement() -> Improvement:
     """Read how the held-out samples' losses went, each compared with itself."""
     first, *_, last = _read_csv("validation.csv")
@@ -145,7 +151,7 @@ def explain(improvement: Improvement, seconds: float) -> None:
     tell(f"Done in {seconds:.0f} s. Open {OUTPUT / 'index.html'}, or look at:")
     rows = {
         "comparison.png": "the pictures side by side",
-        "loss.png": "the loss of each step",
+        "loss.png": "the loss of each step, and that of held-out pictures",
         "pictures/": "each picture whole; its PNG holds prompt, seed, adapters and policy",
         "lora_2k/": "the LoRA, its checkpoints, loss.csv and validation.csv",
         "data/": "the training pictures with captions, and the features cached beside them",
