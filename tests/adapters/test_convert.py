@@ -80,9 +80,8 @@ def test_another_base_is_refused(tmp_path, bases, expected):
         )
 
 
-def flux_layers(*names, rank=4):
+def flux_layers(*names, rank=4, width=3072):
     """Random factors of FLUX.1's width: stock diffusers reads kohya keys at that width only."""
-    width = 3072
     shapes = {"proj_mlp": (4 * width, width), "ff.net.0.proj": (4 * width, width)}
     layers = {}
     for index, name in enumerate(names):
@@ -133,6 +132,50 @@ def test_kohya_file_from_the_published_kind(expected, tmp_path):
     keys = load_file(path).keys()
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in keys
     assert "lora_unet_single_blocks_1_linear1.alpha" in keys
+
+
+def test_a_kohya_file_of_another_width_does_the_same(
+    base, sources, load_pipe, sample, tmp_path, rel
+):
+    path = convert(ConvertConfig(sources[:1], tmp_path / "k.safetensors", format="kohya"))
+    wanted = sample(urae.adapt(load_pipe(base), sources[0]))
+    assert rel(sample(urae.adapt(load_pipe(base))), wanted) > 1e-3
+    assert rel(sample(urae.adapt(load_pipe(base), path)), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "parts", [("attn.to_k",), ("proj_mlp",), ("attn.to_q", "proj_mlp"), (*QKV, "proj_mlp")]
+)
+def test_parts_of_a_single_block_at_another_width(parts, tmp_path, rel):
+    layers = flux_layers(*[f"single_transformer_blocks.3.{part}" for part in parts], width=32)
+    tensors = to_kohya(layers)
+    alpha = "lora_unet_single_blocks_3_linear1.alpha"
+    save_file({**tensors, alpha: tensors[alpha] / 2}, tmp_path / "k.safetensors")
+    back = read_adapter(tmp_path / "k.safetensors").layers
+    assert back.keys() == layers.keys()
+    for name, pair in layers.items():
+        assert back[name].down.shape == pair.down.shape
+        assert rel(2 * back[name].up @ back[name].down, pair.up @ pair.down) < 1e-6
+
+
+def test_a_joined_matrix_of_another_width_that_was_trained_as_one(tmp_path, rel):
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(shape, generator=generator) for shape in ((7 * 32, 4), (4, 32)))
+    key = "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+    save_file(tensors, tmp_path / "k.safetensors")
+    layers = read_adapter(tmp_path / "k.safetensors").layers.values()
+    assert rel(torch.cat([pair.up @ pair.down for pair in layers]), up @ down) < 1e-6
+
+
+@pytest.mark.parametrize("damage", [{"lora_down": (3, 32)}, {"lora_up": (7 * 32 + 1, 4)}])
+def test_damaged_joined_matrices_are_refused(damage, tmp_path):
+    key = "lora_unet_single_blocks_0_linear1"
+    shapes = {"lora_up": (7 * 32, 4), "lora_down": (4, 32)} | damage
+    tensors = {f"{key}.{side}.weight": torch.ones(shape) for side, shape in shapes.items()}
+    save_file(tensors, tmp_path / "k.safetensors")
+    with pytest.raises(ValueError, match="is no LoRA that diffusers can read"):
+        read_adapter(tmp_path / "k.safetensors")
 
 
 def test_a_layer_without_kohya_name():

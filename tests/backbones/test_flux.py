@@ -1,3 +1,4 @@
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from urae.backbones import flux, weights
 from urae.backbones.flux import (
+    build_meta_models,
     build_meta_transformer,
     encode_prompts,
     fetch_model,
@@ -160,6 +162,38 @@ def test_damaged_and_pickled_weights_are_refused_before_loading(bases, tmp_path,
     with pytest.raises(
         ValueError, match=rf"{component}/.*\.bin is not a .safetensors file; no oth"
     ):
+        fetch_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "missing", ["vae", "tokenizer_2", "scheduler", "transformer/*.safetensors"]
+)
+def test_a_folder_that_lacks_a_part_is_refused_before_loading(bases, tmp_path, missing):
+    folder = shutil.copytree(bases["dev"], tmp_path / "model")
+    for path in folder.glob(missing):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    told = re.escape(f"model folder {folder} is not whole: {missing} is missing; copy or download")
+    with pytest.raises(ValueError, match=told):
+        load_pipeline(str(folder), dtype=torch.float32)
+    component = missing.split("/")[0]
+    assert fetch_model(str(folder), without=[component]) == folder
+
+
+def test_configs_do_without_weights(bases, tmp_path):
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(bases["dev"], tmp_path / "model", ignore=no_weights)
+    assert build_meta_models(folder)["vae"].device.type == "meta"
+
+
+def test_all_shards_of_the_index_must_be_there(bases, tmp_path):
+    folder = shutil.copytree(bases["dev"], tmp_path / "model")
+    transformer = load_transformer(folder, dtype=torch.float32)
+    shutil.rmtree(folder / "transformer")
+    transformer.save_pretrained(folder / "transformer", max_shard_size="100KB")
+    assert fetch_model(str(folder)) == folder
+    last = sorted((folder / "transformer").glob("*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(ValueError, match=f"not whole: transformer/{last.name} is missing"):
         fetch_model(str(folder))
 
 

@@ -133,6 +133,15 @@ def test_user_errors_are_one_line_and_code_2(urae, arguments, message):
     assert errors.count("\n") == 1
 
 
+def test_a_model_folder_that_is_not_whole(urae, tmp_path):
+    leave_out = shutil.ignore_patterns("vae")
+    folder = shutil.copytree(GOLDEN / "base_dev", tmp_path / "model", ignore=leave_out)
+    code, errors = urae("generate", "x", "--model", folder, "--output", tmp_path / "out")
+    assert code == 2
+    assert "not whole: vae is missing" in errors
+    assert errors.count("\n") == 1
+
+
 def test_messages_are_not_taken_for_markup(urae):
     _, errors = urae("generate", "x", "--adapter", "no", "--model", GOLDEN / "base_dev")
     assert "[hf://]owner/repo[@revision]/file" in errors

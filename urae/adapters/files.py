@@ -27,6 +27,7 @@ from peft import get_peft_config
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from urae.adapters.kohya import split_linear1
 from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.adapters.variants import Variant, VariantKind, find_kind
 from urae.backbones.weights import linear_shape
@@ -211,7 +212,9 @@ def _read_lora(
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     if any("transformer_blocks." in key for key in tensors):
         tensors = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+    tensors, split = split_linear1(tensors)
     state, alphas = _to_diffusers(path, tensors)
+    state |= split
     factors = []
     for key, tensor in state.items():
         match = _LORA_KEY.match(key)

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from urae.backbones.model_folder import check_model
 from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
 from urae.resolution import BASE_POLICY_FILE, read_base_policy
@@ -93,19 +94,19 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
     Args:
         model: `miniature-dev`, `flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder
             in diffusers layout, or a single .safetensors file.
-        without: Components not to download.
-        configs_only: Download no weights at all.
+        without: Components not to download, and that a local folder may lack.
+        configs_only: Download no weights at all; a local folder may lack them.
 
     Returns:
         A local folder, or the single file.
 
     Raises:
-        ValueError: If a local path is no FLUX model.
+        ValueError: If a local path is no FLUX model, damaged or not whole.
         FileNotFoundError: If the hub has no such model, or it cannot be reached.
         PermissionError: If the model is gated and this user has no access.
     """
     if (path := _find_local(model)) is not None:
-        _check_local(path)
+        check_model(path, without=without, configs_only=configs_only)
         return path
     hub_id = HUB_IDS.get(model, model)
     try:
@@ -144,31 +145,6 @@ def _is_gated(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _check_local(path: Path) -> None:
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"model file {path} is not a .safetensors file; no other is loaded")
-        return
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"model folder {path} has no model_index.json: not in diffusers layout")
-    try:
-        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-    except ValueError as error:
-        raise ValueError(f"model folder {path}: model_index.json is damaged ({error})") from error
-    if not name.startswith("Flux"):
-        raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
-    for component in sorted(each for each in path.iterdir() if each.is_dir()):
-        weights = sorted(component.glob("*.safetensors"))
-        for file in weights:
-            read_keys(file)
-        if not weights:
-            for file in component.glob("*.bin"):
-                raise ValueError(
-                    f"model file {file} is not a .safetensors file; no other is loaded"
-                )
 
 
 def load_pipeline(
