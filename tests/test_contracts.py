@@ -130,3 +130,12 @@ def test_licence():
     assert "Version 2.0, January 2004" in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["license"] == "Apache-2.0"
+
+
+def test_torchvision_is_no_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = [each for dependencies in lists for each in dependencies]
+    assert any(each.startswith("torch>=") for each in named)
+    assert not any(each.startswith("torchvision") for each in named)
+    assert not any("torchvision" in path.read_text() for path in MODULES)

@@ -152,6 +152,29 @@ def test_bf16_and_parameter_input(no_full_svd):
     assert not split.up.requires_grad
 
 
+class OnMps(torch.Tensor):
+    """Says that it is on Apple's GPU, which has no float64."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("the MPS framework doesn't support float64")
+
+
+def test_a_device_without_float64_has_it_solved_on_the_cpu(monkeypatch):
+    weight = gaussian(SIZE, SIZE)
+    wanted = split_minor(weight, RANK)
+
+    def move(tensor, target):
+        return tensor.as_subclass(OnMps if torch.device(target).type == "mps" else torch.Tensor)
+
+    monkeypatch.setattr(torch.Tensor, "to", move)
+    split = split_minor(weight.to("mps"), RANK)
+    assert all(type(factor) is OnMps for factor in split)
+    for found, factor in zip(split, wanted, strict=True):
+        assert torch.equal(found.to("cpu"), factor)
+
+
 def test_same_bits_whatever_the_global_generator():
     weight = gaussian(SIZE, SIZE)
     torch.manual_seed(1)

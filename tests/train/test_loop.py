@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import urae
+from urae.adapters.convert import ConvertConfig, convert
 from urae.adapters.files import read_adapter
 from urae.backbones.flux import load_transformer
 from urae.features.order import StepBatch, StepShare
@@ -163,6 +164,22 @@ def test_starting_from_the_reference(settings, expected, tmp_path):
     for name, pair in read_adapter(result.adapter_path).layers.items():
         assert torch.allclose(pair.down, wanted[name].down, atol=1e-9)
         assert torch.allclose(pair.up, wanted[name].up, atol=1e-9)
+
+
+def test_starting_from_the_references_raw_minor_file(settings, minor, expected, tmp_path, rel):
+    """It holds A and B alone: B0 and A0 are those that its conversion has subtracted."""
+    source = expected / "dev_4k_minor.safetensors"
+    adapter = replace(minor, init=str(source))
+    result = train(settings(steps=1, optimizer=OptimizerConfig("adamw", lr=1e-12), adapter=adapter))
+    started, wanted = read_adapter(result.adapter_path), read_adapter(source).layers
+    assert wanted.keys() == started.layers.keys()
+    for name, pair in started.layers.items():
+        assert torch.allclose(pair.down, wanted[name].down, atol=1e-9)
+        assert torch.allclose(pair.up, wanted[name].up, atol=1e-9)
+    both = (minor.over[0], str(result.adapter_path))
+    ours = read_adapter(convert(ConvertConfig(both, tmp_path / "both.safetensors"))).layers
+    for name, pair in read_adapter(expected / "dev_4k_lora_conversion.safetensors").layers.items():
+        assert rel(ours[name].up @ ours[name].down, pair.up @ pair.down) < 1e-5
 
 
 def test_starting_from_another_kind_is_refused(settings, expected):
