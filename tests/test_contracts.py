@@ -134,7 +134,8 @@ def test_licence():
 
 def test_torchvision_is_no_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = [each for dependencies in lists for each in dependencies]
     assert any(each.startswith("torch>=") for each in named)
     assert not any(each.startswith("torchvision") for each in named)
     assert not any("torchvision" in path.read_text() for path in MODULES)
