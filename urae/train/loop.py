@@ -142,15 +142,8 @@ def train(
         tokens=count_tokens(inputs.samples),
         context_parallel=config.context_parallel,
     )
-    loader = Loader(
-        inputs.samples,
-        inputs.draws,
-        config,
-        mesh.device,
-        end=state.num_batches + (config.steps - state.step) * batches_per_step,
-        rank=mesh.data_rank,
-        num_ranks=mesh.num_data_ranks,
-    )
+    end = state.num_batches + (config.steps - state.step) * batches_per_step
+    loader = _build_loader(config, inputs, mesh, end)
     with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
         if state.step == 0:
             with _saved_on_failure(save):
@@ -292,6 +285,18 @@ def _peak_memory(device: torch.device) -> float | None:
 def _enough_memory() -> AbstractContextManager[None]:
     remedy = "--batch-size 1, --memory streamed, or features of a lower resolution"
     return explain_memory("this step", remedy)
+
+
+def _build_loader(config: TrainConfig, inputs: Inputs, mesh: Mesh, end: int) -> Loader:
+    return Loader(
+        inputs.samples,
+        inputs.draws,
+        config,
+        mesh.device,
+        end=end,
+        rank=mesh.data_rank,
+        num_ranks=mesh.num_data_ranks,
+    )
 
 
 def _build_accelerator(config: TrainConfig) -> Accelerator:
