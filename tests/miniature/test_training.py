@@ -54,6 +54,18 @@ def recipe(tmp_path):
     return path
 
 
+def test_stages_are_sampled_with_the_shift_that_they_learnt(tmp_path, recipe):
+    recipe.write_text(RECIPE.replace("[schnell]\n", "[schnell]\nsigma_shift = 4.0\n"))
+    for name in ("vae", "text", "base", "refined", "dev", "schnell", "teacher_512"):
+        train_stage(name, recipe, tmp_path)
+    shifts = {
+        name: (config.use_dynamic_shifting, config.shift)
+        for name in ("dev", "schnell", "teacher_512")
+        for config in [load_stage(name, tmp_path).scheduler.config]
+    }
+    assert shifts == {"dev": (True, 3.0), "schnell": (False, 4.0), "teacher_512": (False, 3.0)}
+
+
 def test_the_sizes_are_those_promised():
     dev = build_miniature("dev", guided=True, seed=0)
     teacher = build_miniature("teacher", guided=False, seed=0)
@@ -114,7 +126,7 @@ def test_terse_captions_say_less_but_nothing_false():
 
 def test_synthetic_pictures_are_a_folder_to_cache(tmp_path):
     parts = build_miniature("teacher", guided=False, seed=0)
-    pipe = build_pipeline(parts, schnell=False, latent_mean=0.0, latent_std=1.0)
+    pipe = build_pipeline(parts, static_shift=None, latent_mean=0.0, latent_std=1.0)
     pipe.set_progress_bar_config(disable=True)
     write_synthetic(tmp_path, pipe, range(3), seed=1, side=64, steps=1)
     (tmp_path / "000001.png").unlink()  # as if killed there
@@ -266,7 +278,9 @@ def test_weights_round_trip(tmp_path):
 
 def test_the_pipeline_is_a_stock_one(tmp_path):
     parts = build_miniature("dev", guided=True, seed=0)
-    write_pipeline(tmp_path, build_pipeline(parts, schnell=False, latent_mean=0.1, latent_std=0.5))
+    write_pipeline(
+        tmp_path, build_pipeline(parts, static_shift=None, latent_mean=0.1, latent_std=0.5)
+    )
     assert read_base_policy(tmp_path) == POLICY
     assert POLICY.native_sequence_length == NATIVE_IMAGE_TOKENS + MAX_TEXT_TOKENS == 320
     pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)

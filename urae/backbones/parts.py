@@ -74,19 +74,19 @@ def _build_clip(sizes: dict[str, Any], tokenizer: CLIPTokenizer) -> nn.Module:
 
 
 def build_scheduler(
-    *, schnell: bool, native_image_tokens: int = 4096
+    *, static_shift: float | None, native_image_tokens: int = 4096
 ) -> FlowMatchEulerDiscreteScheduler:
     """Build FLUX.1-dev's or -schnell's scheduler.
 
     Args:
-        schnell: Without a time shift.
+        static_shift: Time shift at every size; schnell's is 1. None is dynamic, as dev's.
         native_image_tokens: Where dev's dynamic shift reaches FLUX.1's at 1024 x 1024; it starts
             at a sixteenth of it.
     """
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
-        shift=1.0 if schnell else 3.0,
-        use_dynamic_shifting=not schnell,
+        shift=3.0 if static_shift is None else static_shift,
+        use_dynamic_shifting=static_shift is None,
         base_shift=0.5,
         max_shift=1.15,
         base_image_seq_len=native_image_tokens // 16,

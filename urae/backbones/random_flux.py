@@ -112,7 +112,7 @@ def write_random_flux(
     for part in parts.values():
         _draw_weights(part, generator, dtype)
     pipe = FluxPipeline(
-        scheduler=build_scheduler(schnell=shape == "flux-schnell"),
+        scheduler=build_scheduler(static_shift=1.0 if shape == "flux-schnell" else None),
         tokenizer=build_clip_tokenizer(_WORDS),
         tokenizer_2=build_t5_tokenizer(_WORDS),
         **parts,

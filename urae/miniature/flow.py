@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from urae.backbones.flux import predict_velocity
-from urae.flow import add_noise, flow_loss
+from urae.flow import add_noise, flow_loss, shift_sigmas
 from urae.miniature.loop import ComputeLoss, StageRun, run_loop
 from urae.miniature.model import (
     NATIVE_SIDE,
@@ -18,7 +19,7 @@ from urae.miniature.model import (
     read_weights,
     write_weights,
 )
-from urae.miniature.paths import GuidedPaths, shift_sigmas
+from urae.miniature.paths import GuidedPaths
 from urae.miniature.pool import Pool, build_pool
 from urae.miniature.recipe import DistillStage, FlowStage
 from urae.miniature.text import PIPELINE_TOKENS, TEXT_PARTS
@@ -172,29 +173,32 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
     low, high = config.guidance
     batch_size = run.share(config.batch_size)
 
+    every = torch.linspace(1, 0, _SCHNELL_STEPS * _TEACHER_STEPS + 1)
+    grid = shift_sigmas(every, config.sigma_shift).tolist()
+
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         batch = sample_batch(pool, batch_size, generator, 0.0)
         segment = step % _SCHNELL_STEPS  # 0 starts from pure noise
         own_path = (step // _SCHNELL_STEPS) % 2 == 1
         guidance = batch.noise.new_full((batch_size,), (low + high) / 2)
 
-        def follow(model: Any, latents: Tensor, start: float, stop: float, steps: int) -> Tensor:
-            for index in range(steps):
-                sigma = start + (stop - start) * index / steps
+        def follow(model: Any, latents: Tensor, path: list[float]) -> Tensor:
+            for sigma, following in pairwise(path):
                 sigmas = latents.new_full((batch_size,), sigma)
                 velocity = model(latents, sigmas, batch.t5_ids, batch.clip_ids, guidance)
-                latents = latents + (stop - start) / steps * velocity.float()
+                latents = latents + (following - sigma) * velocity.float()
             return latents
 
-        start, stop = 1 - segment / _SCHNELL_STEPS, 1 - (segment + 1) / _SCHNELL_STEPS
+        first, last = segment * _TEACHER_STEPS, (segment + 1) * _TEACHER_STEPS
+        start, stop = grid[first], grid[last]
         with run.autocast():
             with torch.no_grad():
                 if own_path:
-                    latents = follow(compute, batch.noise, 1.0, start, segment)
+                    latents = follow(compute, batch.noise, grid[: first + 1 : _TEACHER_STEPS])
                 else:
                     sigmas = batch.noise.new_full((batch_size,), start)
                     latents = add_noise(batch.latents, batch.noise, sigmas)
-                target = (follow(look_up, latents, start, stop, _TEACHER_STEPS) - latents) / (
+                target = (follow(look_up, latents, grid[first : last + 1]) - latents) / (
                     stop - start
                 )
             sigmas = latents.new_full((batch_size,), start)

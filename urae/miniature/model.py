@@ -140,13 +140,17 @@ def read_weights(path: Path, parts: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def build_pipeline(
-    parts: Mapping[str, nn.Module], *, schnell: bool, latent_mean: float, latent_std: float
+    parts: Mapping[str, nn.Module],
+    *,
+    static_shift: float | None,
+    latent_mean: float,
+    latent_std: float,
 ) -> FluxPipeline:
     """Put models, tokenizers and scheduler together as a stock FLUX pipeline.
 
     Args:
         parts: As of `build_miniature`.
-        schnell: Whether its schedule is schnell's.
+        static_shift: Time shift of its schedule at every size; None is dynamic, as FLUX.1-dev's.
         latent_mean: Of the VAE's latents; the pipeline shifts them by it.
         latent_std: Of the VAE's latents; the pipeline divides them by it.
     """
@@ -154,7 +158,9 @@ def build_pipeline(
     vae: Any = parts["vae"]
     vae.register_to_config(shift_factor=latent_mean, scaling_factor=1 / latent_std)
     return FluxPipeline(
-        scheduler=build_scheduler(schnell=schnell, native_image_tokens=NATIVE_IMAGE_TOKENS),
+        scheduler=build_scheduler(
+            static_shift=static_shift, native_image_tokens=NATIVE_IMAGE_TOKENS
+        ),
         tokenizer=clip_tokenizer,
         tokenizer_2=t5_tokenizer,
         **parts,

@@ -3,14 +3,10 @@
 import torch
 from torch import Tensor
 
+from urae.flow import shift_sigmas
 from urae.miniature.pool import Pool
 
 _FEWEST_STEPS, _MOST_STEPS = 16, 32
-
-
-def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move sigmas towards noise, as the schedulers do (arXiv:2403.03206, section 5.3.2)."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 class GuidedPaths:

@@ -57,7 +57,8 @@ class FlowStage:
     caption_dropout: float = 0.1
     """Share of empty captions, for classifier-free guidance."""
     sigma_shift: float = 3.0
-    """Time shift of sigmas drawn uniformly: the layout is decided at the noisiest."""
+    """Time shift of sigmas drawn uniformly: the layout is decided at the noisiest. A teacher is
+    sampled with it."""
     object_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """How often a scene of one, two and three objects is drawn, beside one another."""
 
@@ -74,7 +75,8 @@ class DistillStage:
     guidance: tuple[float, float] = (1.0, 5.0)
     """Scales are drawn uniformly between these."""
     sigma_shift: float = 3.0
-    """Time shift of the guided student's sigmas, drawn uniformly or on the guided paths."""
+    """Time shift of sigmas: of the guided student's, drawn uniformly or on the guided paths, and of
+    the four steps."""
 
 
 @dataclass(frozen=True)

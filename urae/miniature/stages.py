@@ -1,7 +1,8 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
 import math
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diffusers import FluxPipeline
@@ -18,7 +19,7 @@ from urae.miniature.model import (
     build_pipeline,
     read_weights,
 )
-from urae.miniature.recipe import MiniatureRecipe, load_recipe
+from urae.miniature.recipe import FlowStage, MiniatureRecipe, load_recipe
 from urae.miniature.text import TEXT_PARTS, train_text
 from urae.train.record import find_commit
 
@@ -105,10 +106,22 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
     vae = read_weights(work_dir / "vae.safetensors", {"vae": parts["vae"]})
     read_weights(work_dir / "text.safetensors", {part: parts[part] for part in TEXT_PARTS})
     transformer = {"transformer": parts["transformer"]}
-    read_weights(work_dir / f"{name}.safetensors", transformer)
+    metadata = read_weights(work_dir / f"{name}.safetensors", transformer)
     return build_pipeline(
         parts,
-        schnell=name == "schnell",
+        static_shift=_read_shift(name, metadata),
         latent_mean=float(vae["latent_mean"]),
         latent_std=float(vae["latent_std"]),
     )
+
+
+def _read_shift(name: str, metadata: Mapping[str, str]) -> float | None:
+    """Return the static time shift that a stage was trained with; None is the dynamic one.
+
+    Four steps have no other path than the one that they learnt. Dev's dynamic shift is made for its
+    native size: at a teacher's it would leave no steps for the details.
+    """
+    if name != "schnell" and not name.startswith("teacher"):
+        return None
+    stage = tomllib.loads(metadata["urae.recipe"])[name]
+    return float(stage.get("sigma_shift", FlowStage.sigma_shift))
