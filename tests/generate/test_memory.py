@@ -6,7 +6,7 @@ import urae
 from urae.backbones.flux import build_meta_models, predict_velocity
 from urae.backbones.free_memory import free_bytes, vae_bytes
 from urae.backbones.ranks import Ranks
-from urae.generate.estimate import AUTO_TIERS, Request, Way, list_estimates
+from urae.generate.estimate import AUTO_TIERS, Request, list_estimates
 from urae.generate.memory import (
     Room,
     _pinned_bytes,
@@ -40,24 +40,23 @@ def adapters(expected):
     return [str(expected / f"dev_{name}.safetensors") for name in ("2k_lora", "4k_minor")]
 
 
-# --- which way ------------------------------------------------------------------------------------
+# --- which tier -----------------------------------------------------------------------------------
 
 
 def test_auto_takes_the_first_that_fits(room):
-    assert room(80).choose("auto") == Way("resident")
-    assert room(24).choose("auto") == Way("streamed")
-    assert room(24, 16).choose("auto") == Way("8bit")
+    assert room(80).choose("auto") == "resident"
+    assert room(24).choose("auto") == "streamed"
+    assert room(24, 16).choose("auto") == "8bit"
 
 
 def test_auto_passes_over_a_library_that_is_missing(room, monkeypatch):
     monkeypatch.setattr("urae.generate.quantize.find_spec", lambda name: name != "torchao" or None)
-    assert room(24, 16).choose("auto") == Way("4bit")
+    assert room(24, 16).choose("auto") == "4bit"
 
 
 def test_a_named_tier_is_taken_even_if_it_does_not_fit(room):
-    assert room(80).choose("4bit") == Way("4bit")
-    assert room(8).choose("streamed") == Way("streamed", True)
-    assert room(8).choose("resident") == Way("resident", True)
+    assert room(80).choose("4bit") == "4bit"
+    assert room(8).choose("resident") == "resident"
 
 
 def test_nothing_that_fits(room):
@@ -67,9 +66,9 @@ def test_nothing_that_fits(room):
 
 def test_without_a_gpu_nothing_is_chosen():
     room = find_room({}, Request(4096, 4096), AUTO_TIERS, Ranks(CPU))
-    assert room.choose("auto") == Way("resident")
-    assert room.choose("streamed") == Way("streamed")
-    assert room.find_fallback(Way("resident")) is None
+    assert room.choose("auto") == "resident"
+    assert room.choose("streamed") == "streamed"
+    assert room.find_fallback("resident") is None
 
 
 def test_what_there_is_to_choose_from(tmp_path):
@@ -81,14 +80,13 @@ def test_what_there_is_to_choose_from(tmp_path):
 
 
 def test_what_to_try_next(room):
-    assert room(80).find_fallback(Way("resident")) == Way("streamed")
-    assert room(80).find_fallback(Way("streamed")) == Way("streamed", True)
-    assert room(80).find_fallback(Way("streamed", True)) is None
-    assert room(80, 8).find_fallback(Way("resident")) == Way("4bit")
-    assert room(80, compiled=True).find_fallback(Way("streamed")) is None
+    assert room(80).find_fallback("resident") == "streamed"
+    assert room(80).find_fallback("streamed") is None
+    assert room(80, 8).find_fallback("resident") == "4bit"
+    assert room(80, compiled=True).find_fallback("streamed") is None
     every = room(80, tiers=("offload", *AUTO_TIERS))
-    assert every.choose("offload") == Way("offload")
-    assert every.find_fallback(Way("offload")) == Way("streamed")
+    assert every.choose("offload") == "offload"
+    assert every.find_fallback("offload") == "streamed"
 
 
 def test_a_cap_on_the_process_counts(monkeypatch):

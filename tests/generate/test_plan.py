@@ -27,8 +27,8 @@ def _no_weights(monkeypatch):
 
 def test_a_known_name_needs_no_hub():
     found = plan(PlanConfig(height=4096, width=4096, gpu_bytes=24 * GIB))
-    assert [each.way.tier for each in found.estimates] == ["resident", "streamed", "8bit", "4bit"]
-    assert found.chosen.way.tier == "streamed"
+    assert [each.tier for each in found.estimates] == ["resident", "streamed", "8bit", "4bit"]
+    assert found.chosen.tier == "streamed"
     assert found.compiled
     schnell = plan(PlanConfig("flux-schnell", 4096, 4096, gpu_bytes=24 * GIB))
     assert not schnell.compiled  # four steps
@@ -41,7 +41,7 @@ def test_a_folder_with_an_adapter(bases, expected):
         plan(small),
         plan(PlanConfig(str(bases["dev"]), 64, 64, (adapter,), gpu_bytes=2 * GIB)),
     )
-    assert plain.chosen.way.tier == "resident"
+    assert plain.chosen.tier == "resident"
     assert adapted.chosen.sample.weights > plain.chosen.sample.weights
 
 
@@ -72,7 +72,7 @@ def test_another_hub_id_gives_its_configs_alone(bases, monkeypatch):
 
 def test_one_tier():
     (only,) = plan(PlanConfig(memory="offload", gpu_bytes=48 * GIB)).estimates
-    assert only.way.tier == "offload"
+    assert only.tier == "offload"
 
 
 def test_nothing_fits():

@@ -79,7 +79,7 @@ def _show(plan: "Plan", title: str) -> None:
     for each in plan.estimates:
         working = each.sample.working or 0
         table.add_row(
-            each.way.tier + (", in chunks" if each.way.chunked else ""),
+            each.tier,
             _peak(each.encode),
             _gib(each.sample.weights),
             _gib(working),

@@ -6,7 +6,7 @@ The one place that says so: `--memory auto` chooses by it, `urae plan generate` 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -32,19 +32,11 @@ _NUMBER_BYTES = 2  # bfloat16, as on any GPU
 _QUANTIZED_BYTES: dict[Tier, float] = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 # maps of tokens x channels in bfloat16 that are alive at the peak, in a double and in a single
-# block; the first two as tests/generate/test_estimate.py tracks them in the stock forward, of one
-# rank or several, of which each has its share of the tokens
-_WHOLE, _CHUNKED = (13, 17), (12, 13)
+# block; the first as tests/generate/test_estimate.py tracks them in the forward whose MLPs run in
+# chunks of tokens, of one rank or several, of which each has its share of the tokens
+_CHUNKED = (12, 13)
 # 26.5 GiB with 22.2 of weights for a forward at 4096^2 (docs/performance.md)
 _COMPILED = (11, 11)
-
-
-class Way(NamedTuple):
-    """How a picture is made to fit."""
-
-    tier: Tier
-    chunked: bool = False
-    """Whether the MLPs run on some tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class Request:
     adapter_bytes: int = 0
     """Of all adapters' factors in bfloat16."""
     compiled: bool = False
-    """Whether the blocks are compiled; quantised ones never are."""
+    """Whether the blocks are compiled; quantised ones never are, and run their MLPs in chunks."""
     num_ranks: int = 1
     """GPUs that make the picture together, with all weights on each."""
 
@@ -80,9 +72,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a way takes."""
+    """What a tier takes."""
 
-    way: Way
+    tier: Tier
     encode: Stage
     """Prompts to embeddings."""
     sample: Stage
@@ -117,7 +109,7 @@ def list_estimates(
     device_bytes: int,
     tiers: Iterable[Tier] = AUTO_TIERS,
 ) -> list[Estimate]:
-    """Estimate each tier, whole and in chunks of tokens, in the order in which they are preferred.
+    """Estimate each tier, in the order in which they are preferred.
 
     Args:
         models: FLUX's four, with or without weights, by their names in the pipeline.
@@ -125,32 +117,30 @@ def list_estimates(
         device_bytes: Free on the GPU.
         tiers: Which.
     """
-    return [
-        estimate(models, request, Way(tier, chunked), device_bytes)
-        for tier in tiers
-        for chunked in ((False,) if _is_compiled(request, tier) else (False, True))
-    ]
+    return [estimate(models, request, tier, device_bytes) for tier in tiers]
 
 
-def estimate(models: Mapping[str, Any], request: Request, way: Way, device_bytes: int) -> Estimate:
+def estimate(
+    models: Mapping[str, Any], request: Request, tier: Tier, device_bytes: int
+) -> Estimate:
     """Estimate what a picture takes on a GPU in bfloat16.
 
     Args:
         models: FLUX's four, with or without weights, by their names in the pipeline.
         request: What is to be made.
-        way: How.
+        tier: Where the weights are.
         device_bytes: Free on the GPU: decoding takes no more than is left.
     """
     transformer, vae_bytes = models["transformer"], count_bytes(models["vae"])
     whole = count_bytes(transformer)
-    resident = quantized_bytes([transformer], way.tier) if way.tier in QUANTIZED else whole
-    sample = max(_list_sampling(models, request, way, resident), key=lambda stage: stage.peak)
-    after = {"streamed": 0, "offload": 0}.get(way.tier, resident + request.adapter_bytes)
-    host_bytes = {"streamed": whole, "offload": whole, "8bit": resident}.get(way.tier, 0)
+    resident = quantized_bytes([transformer], tier) if tier in QUANTIZED else whole
+    sample = max(_list_sampling(models, request, tier, resident), key=lambda stage: stage.peak)
+    after = {"streamed": 0, "offload": 0}.get(tier, resident + request.adapter_bytes)
+    host_bytes = {"streamed": whole, "offload": whole, "8bit": resident}.get(tier, 0)
     return Estimate(
-        way,
+        tier,
         # bitsandbytes quantises on the device while the model loads
-        _estimate_encode(models, way, resident if way.tier == "4bit" else 0, device_bytes),
+        _estimate_encode(models, tier, resident if tier == "4bit" else 0, device_bytes),
         sample,
         _estimate_decode(models["vae"], request, after + vae_bytes, device_bytes),
         host_bytes,
@@ -162,14 +152,10 @@ def count_bytes(module: nn.Module) -> int:
     return _NUMBER_BYTES * sum(t.numel() for t in [*module.parameters(), *module.buffers()])
 
 
-def stream_text(way: Way, encoder_bytes: int, device_bytes: int) -> bool:
+def stream_text(tier: Tier, encoder_bytes: int, device_bytes: int) -> bool:
     """Tell whether text encoders are streamed: where asked for, and where they do not fit."""
     fit = encoder_bytes + TEXT_ACTIVATION_BYTES <= USABLE * device_bytes
-    return way.tier == "streamed" or not fit
-
-
-def _is_compiled(request: Request, tier: Tier) -> bool:
-    return request.compiled and tier not in QUANTIZED
+    return tier == "streamed" or not fit
 
 
 def quantized_bytes(modules: Iterable[nn.Module], tier: Tier) -> int:
@@ -181,7 +167,7 @@ def quantized_bytes(modules: Iterable[nn.Module], tier: Tier) -> int:
 
 
 def _list_sampling(
-    models: Mapping[str, Any], request: Request, way: Way, resident: int
+    models: Mapping[str, Any], request: Request, tier: Tier, resident: int
 ) -> Iterator[Stage]:
     """Give the peak in the double and in the single blocks."""
     transformer, vae_bytes = models["transformer"], count_bytes(models["vae"])
@@ -191,8 +177,7 @@ def _list_sampling(
     own_tokens = -(-tokens // request.num_ranks)
     one_map = own_tokens * channels * _NUMBER_BYTES
     rope_tables = own_tokens * config.attention_head_dim * 2 * 4  # cos and sin in float32
-    compiled = _is_compiled(request, way.tier)
-    maps = _COMPILED if compiled else _CHUNKED if way.chunked else _WHOLE
+    maps = _COMPILED if request.compiled and tier not in QUANTIZED else _CHUNKED
     kinds = (transformer.transformer_blocks, transformer.single_transformer_blocks)
     blocks = [count_bytes(kind) for kind in kinds]
     num_blocks = sum(len(kind) for kind in kinds)
@@ -200,18 +185,18 @@ def _list_sampling(
         if not len(kind):
             continue
         weights = resident + request.adapter_bytes
-        if way.tier == "streamed":  # this block and the next
+        if tier == "streamed":  # this block and the next
             weights = count_bytes(transformer) - sum(blocks)
             weights += 2 * kind_bytes // len(kind) + 2 * request.adapter_bytes // num_blocks
-        if way.tier != "offload":
+        if tier != "offload":
             weights += vae_bytes
         yield Stage(weights, num_maps * one_map + rope_tables)
 
 
-def _estimate_encode(models: Mapping[str, Any], way: Way, held: int, device_bytes: int) -> Stage:
+def _estimate_encode(models: Mapping[str, Any], tier: Tier, held: int, device_bytes: int) -> Stage:
     encoders = models["text_encoder"], models["text_encoder_2"]
     weights = sum(map(count_bytes, encoders))
-    if stream_text(way, weights, device_bytes - held):
+    if stream_text(tier, weights, device_bytes - held):
         # a layer and the next; the smaller encoder stays on the CPU
         weights = 2 * max(p.numel() * _NUMBER_BYTES for p in encoders[1].parameters())
     return Stage(held + weights, TEXT_ACTIVATION_BYTES)

@@ -36,7 +36,7 @@ from urae.generate.config import GenerateConfig
 from urae.generate.estimate import (
     QUANTIZED,
     Request,
-    Way,
+    Tier,
     count_bytes,
     stream_text,
 )
@@ -46,7 +46,6 @@ from urae.generate.memory import (
     leave_quantized_out,
     list_tiers,
     name_held,
-    name_way,
     place,
     stream_layers,
 )
@@ -144,22 +143,21 @@ def _generate(
         check_quantization(bits, device, asked="--part")
         tiers = leave_quantized_out(tiers, config.memory, bits)
     room = find_room(meta, request, tiers, ranks)
-    way, written = room.choose(config.memory), list[Path]()
-    check_quantization(way.tier, device)
+    tier, written = room.choose(config.memory), list[Path]()
+    check_quantization(tier, device)
     try:
-        _run(config, jobs, sampling, way, parts, ranks, spread, written, on_progress)
+        _run(config, jobs, sampling, tier, parts, ranks, spread, written, on_progress)
         return [job.path for job in jobs]
     except (torch.OutOfMemoryError, MemoryError) as error:
-        fallback = room.find_fallback(way)
-        failed = name_held(way, device)
+        fallback = room.find_fallback(tier)
+        failed = name_held(tier, device)
         if config.memory != "auto" or fallback is None or ranks.count > 1:
-            other = fallback is not None and fallback.tier != way.tier
-            remedy = f"--memory {fallback.tier}" if fallback and other else _SMALLER
+            remedy = _SMALLER if fallback is None else f"--memory {fallback}"
             _explain(error, config, failed, remedy)
     # out of the handler, whose traceback keeps what the failed try held
     logger.warning(
-        "the GPU's memory did not suffice with %s: trying once more with %s",
-        failed, name_way(fallback),
+        "the GPU's memory did not suffice with %s: trying once more with --memory %s",
+        failed, fallback,
     )  # fmt: skip
     release_memory(device)
     try:
@@ -173,14 +171,14 @@ def _run(
     config: GenerateConfig,
     jobs: Sequence[Picture],
     sampling: Sampling,
-    way: Way,
+    tier: Tier,
     parts: Sequence[Part],
     ranks: Ranks,
     spread: Spread,
     written: list[Path],
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Load the model one way, and make this rank's pictures that are not written yet."""
+    """Load the model on one tier, and make this rank's pictures that are not written yet."""
     device = ranks.device
     mesh = build_mesh(spread.degree, device) if spread.num_shared else None
     shared, whole = spread.list_shared(ranks.rank), spread.list_whole(ranks.rank)
@@ -188,23 +186,25 @@ def _run(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     inexact = [str(part) for part in parts if part.name not in EXACT]
-    if way.tier in QUANTIZED:
-        inexact.append(f"weights in {way.tier}")
+    if tier in QUANTIZED:
+        inexact.append(f"weights in {tier}")
         parts = [part for part in parts if part.name != "compile"]
     if inexact:
         logger.warning("%s: the pictures are approximations", ", ".join(inexact))
     dtype = pick_dtype(device)
-    quantization = build_quantization(way.tier, dtype)
+    quantization = build_quantization(tier, dtype)
     pipe = load_pipeline(config.model, dtype=dtype, quantization=quantization)
     pipe.set_progress_bar_config(disable=True)
     if config.adapters or config.policy or _is_beyond_native(pipe, config, sampling):
         adapt(pipe, config.adapters, policy=config.policy)
     _load_loras(pipe, config.loras)
     prompts = tuple(jobs[number].prompt for number in todo)
-    embeds = _encode_prompts(pipe, prompts, sampling.max_sequence_length, device, way)
-    with token_chunks(pipe.transformer) if way.chunked else nullcontext(), ExitStack() as sharing:
+    embeds = _encode_prompts(pipe, prompts, sampling.max_sequence_length, device, tier)
+    compiled = any(part.name == "compile" for part in parts)  # what fuses an MLP by itself
+    chunks = nullcontext() if compiled else token_chunks(pipe.transformer)
+    with chunks, ExitStack() as sharing:
         apply_parts(pipe, parts, device)
-        place(pipe, way.tier, device)
+        place(pipe, tier, device)
         group = None
         if mesh is not None:
             sharing.enter_context(context_parallel(pipe.transformer, mesh))
@@ -229,7 +229,7 @@ def _run(
                 continue  # one of the group writes it
             record = _describe(pipe, config, sampling, job.prompt, job.seed)
             names = [str(part) for part in parts]
-            how = {"memory": way.tier, "chunked": way.chunked, "compiled": "compile" in names}
+            how = {"memory": tier, "compiled": compiled}
             record |= {**how, "speed": config.speed, "parts": names}
             record["gpus"] = 1 if group is None else group.size()
             save_picture(job.path, image, record)
@@ -279,11 +279,11 @@ def _encode_prompts(
     prompts: tuple[str, ...],
     max_sequence_length: int,
     device: torch.device,
-    way: Way,
+    tier: Tier,
 ) -> dict[str, PromptEmbeds]:
     """Encode each prompt, and let the text encoders go: sampling needs their room."""
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
-    if stream_text(way, sum(map(count_bytes, encoders)), free_bytes(device)):
+    if stream_text(tier, sum(map(count_bytes, encoders)), free_bytes(device)):
         logger.info("the large text encoder is streamed, the small one runs on the CPU")
         stream_layers(pipe.text_encoder_2.encoder, device)
     else:

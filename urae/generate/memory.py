@@ -1,4 +1,4 @@
-"""Fitting a picture into memory: which way, and where weights go."""
+"""Fitting a picture into memory: which tier, and where weights go."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,6 @@ from urae.generate.estimate import (
     Estimate,
     Request,
     Tier,
-    Way,
     list_estimates,
 )
 from urae.generate.parts import Bits
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 Memory = Literal["auto", "resident", "streamed", "offload", "8bit", "4bit"]
 """A tier, or the first that fits."""
 
-_CLEARLY = 0.9  # less than a way that ran out of memory: estimates are right to a tenth
+_CLEARLY = 0.9  # less than a tier that ran out of memory: estimates are right to a tenth
 
 
 def list_tiers(memory: Memory, model: str | Path) -> tuple[Tier, ...]:
@@ -58,49 +57,46 @@ def leave_quantized_out(tiers: Sequence[Tier], memory: Memory, bits: Bits) -> tu
 
 @dataclass(frozen=True)
 class Room:
-    """What is free, and what each way would take."""
+    """What is free, and what each tier would take."""
 
     estimates: Sequence[Estimate]
     """In order of preference; none without a GPU, where nothing is to be chosen."""
     device_bytes: int
     host_bytes: int
 
-    def choose(self, memory: Memory) -> Way:
-        """Choose the first way that fits; a tier that was named is taken even if it does not.
+    def choose(self, memory: Memory) -> Tier:
+        """Choose the first tier that fits; a tier that was named is taken even if it does not.
 
         Raises:
             MemoryError: If `auto` finds none that fits.
         """
-        if not self.estimates:
-            return Way("resident" if memory == "auto" else memory)
         if memory != "auto":
-            named = [each for each in self.estimates if each.way.tier == memory]
-            fitting = [each for each in named if self._fits(each)]
-            return [*fitting, named[-1]][0].way
+            return memory
+        if not self.estimates:
+            return "resident"
         for each in self.estimates:
-            if self._fits(each) and can_quantize(each.way.tier):
-                logger.info("%s: %.1f GiB at the peak", each.way, each.peak / 2**30)
-                return each.way
+            if self._fits(each) and can_quantize(each.tier):
+                logger.info("%s: %.1f GiB at the peak", each.tier, each.peak / 2**30)
+                return each.tier
         least = min(self.estimates, key=lambda each: each.peak)
         raise MemoryError(
             f"{self.device_bytes / 2**30:.1f} GiB are free on the GPU and "
             f"{self.host_bytes / 2**30:.1f} on the host, too little for this picture: --memory "
-            f"{least.way.tier} takes {least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; "
+            f"{least.tier} takes {least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; "
             "choose a smaller --size, or free some"
         )
 
-    def find_fallback(self, failed: Way) -> Way | None:
-        """Find what to try after a way ran out of memory: a leaner one, another tier first."""
-        peaks = [each.sample.peak for each in self.estimates if each.way == failed]
-        leaner = [
-            each.way
+    def find_fallback(self, failed: Tier) -> Tier | None:
+        """Find what to try after a tier ran out of memory: the first that is clearly leaner."""
+        peaks = [each.sample.peak for each in self.estimates if each.tier == failed]
+        leaner = (
+            each.tier
             for each in self.estimates
             if self._fits(each)
-            and can_quantize(each.way.tier)
+            and can_quantize(each.tier)
             and all(each.sample.peak < _CLEARLY * peak for peak in peaks)
-        ]
-        others = [way for way in leaner if way.tier != failed.tier]
-        return next(iter([*others, *leaner]), None)
+        )
+        return next(leaner, None)
 
     def _fits(self, estimate: Estimate) -> bool:
         return estimate.fits(self.device_bytes, self.host_bytes)
@@ -123,17 +119,12 @@ def find_room(
     return Room(estimates, free, host)
 
 
-def name_way(way: Way) -> str:
-    """Name a way as the command line does."""
-    return f"--memory {way.tier}" + (" in chunks of tokens" if way.chunked else "")
-
-
-def name_held(way: Way, device: torch.device) -> str:
-    """Name a way with what it held on a GPU at its peak."""
+def name_held(tier: Tier, device: torch.device) -> str:
+    """Name a tier as the command line does, with what it held on a GPU at its peak."""
     if device.type != "cuda":
-        return name_way(way)
+        return f"--memory {tier}"
     held = torch.cuda.max_memory_allocated(device) / 2**30
-    return f"{name_way(way)}, which held {held:.1f} GiB"
+    return f"--memory {tier}, which held {held:.1f} GiB"
 
 
 def place(pipe: FluxPipeline, tier: Tier, device: torch.device) -> None:

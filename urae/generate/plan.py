@@ -93,11 +93,8 @@ def plan(config: PlanConfig) -> Plan:
     )  # fmt: skip
     tiers = list_tiers(config.memory, config.model)
     tiers = tiers if config.memory == "auto" else (config.memory,)
-    best = []
-    for tier in tiers:
-        ways = list_estimates(models, request, gpu_bytes, [tier])
-        best.append(next((each for each in ways if each.fits(gpu_bytes)), ways[-1]))
-    return Plan(tuple(best), gpu_bytes, compiled)
+    estimates = list_estimates(models, request, gpu_bytes, tiers)
+    return Plan(tuple(estimates), gpu_bytes, compiled)
 
 
 def parse_bytes(text: str) -> int:
