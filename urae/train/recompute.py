@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.features.dataset import Sample
-from urae.generate.speed import keep_compiled, list_blocks, pays_to_compile
+from urae.generate.speed import keep_compiled, list_blocks, pays_to_compile, with_usual_strides
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
 from urae.train.estimate import QUANTIZED, Way
@@ -110,8 +110,7 @@ def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
     """Make the first blocks' inputs like the others', so that one compilation serves all."""
 
     def run_like(block: nn.Module, hidden: Tensor, text: Tensor, *rest: Any) -> Any:
-        # a view, for the stride of a batch of one: it may be any, and would be compiled for
-        hidden, text = (each.contiguous().view(each.shape) for each in (hidden, text))
+        hidden, text = with_usual_strides(hidden), with_usual_strides(text)
         hidden, text = (
             each if each.requires_grad else _make_differentiable(each) for each in (hidden, text)
         )
