@@ -503,7 +503,8 @@ def test_what_is_subtracted_cancels_what_starts_equal(load_pipe, rel, dtype):
     name = "transformer_blocks.0.attn.to_q"
     torch.manual_seed(0)
     initial, other = (LowRank(torch.randn(3, 64), torch.randn(64, 3)) for _ in range(2))
-    parameters = attach_trainable(transformer, "trained", {name: initial}, {name: initial})
+    opposite = LowRank(initial.down, -initial.up)
+    parameters = attach_trainable(transformer, "trained", {name: initial}, {name: opposite})
     layer = transformer.transformer_blocks[0].attn.to_q
     x = torch.randn(5, 64).to(dtype)
     assert rel(layer(x), layer.base_layer(x)) < (1e-6 if dtype == torch.float32 else 1e-4)

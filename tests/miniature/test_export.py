@@ -11,7 +11,7 @@ from urae.adapters.packaged import FILES
 from urae.backbones.flux import PACKAGED, load_transformer
 from urae.backbones.weights import open_original_weights
 from urae.features.cache import CacheConfig, cache
-from urae.miniature.export import export_adapters
+from urae.miniature.export import export_adapters, export_pipelines, unpack_pipelines
 from urae.miniature.sources import write_folder
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig, train
 
@@ -97,3 +97,17 @@ def test_what_does_not_ship(runs, no_commit, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run\.toml"):
         export_adapters([tmp_path], tmp_path, commit=COMMIT)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_ships_unpacks_and_ships_again_as_it_was(tmp_path):
+    """From the stages' files alone: those that it comes from, `base` and `refined`, are gone."""
+    unpack_pipelines(tmp_path / "work")
+    folders = export_pipelines(tmp_path / "work", tmp_path / "models")
+    assert [folder.name for folder in folders] == list(PACKAGED)
+    for folder in folders:
+        for name in ("recipe.json", "transformer/config.json", "vae/config.json"):
+            there, here = ((each / name).read_text() for each in (PACKAGED[folder.name], folder))
+            assert json.loads(here) == json.loads(there)
+        for part in ("transformer", "vae"):
+            file = f"{part}/diffusion_pytorch_model.safetensors"
+            assert (folder / file).read_bytes() == (PACKAGED[folder.name] / file).read_bytes()

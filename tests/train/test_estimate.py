@@ -143,9 +143,10 @@ class Norm(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("blocks", [(2, 0), (0, 2)])
-def test_the_maps_are_those_of_the_stock_blocks(tracker, blocks, chunked, monkeypatch):
+def test_the_maps_are_those_of_the_stock_blocks(tracker, blocks, chunked, beside, monkeypatch):
     def attend(query, key, value, **_):
         return Attention.apply(*(each.contiguous() for each in (query, key, value)))
 
@@ -160,7 +161,7 @@ def test_the_maps_are_those_of_the_stock_blocks(tracker, blocks, chunked, monkey
             name: LowRank(torch.empty(16, 3072), torch.empty(3072, 16))
             for name in find_attention_linears(transformer)
         }
-        parameters = attach_trainable(transformer, "new", layers)
+        parameters = attach_trainable(transformer, "new", layers, layers if beside else None)
         if chunked:
             chunk_mlps(transformer)
         set_checkpointing(transformer.train(), Way("resident", "full"), torch.device("cpu"))

@@ -96,7 +96,7 @@ def attach_trainable(
     transformer: FluxTransformer2DModel,
     name: str,
     layers: Mapping[str, LowRank],
-    initial: Mapping[str, LowRank] | None = None,
+    beside: Mapping[str, LowRank] | None = None,
 ) -> list[nn.Parameter]:
     """Attach factors to train, in float32 whatever the base's dtype, and freeze all else.
 
@@ -107,8 +107,8 @@ def attach_trainable(
         transformer: As in `attach`.
         name: Of the adapter; not in use yet.
         layers: Factors A and B to start from, of scale 1.
-        initial: Factors A0 and B0 to subtract, frozen: the layer adds B A x - B0 A0 x, computed as
-            one product, so that what is equal cancels before any rounding.
+        beside: Factors C and D of some of the layers, frozen: they add B A x + D C x, computed as
+            one product, so that what is equal and opposite cancels before any rounding.
 
     Returns:
         The parameters to train.
@@ -128,7 +128,7 @@ def attach_trainable(
     dtype = _compute_dtype(transformer)
     for path, layer in _lora_layers(transformer, name):
         layer.cast_input_dtype_enabled = False  # activations are large, factors are small
-        down, up = (initial[path].down, -initial[path].up) if initial else (None, None)
+        down, up = (beside or {}).get(path, (None, None))
         layer.lora_A[name] = _TrainableFactor(layer.lora_A[name].weight, down, 0, dtype)
         layer.lora_B[name] = _TrainableFactor(layer.lora_B[name].weight, up, 1, dtype)
     parameters = list(adapter_parameters(transformer, name))

@@ -8,7 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, write_lora
+from urae.adapters.files import (
+    AdapterFile,
+    LowRank,
+    check_fits,
+    read_adapter,
+    stack_updates,
+    write_lora,
+)
 from urae.adapters.initial import OpenWeights, Progress, compute_updates
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
 from urae.backbones.weights import open_weight_files
@@ -82,7 +89,8 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
     if not files:
         raise ValueError("no adapter to convert; name one or more files")
     open_weights = None if config.model is None else _open_base(config.model, files)
-    layers = stack(compute_updates(files, open_weights, device=pick_device(), progress=progress))
+    updates = compute_updates(files, open_weights, device=pick_device(), progress=progress)
+    layers = stack_updates(updates)
     metadata = {"urae.format": "1", "urae.kind": "lora"}
     for file in files:
         kept = ("urae.policy", "urae.base_model", "urae.base_revision")
@@ -100,19 +108,6 @@ def _open_base(model: str, files: Sequence[AdapterFile]) -> OpenWeights:
     for file in files:
         check_fits(file, meta)
     return lambda layers: open_weight_files(path, layers)
-
-
-def stack(updates: Sequence[Mapping[str, LowRank]]) -> dict[str, LowRank]:
-    """Sum updates into one of the summed rank, in float32."""
-    layers: dict[str, LowRank] = {}
-    for update in updates:
-        for name, pair in update.items():
-            down, up = pair.down.float(), pair.up.float()
-            if name in layers:
-                down = torch.cat([layers[name].down, down])
-                up = torch.cat([layers[name].up, up], dim=1)
-            layers[name] = LowRank(down, up)
-    return layers
 
 
 def to_kohya(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:

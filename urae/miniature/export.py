@@ -13,16 +13,12 @@ import torch
 from urae.adapters.packaged import FILES
 from urae.backbones.flux import PACKAGED, load_pipeline
 from urae.miniature.model import write_pipeline, write_weights
-from urae.miniature.stages import load_stage
+from urae.miniature.stages import load_stage, read_record, write_record
 from urae.miniature.text import TEXT_PARTS
-from urae.storage import read_tensors, write_atomic, write_tensors
+from urae.storage import write_atomic, write_tensors
 from urae.train.publish import FinishedRun, format_record, read_finished
 from urae.train.record import RECORD_SECTION
 
-_NEEDS = {
-    "dev": ("vae", "text", "base", "refined", "dev"),
-    "schnell": ("vae", "text", "base", "refined", "dev", "schnell"),
-}
 _CARD = """\
 ---
 license: apache-2.0
@@ -80,14 +76,14 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
         FileNotFoundError: If a stage's file is missing.
     """
     folders = []
-    for name, stages in _NEEDS.items():
+    for name in _KINDS:
         if name == "schnell" and not (work_dir / "schnell.safetensors").is_file():
             continue
+        record = read_record(name, work_dir)
         folder = output_dir / f"miniature-{name}"
         write_pipeline(folder, load_stage(name, work_dir))
-        record = {stage: read_tensors(work_dir / f"{stage}.safetensors")[1] for stage in stages}
         write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
-        seed = tomllib.loads(record["dev"]["urae.recipe"]).get("seed", 0)
+        seed = tomllib.loads(record[name]["urae.recipe"]).get("seed", 0)
         card = _CARD.format(name=folder.name, kind=_KINDS[name], seed=seed)
         write_atomic(folder / "README.md", card.encode())
         folders.append(folder)
@@ -174,6 +170,7 @@ def unpack_pipelines(work_dir: Path) -> list[Path]:
         for stage, parts in stages.items():
             path = work_dir / f"{stage}.safetensors"
             if not path.exists():
-                write_weights(path, {part: getattr(pipe, part) for part in parts}, record[stage])
+                models = {part: getattr(pipe, part) for part in parts}
+                write_weights(path, models, write_record(record, stage))
                 written.append(path)
     return written

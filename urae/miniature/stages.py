@@ -1,5 +1,6 @@
 """The stages of the miniature's training by name, each from files to a file."""
 
+import json
 import math
 import tomllib
 from collections.abc import Callable, Mapping
@@ -40,6 +41,22 @@ STAGES: dict[str, Train] = {
     ),
 }
 
+NEEDS: dict[str, tuple[str, ...]] = {
+    "vae": (),
+    "text": (),
+    "base": ("vae", "text"),
+    "refined": ("vae", "text", "base"),
+    "dev": ("vae", "text", "refined"),
+    "schnell": ("vae", "text", "dev"),
+    "teacher_512": ("vae", "text"),
+    "teacher_1024": ("vae", "text", "teacher_512"),
+}
+"""The stages whose files each reads."""
+_HISTORY = "urae.history"
+
+Record = dict[str, dict[str, str]]
+"""Metadata of weights by stage, a stage after those that it comes from."""
+
 
 def train_stage(
     name: str,
@@ -71,7 +88,11 @@ def train_stage(
     if name not in STAGES:
         raise ValueError(f"stage {name!r} is unknown; choose one of {', '.join(STAGES)}")
     recipe = load_recipe(recipe_path)
+    history: Record = {}
+    for needed in NEEDS[name]:
+        history |= read_record(needed, work_dir)
     metadata = {
+        _HISTORY: json.dumps(history),
         "urae.version": __version__,
         "urae.commit": commit or find_commit() or "unknown",
         "urae.stage": name,
@@ -85,6 +106,30 @@ def train_stage(
         done = STAGES[name](recipe, run)
         ranks.wait()  # the file is whole when any of them returns
         return run.file(name) if done else None
+
+
+def read_record(name: str, work_dir: Path) -> Record:
+    """Read what a stage's weights and all that they come from were trained with.
+
+    Only the stage's own file is needed: it holds the record of the others.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+    """
+    metadata = read_weights(work_dir / f"{name}.safetensors", {})
+    history: Record = json.loads(metadata.pop(_HISTORY, "{}"))
+    return {**history, name: dict(sorted(metadata.items()))}
+
+
+def write_record(record: Mapping[str, Mapping[str, str]], name: str) -> dict[str, str]:
+    """Return the metadata of a stage's file from which `read_record` reads the record."""
+    ancestors = [each for each in _list_ancestors(name) if each in record]
+    return {**record[name], _HISTORY: json.dumps({each: record[each] for each in ancestors})}
+
+
+def _list_ancestors(name: str) -> list[str]:
+    found = [each for needed in NEEDS[name] for each in (*_list_ancestors(needed), needed)]
+    return list(dict.fromkeys(found))
 
 
 def load_stage(name: str, work_dir: Path) -> FluxPipeline:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from urae import __version__
 from urae.adapters.attach import attach_frozen, attach_trainable, read_factors
-from urae.adapters.files import AdapterFile, LowRank, merge_minor, read_adapter, write_lora
+from urae.adapters.files import (
+    AdapterFile,
+    LowRank,
+    merge_minor,
+    read_adapter,
+    stack_updates,
+    write_lora,
+)
 from urae.adapters.initial import compute_initial, compute_updates, find_initial, fingerprint_origin
 from urae.adapters.variants import (
     as_plain,
@@ -119,14 +126,17 @@ def attach_for_training(
         layers = initial
     else:
         layers = _gaussian_lora(transformer, names, config.rank, seed)
-    for index, update in enumerate(updates):
-        attach_frozen(transformer, f"over_{index}", update)
     if initial is not None:
         initial = {
             name: LowRank(p.down.float().cpu(), p.up.float().cpu()) for name, p in initial.items()
         }
+        updates = [*updates, {name: LowRank(p.down, -p.up) for name, p in initial.items()}]
+    frozen = stack_updates(updates)
+    beside = {name: frozen.pop(name) for name in names if name in frozen}
+    if frozen:
+        attach_frozen(transformer, "over", frozen)
     name = _MINOR_NAME if config.kind == "minor" else _NAME
-    parameters = attach_trainable(transformer, name, layers, initial)
+    parameters = attach_trainable(transformer, name, layers, beside)
     if config.trains == "down":
         for up in parameters[1::2]:  # A and B of each layer in turn
             up.requires_grad_(False)
