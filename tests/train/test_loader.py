@@ -45,11 +45,11 @@ def test_the_next_batch_is_drawn_meanwhile(build, monkeypatch):
     drawn, begun = [], threading.Event()
     draw = module.sample_batch
 
-    def watch(samples, counters, *rest):
+    def watch(samples, counters, *rest, **options):
         drawn.append(counters[0] // 2)
         if len(drawn) == 2:
             begun.set()
-        return draw(samples, counters, *rest)
+        return draw(samples, counters, *rest, **options)
 
     monkeypatch.setattr(module, "sample_batch", watch)
     with build(end=6) as loader:
@@ -62,10 +62,10 @@ def test_the_next_batch_is_drawn_meanwhile(build, monkeypatch):
 def test_an_error_comes_with_its_own_batch(build, monkeypatch):
     draw = module.sample_batch
 
-    def fail(samples, counters, *rest):
+    def fail(samples, counters, *rest, **options):
         if counters[0] == 2:
             raise ValueError("damaged")
-        return draw(samples, counters, *rest)
+        return draw(samples, counters, *rest, **options)
 
     monkeypatch.setattr(module, "sample_batch", fail)
     with build() as loader:

@@ -1,6 +1,7 @@
 """One training batch, a pure function of the seed and the samples' counters."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,7 +61,12 @@ class Batch:
 
 
 def sample_batch(
-    samples: Sequence[Sample], counters: Sequence[int], draws: Draws, device: torch.device
+    samples: Sequence[Sample],
+    counters: Sequence[int],
+    draws: Draws,
+    device: torch.device,
+    *,
+    readers: Executor | None = None,
 ) -> Batch:
     """Draw caption, latents, noise and sigma of each sample.
 
@@ -71,14 +77,18 @@ def sample_batch(
             draws the same.
         draws: The run's rules.
         device: Where the batch goes.
+        readers: Threads that draw the samples side by side; None draws one after the other.
 
     Raises:
         ValueError: If the samples' prompt embeddings differ in length.
     """
-    drawn = [
-        _draw(sample, _generator(draws.seed, counter), draws)
-        for sample, counter in zip(samples, counters, strict=True)
-    ]
+
+    def draw(place: tuple[Sample, int]) -> tuple[Tensor, ...]:
+        sample, counter = place
+        return _draw(sample, _generator(draws.seed, counter), draws)
+
+    each_of = map if readers is None else readers.map
+    drawn = list(each_of(draw, zip(samples, counters, strict=True)))
     lengths = {embeds.shape[0] for _, _, _, embeds, _ in drawn}
     if len(lengths) > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Batches read and drawn a step ahead, beside the device's work."""
+"""Batches read and drawn a step ahead, their samples side by side, beside the device's work."""
 
 import time
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from urae.train.batch import Batch, Draws, sample_batch
 from urae.train.config import TrainConfig
 
 _CPU = torch.device("cpu")
+_MOST_READERS = 8
 
 
 class Loaded(NamedTuple):
@@ -61,6 +62,7 @@ class Loader:
         self._end = end
         self._next: dict[tuple[int, int], Future[Loaded]] = {}
         self._thread = ThreadPoolExecutor(1, "urae-loader")
+        self._readers = ThreadPoolExecutor(min(config.batch_size, _MOST_READERS), "urae-reader")
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +73,8 @@ class Loader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._thread, self._readers):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def share(self, first: int) -> StepShare:
         """Say what this rank trains on in a step.
@@ -108,4 +111,5 @@ class Loader:
 
     def _draw(self, chosen: StepBatch) -> Loaded:
         samples = [self._samples[at] for at in chosen.indices]
-        return Loaded(samples, sample_batch(samples, chosen.counters, self._draws, _CPU))
+        drawn = sample_batch(samples, chosen.counters, self._draws, _CPU, readers=self._readers)
+        return Loaded(samples, drawn)
