@@ -125,6 +125,17 @@ def test_a_folder_is_what_caching_reads(tmp_path, kind, suffix):
     assert image.tobytes() == sample.picture.permute(1, 2, 0).numpy().tobytes()
 
 
+def test_several_processes_write_what_one_does(tmp_path):
+    for workers in (1, 2):
+        write_folder(tmp_path / str(workers), "real", range(10), 4, 64, 96, workers=workers)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()}
+        for workers in (1, 2)
+    )
+    assert len(one) == 20
+    assert two == one
+
+
 def test_a_folder_is_gone_on_with(tmp_path):
     write_folder(tmp_path, "clean", range(2), 0, 32, 32)
     kept = tmp_path / "000001.json"

@@ -83,10 +83,15 @@ def data_command(
     side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 512,
     count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 3000,
     seed: Annotated[int, typer.Option(min=1, help="Of the set of scenes.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that render [dim](one a CPU core)[/].")
+    ] = None,
     work: Work = _WORK,
     verbose: Verbose = False,
 ) -> None:
     """Write captioned pictures to train an adapter on."""
+    import os
+
     from urae.backbones.flux import pick_device, pick_dtype
     from urae.miniature.sources import write_folder
     from urae.miniature.stages import load_stage
@@ -94,7 +99,8 @@ def data_command(
 
     if source is not Source.synthetic:
         kind: Literal["clean", "real"] = "real" if source is Source.real else "clean"
-        write_folder(output, kind, range(count), seed, side, side)
+        workers = workers or os.cpu_count() or 1
+        write_folder(output, kind, range(count), seed, side, side, workers=workers)
     else:
         quiet_progress_bars()
         stage = Stage.teacher_512 if side <= 512 else Stage.teacher_1024

@@ -1,8 +1,6 @@
 """The scene check over many captions and seeds of one pipeline."""
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from urae.adapters.adapt import adapt
 from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
 from urae.miniature.check import SceneReport, Score, check_scene, score
 from urae.miniature.model import HELD_OUT_SEED
+from urae.miniature.processes import start_processes
 from urae.miniature.stages import load_stage
 from urae.miniature.synthetic import generate_pictures
 from urae.miniature.world import Scene, caption, sample_scene
@@ -111,9 +110,7 @@ def score_pipeline(pipe: FluxPipeline, config: ScoreConfig) -> list[SceneReport]
         steps=config.steps,
         guidance_scale=config.guidance_scale,
     )
-    # not forked: this process may hold a GPU and threads
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context, initializer=_use_one_thread) as pool:
+    with start_processes(config.workers) as pool:
         checks = [
             pool.submit(check_scene, picture.numpy(), scene)
             for picture, scene in zip(pictures, scenes, strict=True)
@@ -158,7 +155,3 @@ def summarize(reports: Sequence[SceneReport]) -> dict[str, float]:
         for field in fields(SceneReport)
     }
     return {**asdict(passed), **parts}
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)

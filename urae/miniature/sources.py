@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from urae.miniature.photograph import (
     sample_camera,
     take_photograph,
 )
+from urae.miniature.processes import start_processes
 from urae.miniature.render import render
 from urae.miniature.world import Scene, caption, sample_scene
 from urae.storage import write_atomic
@@ -42,6 +44,7 @@ Kind = Literal["clean", "real"]
 WRONG_SHARE = 0.2
 VAGUE_SHARE = 0.4
 _LEFT_OUT_SHARE = 0.5  # of the words of a vague caption that can be
+_CHUNK = 8  # indices that a process takes at a time
 
 _OBJECT_PARTS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES}
 _BACKGROUND_PARTS = {"texture": TEXTURES, "background": BACKGROUNDS, "light": LIGHTS}
@@ -88,13 +91,19 @@ def sample_real(index: int, seed: int, height: int, width: int) -> Sample:
 
 
 def write_folder(
-    folder: Path, kind: Kind, indices: Iterable[int], seed: int, height: int, width: int
+    folder: Path,
+    kind: Kind,
+    indices: Iterable[int],
+    seed: int,
+    height: int,
+    width: int,
+    *,
+    workers: int = 1,
 ) -> None:
     """Write samples as a folder of captioned pictures that `urae cache` reads.
 
     Clean renders become PNG files, photographs JPEG files; the caption is the `prompt` of the JSON
-    file beside each. What is there already is kept: a run that was killed goes on where it stopped,
-    and several can share the indices.
+    file beside each. What is there already is kept: a run that was killed goes on where it stopped.
 
     Args:
         folder: Made if it is missing.
@@ -103,20 +112,31 @@ def write_folder(
         seed: Of the set.
         height: In pixels, a multiple of 16.
         width: The same.
+        workers: Processes that share the indices.
 
     Raises:
         ValueError: If FLUX has no such size.
     """
     check_size(height, width)
     folder.mkdir(parents=True, exist_ok=True)
+    write = partial(_write_sample, folder, kind, seed, height, width)
+    if workers == 1:
+        for index in indices:
+            write(index)
+        return
+    with start_processes(workers) as pool:
+        for _ in pool.map(write, indices, chunksize=_CHUNK):
+            pass
+
+
+def _write_sample(folder: Path, kind: Kind, seed: int, height: int, width: int, index: int) -> None:
     draw, suffix = (sample_real, ".jpg") if kind == "real" else (sample_clean, ".png")
-    for index in indices:
-        image = folder / f"{index:06d}{suffix}"
-        if not image.exists():
-            sample = draw(index, seed, height, width)
-            text = json.dumps({"prompt": sample.caption})
-            write_atomic(image.with_suffix(".json"), text.encode())
-            write_atomic(image, sample.file or encode_picture(sample.picture, "PNG"))
+    image = folder / f"{index:06d}{suffix}"
+    if not image.exists():
+        sample = draw(index, seed, height, width)
+        text = json.dumps({"prompt": sample.caption})
+        write_atomic(image.with_suffix(".json"), text.encode())
+        write_atomic(image, sample.file or encode_picture(sample.picture, "PNG"))
 
 
 def spoil(described: Description, rng: random.Random) -> Description:

@@ -1,6 +1,7 @@
 """Training pictures and their features: made once, shared by the cells, mixed by links."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -59,7 +60,8 @@ def make_data(root: Path, data: DataSet, work_dir: Path) -> None:
             folder, pipe, indices, seed=data.seed, side=data.side, steps=data.teacher_steps
         )
     else:
-        write_folder(folder, data.source, indices, data.seed, data.side, data.side)
+        workers = min(os.cpu_count() or 1, data.count)
+        write_folder(folder, data.source, indices, data.seed, data.side, data.side, workers=workers)
     cache(CacheConfig(folder, data.encoders.name, data.side))
     quality = asdict(score([_check(path) for path in _pictures(folder)[:_NUM_CHECKED]]))
     write_atomic(folder / _QUALITY_FILE, json.dumps(quality).encode())
