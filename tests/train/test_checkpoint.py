@@ -237,9 +237,9 @@ def test_a_curve_that_cannot_be_written(settings, monkeypatch):
 def test_the_order_of_samples_goes_on_with_other_batches_a_step(settings, monkeypatch, caplog):
     numbers, draw = [], loader_module.sample_batch
 
-    def record(samples, counters, *others):
+    def record(samples, counters, *others, **options):
         numbers.extend(counters)
-        return draw(samples, counters, *others)
+        return draw(samples, counters, *others, **options)
 
     monkeypatch.setattr(loader_module, "sample_batch", record)
     train(settings(steps=2, gradient_accumulation=3))

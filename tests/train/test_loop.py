@@ -22,6 +22,7 @@ from urae.features.order import StepBatch, StepShare
 from urae.resolution import ResolutionPolicy, find_policy
 from urae.train import OptimizerConfig, train
 from urae.train import loop as loop_module
+from urae.train import step as step_module
 from urae.train.adapter import attach_for_training
 from urae.train.checkpoint import find_checkpoints
 from urae.train.inputs import check_inputs
@@ -127,7 +128,7 @@ def test_each_sample_weighs_the_same_in_any_batches(settings, tmp_path, monkeypa
         turns = replace(config, gradient_accumulation=len(batches))
         with Loader(inputs.samples, inputs.draws, turns, torch.device("cpu"), end=3) as loader:
             monkeypatch.setattr(loader, "share", lambda _first: chosen)
-            done = loop_module.accumulate(transformer, loader, 0, 1.0, accelerator)
+            done = step_module.accumulate(transformer, loader, 0, 1.0, accelerator)
         found = [done.loss, *(parameter.grad.clone() for parameter in adapter.parameters)]
         transformer.zero_grad()
         return found
@@ -193,7 +194,7 @@ def test_starting_from_another_kind_is_refused(settings, expected):
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_non_finite_step_stops_the_run(settings, monkeypatch, broken):
-    compute = loop_module.compute_losses
+    compute = step_module.compute_losses
     calls = []
 
     def spoil(model, batch, guidance_scale):
@@ -206,7 +207,7 @@ def test_a_non_finite_step_stops_the_run(settings, monkeypatch, broken):
             return loss
         return loss * math.nan
 
-    monkeypatch.setattr(loop_module, "compute_losses", spoil)
+    monkeypatch.setattr(step_module, "compute_losses", spoil)
     with pytest.raises(FloatingPointError, match=r"step 3: loss .* on samples image_\d of rank 0"):
         train(settings())
     saved = find_checkpoints(settings().output_dir)[-1]
@@ -270,7 +271,7 @@ def test_out_of_gpu_memory_says_what_to_try(settings, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop_module, "compute_losses", fail)
+    monkeypatch.setattr(step_module, "compute_losses", fail)
     with pytest.raises(MemoryError, match="try --batch-size 1"):
         train(settings())
 

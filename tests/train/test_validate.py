@@ -29,9 +29,9 @@ def same(one: Path, other: Path) -> bool:
 def test_held_out_samples_do_not_train(settings, monkeypatch):
     trained, draw = set(), loader_module.sample_batch
 
-    def record(samples, *others):
+    def record(samples, *others, **options):
         trained.update(sample.stem for sample in samples)
-        return draw(samples, *others)
+        return draw(samples, *others, **options)
 
     monkeypatch.setattr(loader_module, "sample_batch", record)
     config = settings(steps=6, num_validation=1)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -64,34 +64,14 @@ def adapt(
         FileNotFoundError: If an adapter is missing, or the original weights that a minor adapter
             needs.
     """
-    transformer = transformer_of(pipe)
-    positions = find_policy(transformer)
-    sources = as_sources(adapters)
-    if positions is not None and pipe not in _adapted_pipes:
-        if _asks_for(positions, sources, policy):
-            _set_scheduler(pipe, positions.policy)
-            _adapt_controlnets(pipe, positions.policy)
-            _adapted_pipes.add(pipe)
-            return pipe
-        if any(transformer_of(other) is transformer for other in _adapted_pipes):
-            raise ValueError(
-                "this pipe's transformer is adapted already, through another pipe and differently "
-                f"({list(positions.adapter_sources) or 'no adapters'}, {positions.policy}); "
-                "urae.restore(pipe) first"
-            )
-    if is_optimized(transformer):
-        raise ValueError(
-            "the transformer is optimized for the adapters that it has; call urae.restore(pipe), "
-            "then urae.adapt, then urae.optimize"
-        )
+    transformer, sources = transformer_of(pipe), as_sources(adapters)
+    if (inherited := _find_inherited(pipe, transformer, sources, policy)) is not None:
+        _set_policy(pipe, inherited)
+        return pipe
     _check_attachable(transformer)
     files = [read_adapter(source) for source in sources]
-    for file in files:
-        check_fits(file, transformer)
     names = _name_adapters(files, adapter_names)
-    _check_names_free(transformer, names)
-    check_order(files)
-    _check_alone(files, transformer)
+    _check_files(files, names, transformer)
     policy = choose_policy(policy, files, _path_of(pipe))
     build_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
     updates: list[Update] = [file.variant for file in files if file.variant is not None]
@@ -100,21 +80,10 @@ def adapt(
         lambda layers: open_original_weights(transformer, layers),
         device=pick_device(),
     )
-    earlier = {name: read_update(transformer, name) for name in _own_names(transformer)}
-    detach(transformer, list(earlier))
-    try:
-        for name, update in zip(names, updates, strict=True):
-            attach(transformer, name, update, pipe=pipe)
-    except BaseException:
-        detach(transformer, names)
-        for name, update in earlier.items():
-            attach(transformer, name, update, pipe=pipe)
-        raise
+    _replace_adapters(pipe, transformer, dict(zip(names, updates, strict=True)))
     positions = apply_policy(transformer, policy, tuple(names))
     positions.adapter_sources = tuple(str(source) for source in sources)
-    _adapt_controlnets(pipe, policy)
-    _set_scheduler(pipe, policy)
-    _adapted_pipes.add(pipe)
+    _set_policy(pipe, policy)
     logger.info("adapted with %s, %s", names or "no adapter", policy)
     return pipe
 
@@ -188,12 +157,44 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
     return names
 
 
-def _asks_for(
-    positions: ResolutionPositions, sources: Sequence[Source], policy: ResolutionPolicy | None
-) -> bool:
-    """Tell whether a call asks for nothing else than what a transformer has already."""
+def _find_inherited(
+    pipe: Any,
+    transformer: nn.Module,
+    sources: Sequence[Source],
+    policy: ResolutionPolicy | None,
+) -> ResolutionPolicy | None:
+    """Return the policy of a transformer that another pipe adapted to just what is asked for.
+
+    Raises:
+        ValueError: If it was, and something else is asked for.
+    """
+    positions = find_policy(transformer)
+    if positions is None or pipe in _adapted_pipes:
+        return None
     same_sources = not sources or tuple(map(str, sources)) == positions.adapter_sources
-    return same_sources and policy in (None, positions.policy)
+    if same_sources and policy in (None, positions.policy):
+        return positions.policy
+    if any(transformer_of(other) is transformer for other in _adapted_pipes):
+        raise ValueError(
+            "this pipe's transformer is adapted already, through another pipe and differently "
+            f"({list(positions.adapter_sources) or 'no adapters'}, {positions.policy}); "
+            "urae.restore(pipe) first"
+        )
+    return None
+
+
+def _replace_adapters(pipe: Any, transformer: nn.Module, updates: Mapping[str, Update]) -> None:
+    """Attach updates by name in the place of those of an earlier call, or leave these."""
+    earlier = {name: read_update(transformer, name) for name in _own_names(transformer)}
+    detach(transformer, list(earlier))
+    try:
+        for name, update in updates.items():
+            attach(transformer, name, update, pipe=pipe)
+    except BaseException:
+        detach(transformer, list(updates))
+        for name, update in earlier.items():
+            attach(transformer, name, update, pipe=pipe)
+        raise
 
 
 def _own_names(transformer: nn.Module) -> tuple[str, ...]:
@@ -202,18 +203,20 @@ def _own_names(transformer: nn.Module) -> tuple[str, ...]:
     return () if positions is None else tuple(n for n in positions.adapter_names if n in present)
 
 
-def _check_names_free(transformer: nn.Module, names: Sequence[str]) -> None:
-    taken = set(getattr(transformer, "peft_config", None) or {}) - set(_own_names(transformer))
+def _check_files(
+    files: Sequence[AdapterFile], names: Sequence[str], transformer: nn.Module
+) -> None:
+    """Refuse adapters for another base, in a wrong order, or beside what they cannot be with."""
+    for file in files:
+        check_fits(file, transformer)
+    others = set(getattr(transformer, "peft_config", None) or {}) - set(_own_names(transformer))
     for name in names:
-        if name in taken:
+        if name in others:
             raise ValueError(
                 f"adapter name {name!r} is in use on this pipeline; pass other adapter_names, or "
                 f"delete that adapter first: pipe.delete_adapters({name!r})"
             )
-
-
-def _check_alone(files: Sequence[AdapterFile], transformer: nn.Module) -> None:
-    others = set(getattr(transformer, "peft_config", None) or {}) - set(_own_names(transformer))
+    check_order(files)
     for file in files:
         if file.variant is not None and others:
             raise ValueError(
@@ -223,6 +226,11 @@ def _check_alone(files: Sequence[AdapterFile], transformer: nn.Module) -> None:
 
 
 def _check_attachable(transformer: nn.Module) -> None:
+    if is_optimized(transformer):
+        raise ValueError(
+            "the transformer is optimized for the adapters that it has; call urae.restore(pipe), "
+            "then urae.adapt, then urae.optimize"
+        )
     for module in transformer.modules():
         if getattr(module, "merged", False) is True:
             raise ValueError(
@@ -265,15 +273,14 @@ def _controlnets_of(pipe: Any) -> Iterable[nn.Module]:
     return [_unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
 
 
-def _adapt_controlnets(pipe: Any, policy: ResolutionPolicy) -> None:
+def _set_policy(pipe: Any, policy: ResolutionPolicy) -> None:
+    """Follow it outside of the transformer: in ControlNets and scheduler."""
     for controlnet in _controlnets_of(pipe):
         apply_policy(controlnet, policy)
-
-
-def _set_scheduler(pipe: Any, policy: ResolutionPolicy) -> None:
     original = getattr(pipe.scheduler, _ORIGINAL, pipe.scheduler)
     pipe.scheduler = build_scheduler(original, policy)
     setattr(pipe.scheduler, _ORIGINAL, original)
+    _adapted_pipes.add(pipe)
 
 
 def _path_of(pipe: Any) -> str | None:

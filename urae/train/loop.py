@@ -1,22 +1,16 @@
 """The training loop: 2K and 4K, LoRA and minor components are recipes of it."""
 
 import json
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import FluxTransformer2DModel
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from urae.adapters.files import LORA_FILE_NAME
 from urae.backbones.flux import (
@@ -27,7 +21,6 @@ from urae.backbones.flux import (
 )
 from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
-from urae.features.dataset import Sample
 from urae.resolution import ResolutionPolicy, apply_policy, read_base_policy
 from urae.train.adapter import TrainingAdapter, attach_for_training
 from urae.train.attention import right_attention
@@ -36,9 +29,8 @@ from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
 from urae.train.loader import Loader
-from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
 from urae.train.memory import choose_way, is_placed_first, place
-from urae.train.mesh import Mesh, build_mesh, check_mesh, distribute, sum_gradients
+from urae.train.mesh import Mesh, build_mesh, check_mesh, distribute
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
 from urae.train.output import StepReport, prepare_output, warn_of_other_steps
@@ -47,6 +39,7 @@ from urae.train.ranks import MAX_WAIT_MINUTES, check_alike, warn_of_other_batch
 from urae.train.recompute import count_tokens, is_compiled, set_checkpointing
 from urae.train.record import write_run
 from urae.train.state import build_state
+from urae.train.step import Stepper
 
 _AGAIN = "start all of them again with --resume"
 
@@ -59,21 +52,6 @@ class TrainResult:
     adapter_path: Path
     """The finished adapter, or that of the last checkpoint if the run was stopped."""
     finished: bool
-
-
-@dataclass(frozen=True)
-class Accumulated:
-    """What the batches of one step gave on this rank, beside their gradients."""
-
-    loss: Float[Tensor, ""]
-    """This rank's part of the mean over the step's samples; the ranks' parts add up to it."""
-    levels: Float[Tensor, "2 levels"]
-    """Sum and number of the samples' losses at each noise level."""
-    samples: list[Sample]
-
-    @property
-    def stems(self) -> str:
-        return ", ".join(sample.stem for sample in self.samples)
 
 
 def train(
@@ -144,48 +122,26 @@ def train(
     )
     end = state.num_batches + (config.steps - state.step) * batches_per_step
     loader = _build_loader(config, inputs, mesh, end)
+    stepper = Stepper(
+        config, accelerator, mesh, transformer, adapter.parameters, state, loader, batches_per_step
+    )
     with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
         if state.step == 0:
             with _saved_on_failure(save):
                 monitor.measure(state)
         while state.step < config.steps:
-            began, waited = time.perf_counter(), loader.waited_seconds
             with _saved_on_failure(save):  # the step has changed nothing yet
-                done = accumulate(
-                    transformer, loader, state.num_batches, config.guidance_scale, accelerator
-                )
-                sum_gradients(adapter.parameters, accelerator)
-                norm = nn.utils.clip_grad_norm_(adapter.parameters, config.optimizer.max_grad_norm)
-                loss, grad_norm, stopping, *levels = _reduce_report(done, norm, stop, accelerator)
-                loss *= mesh.num_data_ranks
-                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise FloatingPointError(
-                        f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}, on "
-                        f"samples {done.stems} of rank {accelerator.process_index}; the state "
-                        f"before this step is saved in {config.output_dir}"
-                    )
-            lr = state.advance(batches_per_step)
-            report = StepReport(
-                step=state.step,
-                loss=loss,
-                grad_norm=grad_norm,
-                lr=lr,
-                seconds=time.perf_counter() - began,
-                loader_seconds=loader.waited_seconds - waited,
-                level_losses=mean_levels(levels),
-                height=done.samples[-1].height,
-                width=done.samples[-1].width,
-                memory_gib=_peak_memory(accelerator.device),
-            )
+                gradients = stepper.compute_gradients(stop)
+            report = stepper.advance(gradients)
             monitor.log_step(report)
             if accelerator.is_main_process and on_step is not None:
                 on_step(report)
             with _saved_on_failure(save):
                 monitor.measure(state)
             finished = state.step == config.steps
-            if finished or stopping or state.step % config.checkpoint_every == 0:
+            if finished or gradients.stopping or state.step % config.checkpoint_every == 0:
                 save()
-            if stopping:
+            if gradients.stopping:
                 break
         finished = state.step == config.steps
         if finished and accelerator.is_main_process:
@@ -194,35 +150,6 @@ def train(
     folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
     accelerator.end_training()
     return TrainResult(state.step, folder / LORA_FILE_NAME, finished)
-
-
-def accumulate(
-    model: nn.Module, loader: Loader, first: int, guidance_scale: float, accelerator: Accelerator
-) -> Accumulated:
-    """Add up the gradients of one step on this rank.
-
-    Each sample weighs the same, however the step's samples fall into batches and ranks.
-
-    Args:
-        model: The transformer in training.
-        loader: Draws this rank's batches.
-        first: Batches that the run, on all ranks, has trained on before.
-        guidance_scale: As of the run.
-        accelerator: Knows the device.
-    """
-    chosen_samples: list[Sample] = []
-    share = loader.share(first)
-    losses = torch.zeros(len(share.batches), device=accelerator.device)
-    levels = torch.zeros(2, NUM_LEVELS, device=accelerator.device)
-    for index in range(len(share.batches)):
-        samples, batch = loader.take(first, index)
-        chosen_samples += samples
-        each = compute_losses(model, batch, guidance_scale)
-        loss = each.sum() / share.num_samples
-        accelerator.backward(loss)
-        losses[index] = loss.detach()
-        levels += sum_levels(each, batch.sigmas)
-    return Accumulated(losses.sum(), levels, chosen_samples)
 
 
 def _describe_run(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy) -> dict[str, str]:
@@ -258,15 +185,6 @@ def _build_model(
     return transformer.train(), adapter
 
 
-def _reduce_report(
-    done: Accumulated, norm: Tensor, stop: Event, accelerator: Accelerator
-) -> list[float]:
-    """Return loss, norm and whether to stop, then levels, each the mean over all ranks."""
-    sums = torch.stack([done.loss, norm, done.loss.new_tensor(float(stop.is_set()))])
-    means = accelerator.reduce(torch.cat([sums, done.levels.flatten()]), "mean")
-    return [float(each) for each in means.tolist()]
-
-
 @contextmanager
 def _saved_on_failure(save: Callable[[], None]) -> Iterator[None]:
     try:
@@ -274,12 +192,6 @@ def _saved_on_failure(save: Callable[[], None]) -> Iterator[None]:
     except Exception:
         save()
         raise
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def _enough_memory() -> AbstractContextManager[None]:
