@@ -62,8 +62,9 @@ the change, over pictures).</p>
 <p>On a GPU, train as the adapter that ships was:
 <code>urae miniature data clean scenes --side 512 --count 3000</code>, then
 <code>urae cache scenes --model miniature-dev --resolution 512</code> and
-<code>urae train recipes/miniature_2k_lora.toml --data scenes --output runs/my_2k</code>.<br>
-On FLUX.1 it is the same with <code>--model flux-dev</code>: see <a href="../../README.md">the
+<code>urae train recipes/miniature_2k_lora.toml --data scenes --output runs/miniature_2k</code>.<br>
+On FLUX.1, cache your own pictures with <code>--model flux-dev --resolution 2048</code> and train
+<code>recipes/flux_dev_2k_lora.toml</code>: see <a href="../../README.md">the
 README</a>, <a href="../../docs/train.md">training</a> and
 <a href="../../docs/miniature.md">the miniature</a>.</p>
 </html>

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from urae.adapters.files import read_adapter
 from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS
 from urae.cli.generate import _read_prompts, _split_weight
 from urae.cli.main import app, main
+from urae.generate.parts import PartName
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -104,6 +106,12 @@ def test_help(command):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def test_help_names_the_parts(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    result = CliRunner().invoke(app, ["generate", "--help"])
+    assert all(name in result.output for name in get_args(PartName))
 
 
 def test_fields_of_a_recipe():

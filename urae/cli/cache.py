@@ -10,6 +10,7 @@ from rich.progress import TaskID
 from rich.table import Table
 from rich.text import Text
 
+from urae.cli.generate import MODELS
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
 
 
@@ -17,13 +18,13 @@ def cache_command(
     data_dir: Annotated[Path, typer.Argument(help="Folder of images with captions (.json, .txt).")],
     model: Annotated[
         str,
-        typer.Option(help="Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder, a file."),
+        typer.Option(help=f"Base: {MODELS}."),
     ],
     resolution: Annotated[
         int, typer.Option(help="Side of the square whose tokens are the budget of a picture.")
     ] = 2048,
     max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens [dim](the model's: 512 for FLUX.1)[/].")
+        int | None, typer.Option(help="Text tokens [dim](512 for FLUX.1; give schnell 256)[/].")
     ] = None,
     overwrite: Annotated[
         bool,

@@ -42,6 +42,12 @@ MODELS = "miniature-dev, flux-dev, flux-schnell, flux-krea, a hub id, a folder o
 _DEFAULT_MODEL = "miniature-dev"
 _ADAPTERS = ", ".join([*PACKAGED_ADAPTERS, "a file, a folder or owner/repo/file"])
 
+_PARTS = (
+    "attention-backend, joined-adapters, merged-adapters, constants, compile (exact); fp8, 8bit, "
+    "4bit, local-attention, progressive, first-block-cache, mag-cache, taylorseer-cache "
+    "(approximate); repeatable"
+)
+
 
 def generate_command(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
@@ -87,15 +93,18 @@ def generate_command(
         Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
     ] = Memory.auto,
     speed: Annotated[
-        Speed, typer.Option(help="fast and turbo approximate, as far as was measured.")
+        Speed,
+        typer.Option(help="fast and turbo may approximate; until that is measured they are exact."),
     ] = Speed.exact,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="Something that makes it faster, NAME or NAME=STRENGTH; repeatable."),
+        typer.Option(help=f"Something that makes it faster, NAME or NAME=STRENGTH: {_PARTS}."),
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Of this host [dim](1; under torchrun as many as it starts)[/]."),
+        typer.Option(
+            min=1, help="GPUs of this host [dim](1; under torchrun as many as it starts)[/]."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
     verbose: Verbose = False,

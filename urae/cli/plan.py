@@ -43,7 +43,7 @@ def generate_command(
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="That make the picture together.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the picture together.")] = 1,
     verbose: Verbose = False,
 ) -> None:
     """Print what `urae generate` would take in GPU and host memory, by where weights live."""

@@ -131,7 +131,7 @@ def _list_fields(wanted: bool) -> None:
 
     table = Table("option", "default", "what it does")
     for name, default, description in describe_fields(TrainConfig):
-        if name not in _OWN_OPTIONS:
+        if name not in {*_OWN_OPTIONS, "data"}:  # several folders stand in recipes alone
             table.add_row(f"--{name.replace('_', '-')}", default, description)
     console.print(table)
     raise typer.Exit

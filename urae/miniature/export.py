@@ -46,8 +46,8 @@ pipeline_tag: text-to-image
 
 # The adapters of miniature-dev
 
-They make a FLUX of 5 M parameters, whose native size is 256 x 256, draw its rendered scenes at
-twice and four times the side: 512 x 512 plays FLUX.1's 2048 x 2048, 1024 x 1024 its 4096 x 4096.
+They make a FLUX of 5 M parameters draw its rendered scenes beyond its native 256 x 256, each at the
+size that it was trained at: 512 x 512 plays FLUX.1's 2048 x 2048, 1024 x 1024 its 4096 x 4096.
 Their scores are in the project's docs/miniature.md. The resolution policy of each is in its
 metadata, which `urae.adapt(pipe, "miniature-2k")` follows. All are under Apache 2.0, as their base.
 """

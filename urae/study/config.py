@@ -79,7 +79,7 @@ class StudyConfig:
     batch_size_4k: int = 4
     """Pictures a step at the 4K stage."""
     lr: float = 1e-3
-    """Learning rate of AdamW, as in the miniature's recipe."""
+    """Learning rate of AdamW."""
     sampling_steps: int = 24
     """Denoising steps of the guidance-distilled base."""
 
