@@ -1,6 +1,7 @@
 """Files read whole and checked, written whole or not at all."""
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,21 @@ def write_tensors(
     """
     cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save(cpu, {"format": "pt", **(metadata or {})}))
+    write_atomic(path, serialize(cpu, {"format": "pt", **(metadata or {})}))
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a safetensors file: the same for the same content.
+
+    The library alone writes metadata in another order in each process.
+    """
+    data: bytes = save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def write_atomic(path: Path, data: bytes) -> None:

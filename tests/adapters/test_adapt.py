@@ -187,8 +187,9 @@ def test_from_pipe_inherits_everything(load_pipe, expected, sample):
     picture = Image.new("RGB", (64, 64), "red")
     result = other("a", image=picture, height=64, width=64, num_inference_steps=2).images[0]
     assert result.size == (64, 64)
-    urae.adapt(other)
-    assert other.get_active_adapters() == ["urae_2k"]
+    for _ in range(2):
+        urae.adapt(other)
+        assert other.get_active_adapters() == ["urae_2k"]
     urae.restore(other)
     assert other.scheduler.config.use_dynamic_shifting
 

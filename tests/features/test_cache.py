@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from urae.backbones.vae_plan import plan_encode
 from urae.features import encoders
 from urae.features.cache import cache
+from urae.features.dataset import list_samples
 from urae.features.encoders import Encoders
 from urae.features.images import load_image
 from urae.features.store import read_header
@@ -270,6 +271,37 @@ def test_every_skip_has_its_reason(cached_copy, settings):
     assert written["skipped"] == [
         {"file": skip.file, "reason": skip.reason, "detail": skip.detail} for skip in report.skipped
     ]
+
+
+def test_what_cannot_be_read_now_loses_nothing(cached_copy, settings, monkeypatch):
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.name == "image_0.jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    before = features_of(cached_copy)
+    report = cache(settings(cached_copy))
+    assert [(skip.file, skip.reason) for skip in report.skipped] == [
+        ("image_0.jpg", "unreachable image")
+    ]
+    assert report.removed == []
+    assert features_of(cached_copy) == before
+
+
+def test_an_image_whose_captions_are_gone_is_no_longer_trained_on(cached_copy, settings):
+    (cached_copy / "image_0.json").unlink()
+    edit_caption(cached_copy, "image_1", prompt=" ", generated_prompt="")
+    report = cache(settings(cached_copy))
+    wanted = [
+        f"image_{number}_{suffix}.safetensors"
+        for number in (0, 1)
+        for suffix in ("generated_prompt_embed", "latent_code", "prompt_embed")
+    ]
+    assert sorted(report.removed) == wanted
+    assert not {"image_0", "image_1"} & {sample.stem for sample in list_samples(cached_copy)}
 
 
 def test_bombs_are_skipped(folder, settings, monkeypatch):

@@ -38,6 +38,18 @@ def test_what_is_written_is_read(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    """The library writes metadata in the order of a hash map, another in each process."""
+    metadata = {f"key {number}": "é" * number for number in range(20)}
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = {"mean": torch.rand(2, 3), "std": torch.rand(2, 3)}
+    write_features(first, tensors, metadata)
+    write_features(second, tensors, dict(reversed(metadata.items())))
+    assert first.read_bytes() == second.read_bytes()
+    assert {**read_header(first).metadata, **metadata} == read_header(first).metadata
+    assert torch.equal(read_features(first, ["mean", "std"])["std"], tensors["std"])
+
+
 def test_status(tmp_path):
     path = tmp_path / "a_latent_code.safetensors"
     assert find_status(path, {}) is Status.DUE

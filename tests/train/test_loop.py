@@ -215,12 +215,28 @@ def test_a_non_finite_step_stops_the_run(settings, monkeypatch, broken):
     assert all(torch.isfinite(t).all() for t in load_file(saved.adapter_path).values())
 
 
+def test_suspects_are_those_of_the_ranks_that_failed(monkeypatch):
+    def found(**losses):
+        monkeypatch.setattr(
+            step_module,
+            "gather_object",
+            lambda _: [(math.isfinite(loss), stem) for stem, loss in losses.items()],
+        )
+        mine = step_module.Accumulated(torch.tensor(0.0), torch.zeros(2, 4), [])
+        return step_module._name_suspects(mine)
+
+    assert found(a=1.0, b=math.nan) == "b of rank 1"
+    assert found(a=1.0, b=2.0) == "a of rank 0, b of rank 1"  # the gradients of one of them
+
+
 def test_an_output_folder_is_kept(settings):
     train(settings(steps=1))
     with pytest.raises(FileExistsError, match="holds a run already; go on with --resume"):
         train(settings(steps=1))
+    (settings().output_dir / "validation.csv").write_text("of the earlier run")
     train(settings(steps=2, overwrite=True))
     assert [c.step for c in find_checkpoints(settings().output_dir)] == [2]
+    assert not (settings().output_dir / "validation.csv").exists()
 
 
 def test_overwriting_waits_until_all_is_checked(settings, tmp_path):

@@ -11,6 +11,7 @@ from urae.adapters.files import read_adapter
 from urae.backbones.flux import load_transformer, predict_velocity
 from urae.generate.speed import list_blocks
 from urae.resolution import ResolutionPolicy, apply_policy
+from urae.train import memory as memory_module
 from urae.train import train
 from urae.train.adapter import attach_for_training
 from urae.train.chunks import chunk_mlps, feed_forward
@@ -246,19 +247,29 @@ def test_auto_takes_the_first_that_fits(settings, free, bases, caplog):
     assert choose_way(config, inputs, GPU).tier == "resident"
 
 
+def test_all_ranks_choose_by_what_is_free_where_least_is(settings, free, monkeypatch):
+    inputs = check_inputs(settings())
+    free(10**12)
+    monkeypatch.setattr(memory_module, "find_least", lambda values, _: [0, values[1]])
+    assert choose_way(settings(), inputs, GPU).tier == "resident"
+    with pytest.raises(MemoryError, match=r"0\.0 GiB are free on the GPU"):
+        choose_way(settings(), inputs, GPU, num_ranks=2)
+
+
 def test_a_named_rung_is_taken_whatever_is_free(settings, free):
     inputs = check_inputs(settings())
     free(0, 0)
     for tier in ("resident", "offload", "streamed"):
-        way = choose_way(settings(memory=tier), inputs, GPU)
-        assert way == Way(tier, "off")
+        config = settings(memory=tier, gradient_checkpointing="full")
+        assert choose_way(config, inputs, GPU) == Way(tier, "full")
     assert choose_way(settings(), inputs, CPU) == Way("resident", "off")
 
 
 def test_what_cannot_be_is_refused_first(settings):
     inputs = check_inputs(settings())
     with pytest.raises(ValueError, match="--memory streamed is for one process, this run has 2"):
-        choose_way(settings(memory="streamed"), inputs, CPU, num_ranks=2)
+        streamed = settings(memory="streamed", gradient_checkpointing="full")
+        choose_way(streamed, inputs, CPU, num_ranks=2)
     with pytest.raises(ValueError, match="--memory 4bit needs a CUDA device"):
         choose_way(settings(memory="4bit"), inputs, CPU)
 

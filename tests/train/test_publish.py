@@ -18,7 +18,7 @@ from urae.cli.main import main
 from urae.config import read_toml
 from urae.train import AdapterConfig, OptimizerConfig, PushConfig, TrainConfig, push, train
 from urae.train.card import find_license
-from urae.train.publish import CONVERTED_FILE, write_folder
+from urae.train.publish import CONVERTED_FILE, _without_folders, write_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LORA = "pytorch_lora_weights.safetensors"
@@ -197,6 +197,11 @@ def test_what_is_no_finished_run(run, tmp_path, monkeypatch, capsys):
         main()
     assert stop.value.code == 2
     assert "holds no run.toml" in capsys.readouterr().err
+
+
+def test_a_prompt_is_no_path():
+    found = _without_folders({"prompt": "/imagine a cat/dog", "data_dir": "/home/me/data"})
+    assert found == {"prompt": "/imagine a cat/dog", "data_dir": "data"}
 
 
 def test_licences_follow_the_base():

@@ -92,10 +92,15 @@ def test_processes_that_differ_are_refused(settings, bases, monkeypatch, what, c
         change = {"model": str(bases[change["model"]])}
     inputs, facts = check_inputs(settings()), []
     monkeypatch.setattr(ranks_module, "gather_object", lambda found: facts.extend(found) or facts)
-    check_alike(settings(), inputs)
-    check_alike(replace(settings(), output_dir=settings().data_dir), inputs)  # paths may differ
+    policy = ResolutionPolicy()
+    check_alike(settings(), inputs, policy)
+    elsewhere = replace(settings(), output_dir=settings().data_dir)  # paths may differ
+    check_alike(elsewhere, inputs, policy)
     with pytest.raises(ValueError, match=rf"process 2 has another {what} \(\w+\) than process 0"):
-        check_alike(settings(**change), check_inputs(settings(**change)))
+        check_alike(settings(**change), check_inputs(settings(**change)), policy)
+    with pytest.raises(ValueError, match="process 2 has another policy"):
+        facts.pop()
+        check_alike(settings(), inputs, ResolutionPolicy(ntk_factor=2.0))
 
 
 def test_every_rank_has_as_much_to_do(settings):

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from urae.features.dataset import list_samples
+from urae.resolution import ResolutionPolicy
 from urae.train import loader as loader_module
+from urae.train import loop as loop_module
+from urae.train import monitor as monitor_module
 from urae.train import train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.loss import mean_levels, sum_levels
+from urae.train.output import read_validation
 from urae.train.validate import hold_out
 
 
@@ -72,6 +77,33 @@ def test_the_curve_resumes(settings, tmp_path):
     resumed = rows(config.output_dir / "validation.csv")
     assert resumed == rows(whole.output_dir / "validation.csv")
     assert len(resumed) == 5
+
+
+def test_what_failed_to_be_measured_is_made_up_for(settings, monkeypatch):
+    measure, calls = monitor_module.measure_loss, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("full")
+        return measure(*arguments)
+
+    monkeypatch.setattr(monitor_module, "measure_loss", fail)
+    run = partial(settings, num_validation=1, validate_every=2, steps=4)
+    with pytest.raises(MemoryError, match="full"):
+        train(run())
+    for _ in range(2):  # the second finds all measured
+        train(run(resume=True))
+        assert [step for step, _ in read_validation(settings().output_dir)] == [0, 2, 4]
+    assert len(calls) == 4
+
+
+def test_a_changed_policy_of_the_base_is_no_way_to_go_on(settings, monkeypatch):
+    train(settings(steps=1))
+    other = ResolutionPolicy(ntk_factor=3.0)
+    monkeypatch.setattr(loop_module, "read_base_policy", lambda _: other)
+    with pytest.raises(ValueError, match=r"the run began with ResolutionPolicy.* as its base now"):
+        train(settings(steps=2, resume=True))
 
 
 def test_the_loss_of_each_noise_level(settings):

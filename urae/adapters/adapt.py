@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -30,7 +30,8 @@ Source = str | os.PathLike[str]
 Pipe = TypeVar("Pipe")
 
 _ORIGINAL = "_urae_original"  # where an adapted scheduler keeps the one it was made from
-_adapted_pipes: WeakSet[Any] = WeakSet()
+_owners: WeakKeyDictionary[nn.Module, "ref[Any]"] = WeakKeyDictionary()
+"""The pipe that each transformer was adapted through; others that share it inherit."""
 
 
 def adapt(
@@ -84,6 +85,7 @@ def adapt(
     positions = apply_policy(transformer, policy, tuple(names))
     positions.adapter_sources = tuple(str(source) for source in sources)
     _set_policy(pipe, policy)
+    _owners[transformer] = ref(pipe)
     logger.info("adapted with %s, %s", names or "no adapter", policy)
     return pipe
 
@@ -124,11 +126,11 @@ def restore(pipe: Pipe) -> Pipe:
         _check_attachable(transformer)
         detach(transformer, positions.adapter_names)
         remove_policy(transformer)
+        _owners.pop(transformer, None)
     for controlnet in _controlnets_of(pipe):
         remove_policy(controlnet)
     scheduler = pipe.scheduler  # type: ignore[attr-defined]
     pipe.scheduler = getattr(scheduler, _ORIGINAL, scheduler)  # type: ignore[attr-defined]
-    _adapted_pipes.discard(pipe)
     return pipe
 
 
@@ -168,13 +170,13 @@ def _find_inherited(
     Raises:
         ValueError: If it was, and something else is asked for.
     """
-    positions = find_policy(transformer)
-    if positions is None or pipe in _adapted_pipes:
+    positions, owner = find_policy(transformer), _owners.get(transformer, lambda: None)()
+    if positions is None or owner is pipe:
         return None
     same_sources = not sources or tuple(map(str, sources)) == positions.adapter_sources
     if same_sources and policy in (None, positions.policy):
         return positions.policy
-    if any(transformer_of(other) is transformer for other in _adapted_pipes):
+    if owner is not None:
         raise ValueError(
             "this pipe's transformer is adapted already, through another pipe and differently "
             f"({list(positions.adapter_sources) or 'no adapters'}, {positions.policy}); "
@@ -280,7 +282,6 @@ def _set_policy(pipe: Any, policy: ResolutionPolicy) -> None:
     original = getattr(pipe.scheduler, _ORIGINAL, pipe.scheduler)
     pipe.scheduler = build_scheduler(original, policy)
     setattr(pipe.scheduler, _ORIGINAL, original)
-    _adapted_pipes.add(pipe)
 
 
 def _path_of(pipe: Any) -> str | None:

@@ -57,6 +57,7 @@ def attach(
             parameter.requires_grad_(False)
         return
     active = active_adapters(transformer)
+    trained = {id(parameter) for parameter in transformer.parameters() if parameter.requires_grad}
     state = {}
     for layer, pair in update.items():
         state[f"{layer}.lora_A.weight"] = pair.down
@@ -67,9 +68,9 @@ def attach(
             state, prefix=None, adapter_name=name, metadata=config, _pipeline=pipe
         )
     _cast_to_compute(transformer, name)
-    transformer.set_adapter([*active, name])
-    for parameter in adapter_parameters(transformer, name):
-        parameter.requires_grad_(False)
+    transformer.set_adapter([*active, name])  # which makes all of them trainable
+    for parameter in transformer.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def attach_frozen(

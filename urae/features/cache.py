@@ -15,7 +15,7 @@ from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
 from urae.features.images import ImageError, decode_image, read_image, read_size
-from urae.features.sources import Skip, Source, find_sources
+from urae.features.sources import NO_CAPTION, Skip, Source, find_sources
 from urae.features.store import (
     EMBED_SUFFIX,
     FORMAT_KEY,
@@ -27,6 +27,7 @@ from urae.features.store import (
     empty_prompt_path,
     find_status,
     fingerprint_encoders,
+    latent_path,
     name_dtype,
     split_embed_name,
     write_features,
@@ -122,7 +123,7 @@ def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheRepo
     progress = progress or _no_progress
 
     captions, images = job.plan(sources, progress)
-    job.remove_dropped(sources)
+    job.remove_dropped(sources, [skip.file for skip in skips if skip.reason == NO_CAPTION])
     work_dir = config.data_dir / WORK_DIR
     with Claims(work_dir / "lock") as claims:
         names = [source.embed_path(column).name for source, column in captions]
@@ -189,9 +190,18 @@ class _Job:
         progress("inspect", len(sources), len(sources))
         return captions, images
 
-    def remove_dropped(self, sources: list[Source]) -> None:
-        """Remove our embeddings of captions that these images no longer have."""
-        columns = {source.stem: source.captions for source in sources}
+    def remove_dropped(self, sources: list[Source], uncaptioned: list[str]) -> None:
+        """Remove our embeddings of captions that are gone, with the last also our latents.
+
+        Args:
+            sources: Images with captions.
+            uncaptioned: Names of images that have none; what cannot be read is not among them.
+        """
+        columns: dict[str, dict[str, str]] = {source.stem: source.captions for source in sources}
+        for name in uncaptioned:
+            stem = Path(name).stem
+            columns[stem] = {}
+            self._remove_ours(latent_path(self.config.data_dir, stem))
         for path in sorted(self.config.data_dir.glob(f"[!.]*{EMBED_SUFFIX}")):
             owner = split_embed_name(path.name, columns)
             if owner and owner[1] not in columns[owner[0]]:
@@ -269,7 +279,8 @@ class _Job:
 
     def _skip(self, source: Source, error: ImageError) -> None:
         self.report.skipped.append(Skip(source.image.name, error.reason, str(error)))
-        self._remove_ours(source.latent_path)
+        if error.reason != "unreachable image":  # the file may be as good as ever
+            self._remove_ours(source.latent_path)
 
     def _remove_ours(self, path: Path) -> None:
         if path.exists() and find_status(path, {}) is not Status.FOREIGN:

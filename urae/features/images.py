@@ -21,7 +21,9 @@ MAX_PIXELS = 512_000_000
 """Above this an image counts as a decompression bomb. Pillow itself refuses 179 megapixels, which
 ordinary panoramas and medium-format photographs for 4K training exceed."""
 
-Reason = Literal["unreadable image", "truncated image", "decompression bomb", "too small"]
+Reason = Literal[
+    "unreachable image", "unreadable image", "truncated image", "decompression bomb", "too small"
+]
 
 # what Pillow's decoders raise on damaged files
 _DAMAGE = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, struct.error)
@@ -62,7 +64,7 @@ def read_image(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ImageError("unreadable image", f"{path.name}: {error.strerror}") from error
+        raise ImageError("unreachable image", f"{path.name}: {error.strerror}") from error
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

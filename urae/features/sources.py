@@ -15,6 +15,9 @@ from urae.features.store import embed_path, latent_path, split_embed_name
 OTHER_SUFFIXES = frozenset({".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"})
 """Images that are not read; they are reported."""
 
+NO_CAPTION = "missing caption"
+"""Why an image is left out that has none: not that its file cannot be read."""
+
 _EXPECTED = (
     f"expected images ({' '.join(sorted(SUFFIXES))}), each with <name>.json beside it, in which "
     "every text is a caption (`prompt`, `generated_prompt`), or <name>.txt"
@@ -115,7 +118,7 @@ def read_captions(image: Path) -> tuple[dict[str, str], list[Skip]]:
         columns: Any = {"prompt": content.strip()} if file is text else json.loads(content)
     except FileNotFoundError:
         detail = f"there is neither {table.name} nor {text.name}"
-        return {}, [Skip(image.name, "missing caption", detail)]
+        return {}, [Skip(image.name, NO_CAPTION, detail)]
     except (OSError, ValueError) as error:
         return {}, [Skip(image.name, "unreadable caption", f"{file.name}: {error}")]
     if not isinstance(columns, dict):
@@ -130,7 +133,7 @@ def read_captions(image: Path) -> tuple[dict[str, str], list[Skip]]:
     ]
     captions = {column: columns[column] for column, fault in faults.items() if not fault}
     if not captions:
-        skips.append(Skip(image.name, "missing caption", f"{file.name} holds no caption"))
+        skips.append(Skip(image.name, NO_CAPTION, f"{file.name} holds no caption"))
     return captions, skips
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from urae.backbones.flux import TEXT_COMPONENTS, fingerprint_component
 from urae.features.shard_folder import ShardFolder
-from urae.storage import write_atomic
+from urae.storage import serialize, write_atomic
 
 LATENT_SUFFIX = "_latent_code.safetensors"
 EMBED_SUFFIX = "_embed.safetensors"
@@ -246,7 +246,7 @@ def write_features(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
             )
     cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     ours = {FORMAT_KEY: FORMAT_VERSION, CHECKSUM_KEY: checksum(cpu)}
-    write_atomic(path, save(cpu, {**ours, **metadata}))
+    write_atomic(path, serialize(cpu, {**ours, **metadata}))
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

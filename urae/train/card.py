@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -168,7 +169,7 @@ def _format_license(license: License, base: str) -> str:
 
 
 def _find_hub_id(model: str) -> str | None:
-    if model in PACKAGED:
+    if model in PACKAGED or Path(model).exists():
         return None
     hub_id = HUB_IDS.get(model, model)
     return hub_id if hub_id.count("/") == 1 and not hub_id.startswith(("/", ".", "~")) else None

@@ -272,6 +272,11 @@ class TrainConfig:
                 f"memory {self.memory} is for LoRA and minor components, {self.adapter.kind} needs "
                 "the base's weights in full on the GPU; choose resident or offload"
             )
+        if (self.memory, self.gradient_checkpointing) == ("streamed", "off"):
+            raise ValueError(
+                "memory streamed does not go with gradient_checkpointing off: the backward pass "
+                "would keep the weights that are to go; choose full or selective"
+            )
         if self.caption_weights is not None:
             _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:

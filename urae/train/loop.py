@@ -33,7 +33,7 @@ from urae.train.memory import choose_way, is_placed_first, place
 from urae.train.mesh import Mesh, build_mesh, check_mesh, distribute
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
-from urae.train.output import StepReport, prepare_output, warn_of_other_steps
+from urae.train.output import StepReport, check_same_policy, prepare_output, warn_of_other_steps
 from urae.train.preview import Previewer
 from urae.train.ranks import MAX_WAIT_MINUTES, check_alike, warn_of_other_batch
 from urae.train.recompute import count_tokens, is_compiled, set_checkpointing
@@ -84,8 +84,9 @@ def train(
     samples = [*inputs.samples, *inputs.held_out]
     check_mesh(config, samples, inputs.model_path, policy, accelerator.num_processes)
     mesh = build_mesh(config, accelerator)
+    check_same_policy(inputs.start, policy)
     with explain_lost_rank(_AGAIN):
-        check_alike(config, inputs)
+        check_alike(config, inputs, policy)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     previewer = None
     if config.preview_prompts:  # first, so that the text encoders have room
@@ -100,6 +101,7 @@ def train(
         "batches_per_step": batches_per_step,
         "data_hash": inputs.data_hash,
         "config": flatten(asdict(config)),
+        "policy": policy.to_json(),
     }
     if accelerator.is_main_process:
         warn_of_other_batch(inputs.start, batches_per_step)
@@ -126,9 +128,8 @@ def train(
         config, accelerator, mesh, transformer, adapter.parameters, state, loader, batches_per_step
     )
     with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
-        if state.step == 0:
-            with _saved_on_failure(save):
-                monitor.measure(state)
+        with _saved_on_failure(save):
+            monitor.catch_up(state)
         while state.step < config.steps:
             with _saved_on_failure(save):  # the step has changed nothing yet
                 gradients = stepper.compute_gradients(stop)
@@ -166,7 +167,8 @@ def _build_model(
     config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy, mesh: Mesh
 ) -> tuple[FluxTransformer2DModel, TrainingAdapter]:
     """Load the base, attach what trains, and put all of it where it is to be."""
-    way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
+    with explain_lost_rank(_AGAIN):
+        way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
     compiled = is_compiled(config, way, inputs.samples, mesh.device)
     transformer = load_transformer(inputs.model_path, dtype=pick_dtype(mesh.device))
     transformer.requires_grad_(False)

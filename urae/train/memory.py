@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from urae.adapters.variants import is_variant
 from urae.backbones.flux import build_meta_transformer
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
+from urae.backbones.ranks import find_least
 from urae.generate.quantize import can_quantize, check_quantization, quantize_blocks
 from urae.generate.speed import compile_blocks
 from urae.train.chunks import chunk_mlps
@@ -25,6 +26,8 @@ def choose_way(
     config: TrainConfig, inputs: Inputs, device: torch.device, *, num_ranks: int = 1
 ) -> Way:
     """Choose the first way of the recipe's that fits what is free, before any weights load.
+
+    Several ranks choose by what is free where least is, and wait here for one another.
 
     A tier that was named is taken even if it does not fit.
 
@@ -66,6 +69,8 @@ def choose_way(
     num_shards = count_local_ranks(num_ranks) if config.shard else 1
     estimates = [estimate(transformer, config, tokens, way, num_shards) for way in ways]
     device_bytes, host_bytes = free_bytes(device), free_host_bytes()
+    if num_ranks > 1:  # all take the same way: they add up their gradients
+        device_bytes, host_bytes = find_least((device_bytes, host_bytes), device)
     fitting = [each for each in estimates if fits(each, device_bytes, host_bytes)]
     if not fitting and config.memory == "auto" and device.type == "cuda":
         least = min(estimates, key=lambda each: each.peak)

@@ -1,6 +1,6 @@
 """What a run tells of itself: curves, the loss on held-out samples, previews, the tracker."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +14,14 @@ from urae.train.config import TrainConfig
 from urae.train.departure import warn_of_departure, warn_of_standstill
 from urae.train.inputs import Inputs
 from urae.train.mesh import Mesh
-from urae.train.output import Curves, StepReport
+from urae.train.output import (
+    PREVIEW_DIR,
+    VALIDATION_FILE,
+    Curves,
+    StepReport,
+    find_previews,
+    read_validation,
+)
 from urae.train.preview import Preview, Previewer, write_previews
 from urae.train.state import TrainingState
 from urae.train.validate import measure_loss
@@ -74,14 +81,33 @@ class Monitor:
         }
         self.accelerator.log(figures, step=report.step)
 
-    def measure(self, state: TrainingState) -> None:
-        """Take the held-out loss and previews of the weights that the run is for, where due."""
-        if self.inputs.held_out and self._is_due(state.step, self.config.validate_every):
+    def measure(self, state: TrainingState, done: Collection[str] = ()) -> None:
+        """Take the held-out loss and previews of the weights that the run is for, where due.
+
+        Args:
+            state: Of the run.
+            done: Files and folders of what is measured already at this step.
+        """
+        validates = self.inputs.held_out and VALIDATION_FILE not in done
+        if validates and self._is_due(state.step, self.config.validate_every):
             with state.averaged():
                 self._validate(state.step)
-        if self.previewer is not None and self._is_due(state.step, self.config.preview_every):
+        previewer = self.previewer if PREVIEW_DIR not in done else None
+        if previewer is not None and self._is_due(state.step, self.config.preview_every):
             with state.averaged():
-                self._preview(self.previewer, state.step)
+                self._preview(previewer, state.step)
+
+    def catch_up(self, state: TrainingState) -> None:
+        """Measure what is due where the run begins, unless it was before it was stopped there."""
+        self.measure(state, gather_object([self._find_measured(state.step)])[0])
+
+    def _find_measured(self, step: int) -> list[str]:
+        folder, done = self.config.output_dir, []
+        if (folder / VALIDATION_FILE).exists() and step in dict(read_validation(folder)):
+            done.append(VALIDATION_FILE)
+        if step in find_previews(folder).values():
+            done.append(PREVIEW_DIR)
+        return done
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.config.steps or step % every == 0

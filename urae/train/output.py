@@ -15,6 +15,7 @@ from torch import Tensor
 
 from urae.adapters.files import LORA_FILE_NAME
 from urae.config import flatten
+from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.checkpoint import (
     Checkpoint,
@@ -148,6 +149,22 @@ def _check_same_settings(
             )
 
 
+def check_same_policy(start: Start, policy: ResolutionPolicy) -> None:
+    """Refuse to resume by another policy than a run began with: its base's may have changed.
+
+    Raises:
+        ValueError: Says both.
+    """
+    if (text := start.record.get("policy")) is None:  # of a checkpoint of before it was kept
+        return
+    before = ResolutionPolicy.from_json(text, "the checkpoint")
+    if before != policy:
+        raise ValueError(
+            f"the run began with {before} and would go on with {policy}, as its base now says; "
+            "name the first in the recipe's [policy]"
+        )
+
+
 def warn_of_other_steps(config: TrainConfig, start: Start) -> None:
     """Say so if a resumed run's learning rate falls over more or fewer steps than it began to."""
     before = start.record.get("config", {}).get("steps", config.steps)
@@ -168,7 +185,8 @@ def prepare_output(output_dir: Path, start: Start) -> None:
     if start.checkpoint is None:
         for checkpoint in find_checkpoints(output_dir):
             checkpoint.discard()
-        (output_dir / LORA_FILE_NAME).unlink(missing_ok=True)
+        for name in (LORA_FILE_NAME, LOSS_FILE, VALIDATION_FILE):
+            (output_dir / name).unlink(missing_ok=True)
     for path, step in find_previews(output_dir).items():
         if start.checkpoint is None or step > start.step:
             path.unlink()

@@ -148,7 +148,14 @@ def probe(config: TrainConfig) -> list[StepReport]:
     with TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         empty_prompt_path(data).parent.mkdir(parents=True)
-        for sample in alike[: config.batch_size]:
+        tried = alike[: config.batch_size]
+        columns = {column for sample in tried for column in sample.embed_files}
+        weights = {
+            column: weight
+            for column, weight in (config.caption_weights or {}).items()
+            if column in columns
+        }
+        for sample in tried:
             for file in sample.files:
                 (data / file.name).write_bytes(file.read_bytes())
         if (empty_prompt := sources[0].empty_prompt) is not None:
@@ -158,6 +165,7 @@ def probe(config: TrainConfig) -> list[StepReport]:
             data_dir=data,
             data=(),
             resolution=config.sources[number].resolution,
+            caption_weights=weights if any(weights.values()) else None,
             output_dir=Path(folder) / "run",
             steps=_PROBE_STEPS,
             num_validation=0,

@@ -187,7 +187,10 @@ def _unfinished(run_dir: Path, step: int, steps: int) -> ValueError:
 def _without_folders(value: Any) -> Any:
     """Leave the last name of each absolute path: where things lay is nobody's business."""
     if isinstance(value, Mapping):
-        return {name: _without_folders(each) for name, each in value.items()}
+        return {
+            name: each if "prompt" in name else _without_folders(each)
+            for name, each in value.items()
+        }
     if isinstance(value, list | tuple):
         return tuple(_without_folders(each) for each in value)
     if isinstance(value, str | Path) and Path(value).is_absolute():

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 
 from urae.backbones.flux import fingerprint_component
 from urae.config import flatten
+from urae.resolution import ResolutionPolicy
 from urae.train.config import TrainConfig
 from urae.train.inputs import Inputs
 from urae.train.output import Start
@@ -18,7 +19,7 @@ MAX_WAIT_MINUTES = 10
 """How long a rank waits for the others: longer than loading, compiling or a preview takes."""
 
 
-def check_alike(config: TrainConfig, inputs: Inputs) -> None:
+def check_alike(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy) -> None:
     """Refuse processes that would train different things together, on several hosts above all.
 
     All processes wait here until each has found its inputs, and before one changes the folder.
@@ -36,6 +37,7 @@ def check_alike(config: TrainConfig, inputs: Inputs) -> None:
         "recipe": hashlib.sha256(repr(settings).encode()).hexdigest()[:12],
         "features": inputs.data_hash[:12],
         "base": fingerprint_component(inputs.model_path, "transformer")[:12],
+        "policy": policy.to_json(),
         "starting step": str(inputs.start.step),
     }
     first, *others = gather_object([facts])

@@ -142,15 +142,14 @@ def _offload(run: Callable[..., Any], keeper: HostKeeper, first: nn.Module) -> C
         keeper.begin_block(is_first=block is first)
         # autograd keeps the hooks, so they may hold no map
         device = hidden.device
-        shared = [each for each in tree_leaves(rest) if isinstance(each, Tensor)]
-        left = {
-            each.untyped_storage().data_ptr()
-            for each in (*shared, *block.parameters(), *block.buffers())
-        }
+        shared = {_address(each) for each in tree_leaves(rest) if isinstance(each, Tensor)}
+        left: set[int] = set()
 
         def pack(saved: Tensor) -> Any:
+            if not left:  # by now the weights are where the block computes with them
+                left.update(shared, map(_address, (*block.parameters(), *block.buffers())))
             is_map = saved.is_floating_point() and saved.device == device
-            if not is_map or saved.untyped_storage().data_ptr() in left:
+            if not is_map or _address(saved) in left:
                 return saved
             return keeper.send(saved)
 
@@ -161,6 +160,10 @@ def _offload(run: Callable[..., Any], keeper: HostKeeper, first: nn.Module) -> C
             return run(block, hidden, text, *rest)
 
     return run_offloaded
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -7,6 +7,7 @@ from threading import Event
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -90,8 +91,8 @@ class Stepper:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise FloatingPointError(
                 f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}, on samples "
-                f"{done.stems} of rank {self.accelerator.process_index}; the state before this "
-                f"step is saved in {self.config.output_dir}"
+                f"{_name_suspects(done)}; the state before this step is saved in "
+                f"{self.config.output_dir}"
             )
         loader_seconds = self.loader.waited_seconds - waited
         return Gradients(
@@ -143,6 +144,14 @@ def accumulate(
         losses[index] = loss.detach()
         levels += sum_levels(each, batch.sigmas)
     return Accumulated(losses.sum(), levels, chosen_samples)
+
+
+def _name_suspects(done: Accumulated) -> str:
+    """Name the samples of the ranks whose own loss is not finite, else those of all."""
+    found = gather_object([(math.isfinite(float(done.loss)), done.stems)])
+    named = {rank: stems for rank, (is_finite, stems) in enumerate(found) if not is_finite}
+    named = named or {rank: stems for rank, (_, stems) in enumerate(found)}
+    return ", ".join(f"{stems} of rank {rank}" for rank, stems in named.items())
 
 
 def _reduce_report(
