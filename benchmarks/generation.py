@@ -55,8 +55,7 @@ def generate(
     (picture,) = folder.glob("*.png")
     description = describe_picture(picture)
     cap = {} if cap_gib is None else {"cap_gib": cap_gib}
-    seconds_per_step = figures["seconds"]["sample"] / steps
-    return {"steps": steps, **description, **cap, "seconds_per_step": seconds_per_step, **figures}
+    return {"steps": steps, **description, **cap, **figures}
 
 
 def describe_picture(path: Path) -> dict[str, Any]:

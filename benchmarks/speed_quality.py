@@ -200,7 +200,7 @@ def add(
 
 
 def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Compare the pictures that both records have.
+    """Compare the pictures that both records have; the spectra are of all that each has.
 
     The pictures of one caption are not independent, so that the interval is that of the mean of
     the captions' differences. Half a caption that gained, half a one that lost and one that did
@@ -227,8 +227,9 @@ def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
         "high": middle + half,
         "psnr": statistics.fmean(other["psnr"][:count]),
         "spectrum": float(compare_spectra(*spectra)),
-        "seconds": statistics.median(other["seconds"]),
-        "speedup": statistics.median(exact["seconds"]) / statistics.median(other["seconds"]),
+        "seconds": statistics.median(other["seconds"][:count]),
+        "speedup": statistics.median(exact["seconds"][:count])
+        / statistics.median(other["seconds"][:count]),
     }
 
 

@@ -47,6 +47,7 @@ class Watch:
         self.began = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
+        self.reserved = 0.0
         self.first_step_seconds: float | None = None
 
     def wrap(self, owner: Any, name: str, stage: str) -> None:
@@ -91,6 +92,8 @@ class Watch:
             self.torch.cuda.synchronize()
             peak = self.torch.cuda.max_memory_allocated() / 2**30
             self.peaks[stage] = max(self.peaks.get(stage, 0.0), peak)
+            reserved = self.torch.cuda.max_memory_reserved() / 2**30
+            self.reserved = max(self.reserved, reserved)
             self.torch.cuda.reset_peak_memory_stats()
 
     def report(self) -> dict[str, Any]:
@@ -102,9 +105,7 @@ class Watch:
             "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
             "peaks_gib": {stage: round(value, 2) for stage, value in self.peaks.items()},
             "peak_gib": round(max(self.peaks.values()), 2) if self.peaks else None,
-            "reserved_gib": round(self.torch.cuda.max_memory_reserved() / 2**30, 2)
-            if self.on_gpu
-            else None,
+            "reserved_gib": round(self.reserved, 2) if self.on_gpu else None,
         }
 
 

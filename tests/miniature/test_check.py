@@ -291,6 +291,23 @@ def test_score_has_wilsons_interval():
         score([])
 
 
+def test_pictures_of_one_caption_are_no_independent_ones():
+    def interval(*passed, num_captions):
+        found = score([report(each) for each in passed], num_captions=num_captions)
+        return found.high - found.low
+
+    half = [True, False] * 20
+    once = interval(*half, num_captions=40)
+    alike = interval(*half * 3, num_captions=40)  # all noises of a caption agree
+    assert alike == pytest.approx(once, rel=0.02)
+    generator = random.Random(0)
+    drawn = [generator.random() < 0.5 for _ in range(1200)]
+    apart, pooled = interval(*drawn, num_captions=400), interval(*drawn, num_captions=1200)
+    assert pooled <= apart < 1.15 * pooled
+    with pytest.raises(ValueError, match="3 reports are not as many of each of 2 captions"):
+        interval(True, True, False, num_captions=2)
+
+
 def test_a_report_passes_if_every_part_holds():
     assert report(True).passed
     for part in vars(report(True)):

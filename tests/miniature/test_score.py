@@ -60,7 +60,7 @@ def test_the_command_says_what_was_scored(lora, tmp_path, monkeypatch, cli):
 
     def score(pipe, config):
         configs.append(config)
-        return [SceneReport(*[True] * 9)]
+        return [SceneReport(*[True] * 9)] * config.num_captions
 
     monkeypatch.setattr(score_module, "score_pipeline", score)
     output = tmp_path / "score.json"

@@ -1,5 +1,10 @@
 import csv
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -48,6 +53,7 @@ def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
 
     monkeypatch.setattr(run, "make_data", lambda *_: None)
     monkeypatch.setattr(run, "_train", lambda *_: None)
+    monkeypatch.setattr(run, "read_losses", lambda *_: [1.0])
     monkeypatch.setattr(run, "_score", score)
     config = study("a", num_seeds=2)
     with pytest.raises(KeyboardInterrupt):
@@ -59,6 +65,7 @@ def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
 def test_no_cell_is_begun_when_the_time_is_up(study, two_cells, monkeypatch):
     monkeypatch.setattr(run, "make_data", lambda *_: pytest.fail("began"))
     monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(run, "read_losses", lambda *_: [1.0])
     config = study("a", max_minutes=1e-9)
     result = run_study(config)
     assert (result.done, result.total) == (0, 2)
@@ -120,3 +127,14 @@ def test_cells_in_several_processes(study, two_cells):
     assert result.done == result.total == 2
     files = list((config.work_dir / "study" / "results").glob("*.json"))
     assert len({json.loads(file.read_text())["figures"]["held_out_loss"] for file in files}) == 2
+
+
+def test_sigterm_ends_the_workers_too():
+    timer = threading.Timer(8, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run._run_all(time.sleep, [60, 60, 60], 2, lambda: None)
+    assert time.monotonic() - began < 40
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

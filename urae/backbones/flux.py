@@ -105,7 +105,7 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
         FileNotFoundError: If the hub has no such model, or it cannot be reached.
         PermissionError: If the model is gated and this user has no access.
     """
-    if (path := _find_local(model)) is not None:
+    if (path := find_local(model)) is not None:
         check_model(path, without=without, configs_only=configs_only)
         return path
     hub_id = HUB_IDS.get(model, model)
@@ -133,7 +133,8 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
     return Path(folder)
 
 
-def _find_local(model: str) -> Path | None:
+def find_local(model: str) -> Path | None:
+    """Return a model's folder or file on this machine, None for what the hub has."""
     path = Path(model).expanduser()
     return path if path.exists() else PACKAGED.get(model)
 
@@ -304,7 +305,7 @@ def find_native_side(model: str) -> int:
     Args:
         model: As in `fetch_model`; nothing is downloaded.
     """
-    path = _find_local(model)
+    path = find_local(model)
     if path is None or not (path / BASE_POLICY_FILE).is_file():
         return 1024
     sequence_length = read_base_policy(path).native_sequence_length
@@ -345,7 +346,7 @@ def build_meta_models(model: str | Path) -> dict[str, nn.Module]:
         ValueError, FileNotFoundError, PermissionError: As `fetch_model`.
     """
     hub_id = HUB_IDS.get(str(model), str(model))
-    if hub_id in HUB_IDS.values() and _find_local(str(model)) is None:
+    if hub_id in HUB_IDS.values() and find_local(str(model)) is None:
         return build_meta_flux("flux-schnell" if "schnell" in hub_id else "flux-dev")
     path = fetch_model(str(model), configs_only=True)
     if path.is_file():

@@ -159,7 +159,7 @@ def score_command(
     steps = usual_steps if steps is None else steps
     guidance = usual_guidance if guidance is None else guidance
     config = ScoreConfig(side, captions, seeds, steps, guidance, workers)
-    found = summarize(score_pipeline(pipe, config))
+    found = summarize(score_pipeline(pipe, config), captions)
     console.print(Text(", ".join(f"{name} {value:.3f}" for name, value in found.items())))
     if output:
         what = {"stage": name} if name else {"model": model or DEFAULT_MODEL, "adapters": adapters}

@@ -1,9 +1,9 @@
 """What is the same in all steps of a picture is computed in its first: position tables, the text.
 
 FLUX's forward turns position ids into cos and sin, and projects both text encoders' outputs, which
-the step changes nothing about. A result is reused while its inputs are the very tensors that it was
-made of, unchanged; pipelines hand the same ones over in each step, and make new ones for another
-prompt, size or dtype. Modulation depends on the step and is left alone.
+the step changes nothing about. Within a picture a result is reused while its inputs are the very
+tensors that it was made of, unchanged: pipelines hand the same ones over in each step. Modulation
+depends on the step and is left alone.
 """
 
 from collections import deque
@@ -33,12 +33,13 @@ def keep_constants(transformer: FluxTransformer2DModel) -> Callable[[], None]:
     Returns:
         What undoes it.
     """
-    positions = _KnownPositions()
+    texts = _Known(), _Known()
+    positions = _KnownPositions(texts)
     hooks = {
         transformer.pos_embed: positions,
         # an adapter that comes later wraps the layer, and acts on what is reused
-        getattr(transformer.context_embedder, "base_layer", transformer.context_embedder): _Known(),
-        transformer.time_text_embed.text_embedder: _Known(),
+        getattr(transformer.context_embedder, "base_layer", transformer.context_embedder): texts[0],
+        transformer.time_text_embed.text_embedder: texts[1],
     }
     for module, hook in hooks.items():
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _HOOK)
@@ -59,6 +60,10 @@ class _Known(ModelHook):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._known: deque[tuple[list[ref[Tensor]], Any, Any]] = deque(maxlen=_KEPT)
+
+    def forget(self) -> None:
+        """Compute anew what comes."""
+        self._known.clear()
 
     def find_inputs(self, args: Sequence[Any]) -> Sequence[Tensor]:
         """Return the tensors whose identity stands for the inputs'."""
@@ -89,12 +94,18 @@ class _Known(ModelHook):  # type: ignore[misc]
 class _KnownPositions(_Known):
     """The same for position tables, whose input the forward makes anew from the pipeline's ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Sequence[_Known]) -> None:
         super().__init__()
+        self._others = others
         self._ids: list[ref[Tensor]] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._ids or self._ids[0]() is not kwargs["img_ids"]:
+            # another picture: in between, a LoRA may have been fused, which changes a weight and
+            # leaves no trace on it
+            for each in self._others:
+                each.forget()
         self._ids = [ref(kwargs["img_ids"]), ref(kwargs["txt_ids"])]
 
     def find_inputs(self, args: Sequence[Any]) -> Sequence[Tensor]:

@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 
 from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
 from urae.adapters.initial import check_order
+from urae.backbones.flux import read_text_tokens
 
 _NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
@@ -23,9 +24,17 @@ class Sampling:
     """T5 tokens."""
 
 
-def default_sampling(transformer: FluxTransformer2DModel) -> Sampling:
-    """Return a model's own defaults: those of FLUX.1-dev, or of schnell, which has no guidance."""
-    return Sampling(28, 3.5, 512) if transformer.config.guidance_embeds else Sampling(4, 0.0, 256)
+def default_sampling(transformer: FluxTransformer2DModel, model_path: Path) -> Sampling:
+    """Return a model's own defaults: those of FLUX.1-dev, or of schnell, which has no guidance.
+
+    Args:
+        transformer: Its shape counts; it may be on the meta device.
+        model_path: Of the model, whose tokenizer says how many text tokens it reads at most.
+    """
+    length = read_text_tokens(model_path)
+    if transformer.config.guidance_embeds:
+        return Sampling(28, 3.5, min(512, length))
+    return Sampling(4, 0.0, min(256, length))
 
 
 def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:

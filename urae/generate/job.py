@@ -27,7 +27,6 @@ from urae.backbones.flux import (
     load_pipeline,
     pick_device,
     pick_dtype,
-    read_text_tokens,
 )
 from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
 from urae.backbones.ranks import Ranks, explain_lost_rank, join_ranks
@@ -245,12 +244,13 @@ def _check_inputs(config: GenerateConfig, path: Path) -> tuple[Sampling, int]:
     """
     meta = build_meta_transformer(path)
     adapter_bytes = check_adapters(config.adapters, config.loras, meta)
-    own = default_sampling(meta)
-    length = min(own.max_sequence_length, read_text_tokens(path))
+    own = default_sampling(meta, path)
     sampling = Sampling(
         own.steps if config.steps is None else config.steps,
         own.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        length if config.max_sequence_length is None else config.max_sequence_length,
+        own.max_sequence_length
+        if config.max_sequence_length is None
+        else config.max_sequence_length,
     )
     return sampling, adapter_bytes
 

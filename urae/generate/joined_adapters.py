@@ -18,6 +18,7 @@ comes back instead.
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -52,13 +53,11 @@ def join_adapters(transformer: FluxTransformer2DModel, *, merge: bool) -> Callab
     """
     joined = _JoinedAdapters(transformer, merge)
     hook = transformer.register_forward_pre_hook(joined.enter, with_kwargs=True)
-    joined.join()
-
-    def undo() -> None:
-        hook.remove()
-        joined.release()
-
-    return undo
+    with ExitStack() as stack:  # undone too where a layer fails
+        stack.callback(joined.release)
+        stack.callback(hook.remove)
+        joined.join()
+        return stack.pop_all().close
 
 
 class _OneProduct(Linear):  # type: ignore[misc]

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from urae.backbones.flux import build_meta_models, pick_device
+from urae.backbones.flux import build_meta_models, find_local, pick_device
 from urae.backbones.free_memory import free_bytes
 from urae.generate.estimate import Estimate, Request, list_estimates
 from urae.generate.inputs import check_adapters, default_sampling
@@ -81,7 +82,9 @@ def plan(config: PlanConfig) -> Plan:
     gpu_bytes = free_bytes(device) if config.gpu_bytes is None else config.gpu_bytes
     models = build_meta_models(config.model)
     adapter_bytes = check_adapters(config.adapters, (), models["transformer"])
-    sampling = default_sampling(models["transformer"])
+    sampling = default_sampling(
+        models["transformer"], find_local(config.model) or Path(config.model)
+    )
     image_tokens = num_image_tokens(config.height, config.width)
     degrees = degrees_of(models["transformer"], image_tokens, sampling.max_sequence_length)
     choose_spread(1, config.gpus, degrees)

@@ -4,6 +4,7 @@ Adapters stay outside, in the dtype that the base computes in.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
 
@@ -106,13 +107,10 @@ def quantize_blocks(
     if any(type(layer.weight) is not nn.Parameter for _, _, layer in linears) or not linears:
         raise ValueError(f"the weights are quantised already; leave out part {bits}")
     quantize = _quantize_4bit if bits == "4bit" else _quantize_8bit
-    undos = [quantize(parent, name, bits, device) for parent, name, _ in linears]
-
-    def undo() -> None:
-        for undo_layer in undos:
-            undo_layer()
-
-    return undo
+    with ExitStack() as stack:  # where one fails, those before it are put back
+        for parent, name, _ in linears:
+            stack.callback(quantize(parent, name, bits, device))
+        return stack.pop_all().close
 
 
 def _list_linears(block: nn.Module, bits: Bits) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -74,6 +74,7 @@ class StepCache:
         self._sequence: tuple[int, int] | None = None
         self._key = ""
         self._measured: list[float] = []
+        self._context: Any = None
         self._ratios = ContentCache(find_cache_dir("step-cache"))
 
     def attach(self) -> Callable[[], None]:
@@ -106,6 +107,7 @@ class StepCache:
         if self._sequence is not None and self._sequence[0] == self._schedule.picture:
             self._store()
         self._sequence = (self._schedule.picture, tokens)
+        self._context = self._managers[0].context
         for manager in self._managers:
             context = manager.context
             manager.reset()
@@ -128,7 +130,8 @@ class StepCache:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        if getattr(self._config, "calibrate", False):
+        first = self._managers[0].context == self._context  # of two prompts in turn
+        if first and getattr(self._config, "calibrate", False):
             self._measured = [*self._managers[0].get_state().calibration_ratios]
             if self._schedule.index == self._schedule.num_steps - 1:
                 self._store()

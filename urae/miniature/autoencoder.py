@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from urae.miniature.loop import StageRun, run_loop
+from urae.miniature.loop import StageRun, discard_state, run_loop
 from urae.miniature.model import (
     HELD_OUT_SEED,
     NATIVE_SIDE,
@@ -81,6 +81,7 @@ def train_vae(config: VaeStage, run: StageRun) -> bool:
         record[f"psnr_{side}"] = f"{measure_psnr(vae, side, config.num_held_out, run.device):.2f}"
     logger.info("vae done: %s", record)
     write_weights(run.file("vae"), {"vae": vae}, {**run.metadata, **record})
+    discard_state("vae", run)
     return True
 
 

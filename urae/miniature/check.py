@@ -4,6 +4,7 @@ It reads the picture with no learnt network (see `read.py`) and compares.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise, permutations
@@ -85,23 +86,39 @@ def compare(reading: Reading, described: Scene | Description) -> SceneReport:
     )
 
 
-def score(reports: Sequence[SceneReport]) -> Score:
+def score(reports: Sequence[SceneReport], *, num_captions: int | None = None) -> Score:
     """Return the share of reports that pass, with Wilson's 95% interval.
 
     The interval is Wilson's score interval (Journal of the American Statistical Association 22,
-    1927), which holds for few pictures and shares near 0 and 1 too.
+    1927), which holds for few pictures and shares near 0 and 1 too. Pictures of one caption are
+    alike: they count as so many independent ones as have the variance that is found between the
+    captions' means (Kish, Survey Sampling, 1965: the design effect), at least one a caption.
+
+    Args:
+        reports: All captions with one noise, then with the next.
+        num_captions: How many there are; by default as many as reports.
 
     Raises:
-        ValueError: If there is no report.
+        ValueError: If there is no report, or not as many of each caption.
     """
     if not reports:
         raise ValueError("there is no report to score; check at least one picture")
-    count, z = len(reports), 1.959964
-    share = sum(report.passed for report in reports) / count
+    captions = num_captions or len(reports)
+    if len(reports) % captions:
+        raise ValueError(f"{len(reports)} reports are not as many of each of {captions} captions")
+    share = sum(report.passed for report in reports) / len(reports)
+    means = [
+        statistics.fmean(each.passed for each in reports[i::captions]) for i in range(captions)
+    ]
+    between = sum((mean - share) ** 2 for mean in means)
+    count, z = float(captions), 1.959964
+    if captions < len(reports) and between:
+        independent = share * (1 - share) * captions * (captions - 1) / between
+        count = min(max(independent, captions), len(reports))
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     spread = math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     half = z * spread / (1 + z**2 / count)
-    return Score(share, max(0.0, middle - half), min(1.0, middle + half), count)
+    return Score(share, max(0.0, middle - half), min(1.0, middle + half), len(reports))
 
 
 def _match_objects(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from urae.backbones.flux import predict_velocity
 from urae.flow import add_noise, flow_loss, shift_sigmas
-from urae.miniature.loop import ComputeLoss, StageRun, run_loop
+from urae.miniature.loop import ComputeLoss, StageRun, discard_state, run_loop
 from urae.miniature.model import (
     NATIVE_SIDE,
     Kind,
@@ -274,4 +274,5 @@ def _run(
         return False
     if run.rank == 0:
         write_weights(run.file(stage), {"transformer": model.transformer}, run.metadata)
+        discard_state(stage, run)
     return True

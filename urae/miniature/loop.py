@@ -83,6 +83,10 @@ class StageRun:
         """Return a stage's file."""
         return self.work_dir / f"{stage}.safetensors"
 
+    def state_file(self, stage: str) -> Path:
+        """Return the file of what a stage goes on from, after a stop."""
+        return self.file(stage).with_suffix(".state.pt")
+
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
@@ -106,16 +110,17 @@ def run_loop(
             the averaged weights.
         compute_loss: Calls the module.
         config: Steps and learning rate.
-        stage: Name of the stage; its state between calls is a file until the stage is done.
+        stage: Name of the stage; its state between calls is a file until `discard_state`.
         run: Each step's generator is seeded from its seed, the step and the process.
 
     Returns:
         Whether the last step is done; if not, the clock ran out before.
 
     Raises:
-        FloatingPointError: At the first loss that is not finite.
+        FloatingPointError: If loss or gradient is not finite where it is looked at: every 20 s, and
+            before any state is saved.
     """
-    state_path = run.file(stage).with_suffix(".state.pt")
+    state_path = run.state_file(stage)
     weights = FlatParameters(module)
     optimizer = torch.optim.AdamW(
         [weights.vector], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
@@ -148,12 +153,12 @@ def run_loop(
                 texts = [f"{name} {value.item():.5f}" for name, value in values.items()]
                 rate = (step - logged_step) / (now - logged)
                 logger.info("step %d: %s, %.1f steps/s", step, ", ".join(texts), rate)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"step {step}: loss {loss.item()}; lower lr")
+                _check_finite(loss, step)
                 logged, logged_step = now, step
             out_of_time = _is_over(now - began > run.max_seconds, step, run)
             due = out_of_time or now - kept > _KEEP_EVERY_SECONDS
-            if due and step < config.steps and run.rank == 0:
+            if (due or step == config.steps) and run.rank == 0:
+                _check_finite(norm, step)
                 _save_state(state_path, tensors, optimizer, schedule, step)
                 kept = time.monotonic()
             if out_of_time:
@@ -161,9 +166,17 @@ def run_loop(
     if step < config.steps:
         return False
     weights.vector.detach().copy_(average)
-    if run.rank == 0:
-        state_path.unlink(missing_ok=True)
     return True
+
+
+def discard_state(stage: str, run: StageRun) -> None:
+    """Delete what a stage goes on from, once its file is written."""
+    run.state_file(stage).unlink(missing_ok=True)
+
+
+def _check_finite(value: Tensor, step: int) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"step {step}: loss or gradient {value.item()}; lower lr")
 
 
 class FlatParameters:

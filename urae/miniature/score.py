@@ -147,9 +147,14 @@ def draw_scenes(
     )
 
 
-def summarize(reports: Sequence[SceneReport]) -> dict[str, float]:
-    """Return the share that passes with its 95% interval, and the share of each part."""
-    passed: Score = score(reports)
+def summarize(reports: Sequence[SceneReport], num_captions: int) -> dict[str, float]:
+    """Return the share that passes with its 95% interval, and the share of each part.
+
+    Args:
+        reports: As of `score_pipeline`.
+        num_captions: Of them.
+    """
+    passed: Score = score(reports, num_captions=num_captions)
     parts = {
         field.name: sum(getattr(report, field.name) for report in reports) / len(reports)
         for field in fields(SceneReport)

@@ -25,7 +25,7 @@ from urae.miniature.grammar import (
     Description,
     parse_caption,
 )
-from urae.miniature.loop import StageRun, run_loop
+from urae.miniature.loop import StageRun, discard_state, run_loop
 from urae.miniature.model import (
     HELD_OUT_SEED,
     MAX_TEXT_TOKENS,
@@ -89,6 +89,7 @@ def train_text(config: TextStage, run: StageRun) -> bool:
     logger.info("text done: %s", record)
     trained = {name: getattr(model, name) for name in TEXT_PARTS}
     write_weights(run.file("text"), trained, {**run.metadata, **record})
+    discard_state("text", run)
     return True
 
 

@@ -4,12 +4,16 @@ import json
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import diffusers
@@ -32,6 +36,7 @@ from urae.study.report import Row, write_report
 from urae.study.starts import Start, prepare_start
 from urae.train import OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints
+from urae.train.output import read_losses
 from urae.train.record import find_commit
 
 Item = TypeVar("Item")
@@ -127,7 +132,7 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
 
 
 def group_cells(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Put cells together that share a training run, or have none and one base and seed."""
+    """Put cells together that share a training run, or have none and the same seed."""
     groups: dict[str, dict[str, Cell]] = {}
     for cell in cells:
         shared = asdict(cell.training) if cell.training else {"seed": cell.seed}
@@ -147,10 +152,10 @@ def run_group(cells: Sequence[Cell], *, folders: Folders, deadline: float = math
     start = None
     seconds = 0.0
     if training is not None and time.time() < deadline:
-        began = time.perf_counter()
         start = prepare_start(training, folders.root / "starts")
         _train(training, start, folders)
-        seconds = time.perf_counter() - began
+        # of all tries at the run
+        seconds = sum(read_losses(folders.run(training), "seconds")[: training.steps])
     pipes: dict[str, FluxPipeline] = {}
     for cell in cells:
         if time.time() < deadline:
@@ -291,12 +296,32 @@ def _run_all(
         futures = [pool.submit(_work_on_gpu, work, number, item) for number, item in
                    enumerate(items)]  # fmt: skip
         try:
-            for future in as_completed(futures):
-                future.result()
-                on_done()
+            with _told_to_children():
+                for future in as_completed(futures):
+                    future.result()
+                    on_done()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _told_to_children() -> Iterator[None]:
+    """Hand SIGTERM on to the processes that this one has started, as a terminal does Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_worker(num_threads: int) -> None:

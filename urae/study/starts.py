@@ -21,6 +21,7 @@ from urae.adapters.files import LowRank, merge_minor, read_adapter, write_lora
 from urae.adapters.initial import compute_initial, compute_updates, fingerprint_origin
 from urae.backbones.flux import fetch_model, load_transformer, pick_device, pick_dtype
 from urae.backbones.weights import find_attention_linears, open_original_weights
+from urae.features.claims import Claims
 from urae.study.cells import Training, identify
 from urae.train import AdapterConfig
 
@@ -40,7 +41,7 @@ def prepare_start(training: Training, folder: Path) -> Start:
 
     Args:
         training: The run.
-        folder: For the files; one that is there is kept.
+        folder: For the files; one that is there is kept. Several processes may share it.
     """
     over = (training.over.name,) if training.over else ()
     name, rank = training.adapter, training.rank
@@ -50,13 +51,15 @@ def prepare_start(training: Training, folder: Path) -> Start:
     key = identify({**what, "adapter": name, "rank": rank, "seed": training.seed})
     path = folder / f"{key}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
+    base = folder / identify({**what, "rank": rank})
+    with Claims(folder / "lock") as claims, claims.claim("start", wait=True):  # one at a time
+        if name == "bf16 residual":
+            assert not over
+            _write_residual(training.model.name, rank, base, path)
+        elif not path.is_file():
+            _write_components(training, path)
     if name == "bf16 residual":
-        assert not over
-        base = folder / identify({**what, "rank": rank})
-        _write_residual(training.model.name, rank, base, path)
         return Start(str(base), AdapterConfig("lora", rank, init=str(path)))
-    if not path.is_file():
-        _write_components(training, path)
     if name == "mica":
         return Start(
             training.model.name, AdapterConfig("lora", rank, over, str(path), trains="down")
@@ -124,7 +127,7 @@ def _write_residual(model: str, rank: int, base: Path, path: Path) -> None:
     for name, pair in layers.items():
         weight: Any = transformer.get_submodule(name).weight
         weight.data = (weight.data.float() - pair.up @ pair.down).bfloat16()
-    partial = base.with_name(f"{path.stem}.partial")  # of this seed: several may be at it
+    partial = base.with_name(f"{base.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     leave_out = shutil.ignore_patterns("transformer")
     shutil.copytree(fetch_model(model), partial, ignore=leave_out)

@@ -230,10 +230,10 @@ class Curves:
         _append_row(self._validation, [step, *(mean.item() for mean in means)])
 
 
-def read_losses(output_dir: Path) -> list[float]:
-    """Read the loss of each step of a run, the first one first."""
+def read_losses(output_dir: Path, column: str = "loss") -> list[float]:
+    """Read the loss of each step of a run, or another figure, the first one first."""
     with (output_dir / LOSS_FILE).open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row[column]) for row in csv.DictReader(file)]
 
 
 def read_validation(output_dir: Path) -> list[tuple[int, tuple[float, ...]]]:

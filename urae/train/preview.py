@@ -13,7 +13,6 @@ from urae.backbones.flux import (
     build_meta_transformer,
     explain_memory,
     load_pipeline,
-    read_text_tokens,
 )
 from urae.features.encoders import Encoders
 from urae.generate.inputs import default_sampling
@@ -51,8 +50,8 @@ class Previewer:
         """
         self.side = config.resolution
         self.previews = list_previews(config)
-        self.sampling = default_sampling(build_meta_transformer(model_path))
-        tokens = count_text_tokens(model_path)
+        self.sampling = default_sampling(build_meta_transformer(model_path), model_path)
+        tokens = self.sampling.max_sequence_length
         encoders = Encoders(model_path)
         with explain_memory("the text encoders", "closing what else uses the GPU"):
             self.embeds = {
@@ -105,8 +104,7 @@ class Previewer:
 
 def count_text_tokens(model_path: Path) -> int:
     """Return how many text tokens a preview has."""
-    sampling = default_sampling(build_meta_transformer(model_path))
-    return min(sampling.max_sequence_length, read_text_tokens(model_path))
+    return default_sampling(build_meta_transformer(model_path), model_path).max_sequence_length
 
 
 def list_previews(config: TrainConfig) -> list[Preview]:
