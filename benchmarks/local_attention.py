@@ -80,17 +80,20 @@ def differentiate(attend: Callable[..., Tensor], heads: list[Tensor]) -> list[Te
     return [output.detach(), *torch.autograd.grad(output, leaves, heads[0])]
 
 
-def measure_error(found: list[Tensor], pattern: LocalAttention, heads: list[Tensor]) -> str | None:
+def measure_error(
+    attend: Callable[..., Tensor], pattern: LocalAttention, heads: list[Tensor]
+) -> str | None:
     """Compare output and gradients with a spelt-out mask in float32: the largest difference."""
     if len(pattern.groups) > CHECK_TOKENS:
         return None
     mask = pattern.build_mask()
 
-    def attend(*tensors: Tensor) -> Tensor:
+    def attend_masked(*tensors: Tensor) -> Tensor:
         with attention_backend("native"):
             return dispatch_attention_fn(*tensors, attn_mask=mask)
 
-    wanted = differentiate(attend, [each.float() for each in heads])
+    found = differentiate(attend, heads)
+    wanted = differentiate(attend_masked, [each.float() for each in heads])
     errors = [
         float((one.float() - other).norm() / other.norm())
         for one, other in zip(found, wanted, strict=True)
@@ -124,7 +127,7 @@ def measure_layer(
         both = time_median(lambda attend=attend: differentiate(attend, heads), repeats)
         error = density = None
         if chosen is not None:
-            error = measure_error(differentiate(attend, heads), chosen, heads)
+            error = measure_error(attend, chosen, heads)
             density = measure_density(chosen)
         rows.append([f"{side} x {side}", name, density, *forward, *both, error])
     return rows

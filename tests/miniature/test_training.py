@@ -342,3 +342,11 @@ def test_the_stages_follow_one_another(recipe, tmp_path):
     assert len(score_pipeline(base, SCORE)) == 2
     with pytest.raises(ValueError, match="stage 'vae' is no transformer"):
         load_stage("vae", work)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 0), ("lr", 0.0), ("decay_share", 0.0), ("ema_decay", 1.0)]
+)
+def test_a_loop_out_of_range(field, value):
+    with pytest.raises(ValueError, match=rf"{field} {value} must be"):
+        LoopConfig(**{"steps": 1, "lr": 1e-3, field: value})

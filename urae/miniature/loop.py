@@ -5,7 +5,8 @@ Under torchrun the processes share each batch, and average their gradients.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-
-from urae.train.guards import safe_attention
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,17 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr {self.lr} must be above 0")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share {self.decay_share} must be above 0 and at most 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay} must be 0 or more and below 1")
+
 
 @dataclass(frozen=True)
 class StageRun:
@@ -51,7 +61,7 @@ class StageRun:
     work_dir: Path
     """Folder of the stages' files."""
     seed: int
-    """Of weights, scenes and noise."""
+    """Of weights and noise; the scenes are the same for all."""
     metadata: Mapping[str, str]
     """Of the file that the stage writes."""
     device: torch.device
@@ -133,7 +143,7 @@ def run_loop(
     generator = torch.Generator(run.device)
     began = logged = kept = time.monotonic()
     logged_step = step
-    with safe_attention():
+    with _safe_attention():
         while step < config.steps:
             generator.manual_seed(run.seed_step(step))
             loss, figures = compute_loss(step, generator)
@@ -177,6 +187,17 @@ def discard_state(stage: str, run: StageRun) -> None:
 def _check_finite(value: Tensor, step: int) -> None:
     if not torch.isfinite(value):
         raise FloatingPointError(f"step {step}: loss or gradient {value.item()}; lower lr")
+
+
+@contextmanager
+def _safe_attention() -> Iterator[None]:
+    # cuDNN's attention backward gives NaN on the transposed views that stock FLUX hands over
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class FlatParameters:

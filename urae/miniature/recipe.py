@@ -94,7 +94,7 @@ class MiniatureRecipe:
     teacher_512: FlowStage
     teacher_1024: FlowStage
     seed: int = 0
-    """Of everything."""
+    """Of weights and noise; the scenes are the same for all."""
 
 
 def load_recipe(path: Path) -> MiniatureRecipe:

@@ -1,23 +1,10 @@
-"""What a run is guarded against: signals and a broken attention backend."""
+"""What a run is guarded against: being stopped in the middle of a step."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-
-import torch
-
-
-@contextlib.contextmanager
-def safe_attention() -> Iterator[None]:
-    # cuDNN's attention backward gives NaN on the transposed views that stock FLUX hands over
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextlib.contextmanager

@@ -107,8 +107,10 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
     num_batches = sum(bucket.num_batches for bucket in buckets)
     num_taken = config.steps * config.gradient_accumulation
     epoch = sum(bucket.operations * bucket.num_batches for bucket in buckets)
+    has_plain = config.ema_decay is not None or config.optimizer.name == "schedule-free"
+    factors = 2 if config.adapter.kind == "minor" else 1  # B0 and A0 beside B and A
+    copies = factors * (1 + has_plain) + STATES[config.optimizer.name]
     trained = 4 * count_trained(transformer, config)
-    states = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     return TrainPlan(
         buckets,
         len(held_out),
@@ -117,7 +119,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         estimates,
         free_bytes(device) if gpu_bytes is None else gpu_bytes,
         sum(count_bytes(file) for sample in everything for file in sample.files),
-        int(config.keep_checkpoints * states * trained),
+        int(config.keep_checkpoints * copies * trained),
     )
 
 
