@@ -197,7 +197,7 @@ def jobs(monkeypatch, tmp_path):
         ),
         "score.load_scored": None,
         "score.default_sampling": (24, 3.5),
-        "score.score_pipeline": [SceneReport(*[True] * 9)],
+        "score.score_pipeline": [SceneReport(*[True] * 9)] * 500,
         "sources.write_folder": None,
     }.items():
         monkeypatch.setattr(f"urae.miniature.{name}", stand_in("miniature", result))

@@ -13,10 +13,9 @@ from urae.adapters.files import (
     LowRank,
     check_fits,
     read_adapter,
-    stack_updates,
     write_lora,
 )
-from urae.adapters.initial import OpenWeights, Progress, compute_updates
+from urae.adapters.initial import OpenWeights, Progress, compute_updates, stack_updates
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
 from urae.backbones.weights import open_weight_files
 from urae.storage import write_tensors

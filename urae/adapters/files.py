@@ -7,7 +7,7 @@ LoRA files of diffusers (a minor adapter too: down [A; A0], up [B, -B0]) whose m
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -375,19 +375,6 @@ def merge_minor(trained: LowRank, initial: LowRank) -> LowRank:
     down = torch.cat([trained.down, initial.down.to(trained.down.dtype)])
     up = torch.cat([trained.up, -initial.up.to(trained.up.dtype)], dim=1)
     return LowRank(down, up)
-
-
-def stack_updates(updates: Sequence[Mapping[str, LowRank]]) -> dict[str, LowRank]:
-    """Sum updates by layer into one of the summed rank, in float32."""
-    layers: dict[str, LowRank] = {}
-    for update in updates:
-        for name, pair in update.items():
-            down, up = pair.down.float(), pair.up.float()
-            if name in layers:
-                down = torch.cat([layers[name].down, down])
-                up = torch.cat([layers[name].up, up], dim=1)
-            layers[name] = LowRank(down, up)
-    return layers
 
 
 def write_lora(

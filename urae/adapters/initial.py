@@ -124,6 +124,19 @@ def compute_updates(
     return updates
 
 
+def stack_updates(updates: Sequence[Mapping[str, LowRank]]) -> dict[str, LowRank]:
+    """Sum updates by layer into one of the summed rank, in float32."""
+    layers: dict[str, LowRank] = {}
+    for update in updates:
+        for name, pair in update.items():
+            down, up = pair.down.float(), pair.up.float()
+            if name in layers:
+                down = torch.cat([layers[name].down, down])
+                up = torch.cat([layers[name].up, up], dim=1)
+            layers[name] = LowRank(down, up)
+    return layers
+
+
 def check_order(files: Sequence[AdapterFile]) -> None:
     """Refuse a minor adapter of ours without the adapter that it was trained over.
 

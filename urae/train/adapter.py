@@ -15,10 +15,15 @@ from urae.adapters.files import (
     LowRank,
     merge_minor,
     read_adapter,
-    stack_updates,
     write_lora,
 )
-from urae.adapters.initial import compute_initial, compute_updates, find_initial, fingerprint_origin
+from urae.adapters.initial import (
+    compute_initial,
+    compute_updates,
+    find_initial,
+    fingerprint_origin,
+    stack_updates,
+)
 from urae.adapters.variants import (
     as_plain,
     attach_variant,
