@@ -8,13 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from urae.adapters.files import (
-    AdapterFile,
-    LowRank,
-    check_fits,
-    read_adapter,
-    write_lora,
-)
+from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, write_lora
 from urae.adapters.initial import OpenWeights, Progress, compute_updates, stack_updates
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
 from urae.backbones.weights import open_weight_files
