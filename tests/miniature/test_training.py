@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,6 +222,32 @@ def test_a_stopped_loop_goes_on_to_the_same_bits(tmp_path):
     for wanted, got in zip(whole.parameters(), found.parameters(), strict=True):
         assert torch.equal(wanted, got)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_asked_to_stop_saves_its_step_and_goes_on(recipe, tmp_path, monkeypatch):
+    steps = []
+
+    def train(_, run):
+        module = nn.Linear(2, 2)
+
+        def compute_loss(step, generator):
+            steps.append(step)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return module(torch.ones(1, 2)).square().mean(), {}
+
+        return run_loop(module, compute_loss, LoopConfig(steps=5, lr=1e-2), "vae", run)
+
+    monkeypatch.setitem(STAGES, "vae", train)
+    assert train_stage("vae", recipe, tmp_path) is None
+    assert train_stage("vae", recipe, tmp_path) == tmp_path / "vae.safetensors"
+    assert steps == [0, 1, 2, 3, 4]
+
+
+def test_the_clock_of_a_stage_counts_what_comes_before_its_steps(tmp_path):
+    run = StageRun(tmp_path, 0, {}, torch.device("cpu"), 60.0)
+    assert not run.is_over
+    assert replace(run, began=run.began - 61).is_over
 
 
 def test_the_loop_is_adamw_with_clipped_gradients_and_averaged_weights(tmp_path):

@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, distributed, nn
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY_SECONDS = 20.0
-_KEEP_EVERY_SECONDS = 240.0
+_KEEP_EVERY_SECONDS = 60.0
 _CLOCK_EVERY_STEPS = 50
 _ALIGNMENT = 64  # elements
 
@@ -66,11 +67,20 @@ class StageRun:
     """Of the file that the stage writes."""
     device: torch.device
     max_seconds: float
-    """Stop after these; the same call goes on."""
+    """Stop this long after `began`; the same call goes on."""
     rank: int = 0
     """Of this process among those that share the stage."""
     num_ranks: int = 1
     """Processes that share the stage, each with its part of every batch."""
+    stop: Event = field(default_factory=Event)
+    """Set when the stage is asked to stop."""
+    began: float = field(default_factory=time.monotonic)
+    """On the monotonic clock, before anything is loaded or rendered."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether to stop after the step at hand."""
+        return self.stop.is_set() or time.monotonic() - self.began > self.max_seconds
 
     def seed_step(self, step: int) -> int:
         """Return the seed of this process's chance in a step."""
@@ -124,7 +134,7 @@ def run_loop(
         run: Each step's generator is seeded from its seed, the step and the process.
 
     Returns:
-        Whether the last step is done; if not, the clock ran out before.
+        Whether the last step is done; if not, it was stopped before.
 
     Raises:
         FloatingPointError: If loss or gradient is not finite where it is looked at: every 20 s, and
@@ -141,7 +151,7 @@ def run_loop(
     tensors = {"weights": weights.vector.detach(), "average": average}
     step = _load_state(state_path, tensors, optimizer, schedule, run.device)
     generator = torch.Generator(run.device)
-    began = logged = kept = time.monotonic()
+    logged = kept = time.monotonic()
     logged_step = step
     with _safe_attention():
         while step < config.steps:
@@ -165,13 +175,13 @@ def run_loop(
                 logger.info("step %d: %s, %.1f steps/s", step, ", ".join(texts), rate)
                 _check_finite(loss, step)
                 logged, logged_step = now, step
-            out_of_time = _is_over(now - began > run.max_seconds, step, run)
-            due = out_of_time or now - kept > _KEEP_EVERY_SECONDS
+            stopping = _agree_to_stop(step, run)
+            due = stopping or now - kept > _KEEP_EVERY_SECONDS
             if (due or step == config.steps) and run.rank == 0:
                 _check_finite(norm, step)
                 _save_state(state_path, tensors, optimizer, schedule, step)
                 kept = time.monotonic()
-            if out_of_time:
+            if stopping:
                 break
     if step < config.steps:
         return False
@@ -246,13 +256,13 @@ def _rate(step: int, config: LoopConfig) -> float:
     return min(1.0, rising, falling)
 
 
-def _is_over(late: bool, step: int, run: StageRun) -> bool:
+def _agree_to_stop(step: int, run: StageRun) -> bool:
     """Tell whether to stop, which several processes agree on now and then."""
     if run.num_ranks == 1:
-        return late
+        return run.is_over
     if step % _CLOCK_EVERY_STEPS:
         return False
-    flag = torch.tensor(float(late), device=run.device)
+    flag = torch.tensor(float(run.is_over), device=run.device)
     distributed.all_reduce(flag)
     return flag.item() > 0
 

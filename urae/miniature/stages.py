@@ -22,6 +22,7 @@ from urae.miniature.model import (
 )
 from urae.miniature.recipe import FlowStage, MiniatureRecipe, load_recipe
 from urae.miniature.text import TEXT_PARTS, train_text
+from urae.train.guards import catch_stop
 from urae.train.record import find_commit
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
@@ -68,17 +69,19 @@ def train_stage(
 ) -> Path | None:
     """Train one stage of the miniature.
 
-    Under torchrun the processes share each batch; on a GPU each.
+    Under torchrun the processes share each batch; on a GPU each. Ctrl-C and SIGTERM save what it
+    goes on from; a second one stops at once.
 
     Args:
         name: One of `STAGES`.
         recipe_path: A TOML file of all stages.
         work_dir: Folder of the stages' files; those that this one needs must be there.
-        max_seconds: Stop after these; the same call goes on from there.
+        max_seconds: Stop after these, what comes before the first step counted in; the same call
+            goes on from there.
         commit: Of this code, for the file's metadata; None asks git.
 
     Returns:
-        The stage's file, or None if the time ran out before its last step.
+        The stage's file, or None if it was stopped before its last step.
 
     Raises:
         ValueError: If the stage is unknown, the recipe is wrong, or the processes cannot share
@@ -99,9 +102,16 @@ def train_stage(
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
     work_dir.mkdir(parents=True, exist_ok=True)
-    with join_ranks(pick_device()) as ranks:
+    with catch_stop() as stop, join_ranks(pick_device()) as ranks:
         run = StageRun(
-            work_dir, recipe.seed, metadata, ranks.device, max_seconds, ranks.rank, ranks.count
+            work_dir,
+            recipe.seed,
+            metadata,
+            ranks.device,
+            max_seconds,
+            ranks.rank,
+            ranks.count,
+            stop,
         )
         done = STAGES[name](recipe, run)
         ranks.wait()  # the file is whole when any of them returns
