@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from urae.backbones.flux import TEXT_COMPONENTS, fingerprint_component
@@ -187,25 +187,28 @@ def read_features(file: FeatureFile, keys: Collection[str]) -> dict[str, Tensor]
     """
     if isinstance(file, PackedFile):
         tensors: dict[str, Tensor] = load(file.read_bytes())
+        is_checked = True  # when it was packed, and its bytes are those still
     else:
-        tensors = _read_loose(file)
+        tensors, is_checked = _read_loose(file)
     for key in keys:
         if key not in tensors:
             raise _corrupt(file, f"it has no {key!r}, only {', '.join(tensors) or 'nothing'}")
-        if not tensors[key].isfinite().all():
+        if not (is_checked or tensors[key].isfinite().all()):
             raise _corrupt(file, f"{key!r} holds values that are not finite")
     return tensors
 
 
-def _read_loose(path: Path) -> dict[str, Tensor]:
+def _read_loose(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Return the tensors, and whether they are the finite ones that `write_features` wrote."""
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, "pt") as opened:
+            wanted = (opened.metadata() or {}).get(CHECKSUM_KEY)
+            tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise _corrupt(path, str(error)) from error
-    wanted = (read_header(path).metadata or {}).get(CHECKSUM_KEY)
     if wanted is not None and wanted != checksum(tensors):
         raise _corrupt(path, "its bytes have changed since it was written")
-    return tensors
+    return tensors, wanted is not None
 
 
 def count_bytes(file: FeatureFile) -> int:

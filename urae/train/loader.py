@@ -1,7 +1,7 @@
 """Batches read and drawn a step ahead, their samples side by side, beside the device's work."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from types import TracebackType
@@ -57,6 +57,7 @@ class Loader:
         self.waited_seconds = 0.0
         """In all, for batches."""
         self._samples, self._draws, self._device = samples, draws, device
+        self._pinned = device.type == "cuda"  # memory that a GPU copies from beside its work
         self._order = Order(samples, config.batch_size, seed=config.seed)
         self._turns, self._rank, self._num_ranks = config.gradient_accumulation, rank, num_ranks
         self._end = end
@@ -100,8 +101,9 @@ class Loader:
             after = (first + self._turns * self._num_ranks, 0)
         if after[0] < self._end:
             self._next[after] = self._submit(after)
-        tensors: list[Tensor] = [getattr(found.batch, each.name) for each in fields(Batch)]
-        batch = Batch(*(tensor.to(self._device) for tensor in tensors))
+        batch = _move(
+            found.batch, lambda tensor: tensor.to(self._device, non_blocking=self._pinned)
+        )
         self.waited_seconds += time.perf_counter() - began
         return Loaded(found.samples, batch)
 
@@ -112,4 +114,10 @@ class Loader:
     def _draw(self, chosen: StepBatch) -> Loaded:
         samples = [self._samples[at] for at in chosen.indices]
         drawn = sample_batch(samples, chosen.counters, self._draws, _CPU, readers=self._readers)
+        if self._pinned:
+            drawn = _move(drawn, Tensor.pin_memory)
         return Loaded(samples, drawn)
+
+
+def _move(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
+    return Batch(*(move(getattr(batch, each.name)) for each in fields(Batch)))
