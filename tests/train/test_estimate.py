@@ -10,9 +10,10 @@ from torch import nn
 
 from urae.adapters.attach import attach_trainable
 from urae.adapters.files import LowRank
-from urae.backbones.flux import build_meta_models, predict_velocity
+from urae.backbones.flux import build_meta_models, load_transformer, predict_velocity
 from urae.backbones.weights import find_attention_linears
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig
+from urae.train.adapter import attach_for_training
 from urae.train.chunks import chunk_mlps
 from urae.train.estimate import (
     _CHUNKED,
@@ -21,6 +22,7 @@ from urae.train.estimate import (
     TIERS,
     Way,
     count_operations,
+    count_trained,
     estimate,
 )
 from urae.train.recompute import set_checkpointing
@@ -94,6 +96,21 @@ def test_the_optimizers_states_are_as_many():
         optimizer.step()
         states = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
         assert sum(t.numel() for t in states) // parameter.numel() == STATES[name], name
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        *(AdapterConfig(kind, 4) for kind in ("lora", "minor", "dora", "lokr", "oft")),
+        AdapterConfig("lora", 4, init="start.safetensors", trains="down"),
+    ],
+    ids=lambda adapter: f"{adapter.kind}-{adapter.trains}",
+)
+def test_what_trains_is_counted_as_it_is_attached(bases, adapter):
+    transformer = load_transformer(bases["dev"], dtype=torch.float32)
+    counted = count_trained(transformer, adapter)
+    attached = attach_for_training(transformer, adapter, [], None, 0)
+    assert counted == sum(parameter.numel() for parameter in attached.parameters)
 
 
 def test_operations_are_those_of_the_formula(flux):

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from urae.adapters.variants import attach_variant, build_peft_config, is_variant
 from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.generate.estimate import count_bytes, quantized_bytes
-from urae.train.config import Checkpointing, Memory, TrainConfig
+from urae.train.config import AdapterConfig, Checkpointing, Memory, TrainConfig
 
 Tier = Literal["resident", "offload", "streamed", "8bit", "4bit"]
 TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
@@ -102,7 +104,7 @@ def estimate(
     """
     one_map = config.batch_size * tokens * transformer.inner_dim * _NUMBER_BYTES
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    trained = count_trained(transformer, config)
+    trained = count_trained(transformer, config.adapter)
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
     copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     kept = _count_kept(transformer, one_map, way)
@@ -125,10 +127,17 @@ def estimate(
     )  # fmt: skip
 
 
-def count_trained(transformer: FluxTransformer2DModel, config: TrainConfig) -> int:
-    """Return how many numbers train."""
-    shapes = [linear_shape(transformer, name) for name in find_attention_linears(transformer)]
-    return config.adapter.rank * sum(sum(shape) for shape in shapes if shape is not None)
+def count_trained(transformer: FluxTransformer2DModel, config: AdapterConfig) -> int:
+    """Return how many numbers train; of a variant, as peft attaches it to a base of this shape."""
+    names = find_attention_linears(transformer)
+    if is_variant(config.kind):
+        with torch.device("meta"):
+            base = FluxTransformer2DModel.from_config(transformer.config)
+        peft_config = build_peft_config(config.kind, config.rank, names)
+        return sum(each.numel() for each in attach_variant(base, "counted", peft_config))
+    shapes = [linear_shape(transformer, name) for name in names]
+    sides = [shape[1] if config.trains == "down" else sum(shape) for shape in shapes if shape]
+    return config.rank * sum(sides)
 
 
 def count_operations(
@@ -164,7 +173,7 @@ def round_pinned(num_bytes: int) -> int:
 def _count_weights(
     transformer: FluxTransformer2DModel, blocks: Sequence[nn.Module], tier: Tier, num_shards: int
 ) -> int:
-    if tier in ("8bit", "4bit"):
+    if tier == "8bit" or tier == "4bit":
         return quantized_bytes(blocks, tier) + _count_rest(transformer, blocks)
     here = 2 * max(map(count_bytes, blocks))  # this block and the next
     if tier == "streamed":
