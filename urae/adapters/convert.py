@@ -10,33 +10,10 @@ from torch import Tensor
 
 from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, write_lora
 from urae.adapters.initial import OpenWeights, Progress, compute_updates, stack_updates
+from urae.adapters.kohya import BLOCKS, MLP_RATIO
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
 from urae.backbones.weights import open_weight_files
 from urae.storage import write_tensors
-
-# kohya's names follow Black Forest Labs' model, where several of diffusers' layers are one matrix
-_DOUBLE = {
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn_proj": ("attn.to_out.0",),
-    "img_mlp_0": ("ff.net.0.proj",),
-    "img_mlp_2": ("ff.net.2",),
-    "img_mod_lin": ("norm1.linear",),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "txt_mlp_0": ("ff_context.net.0.proj",),
-    "txt_mlp_2": ("ff_context.net.2",),
-    "txt_mod_lin": ("norm1_context.linear",),
-}
-_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation_lin": ("norm.linear",),
-}
-_BLOCKS = {
-    "transformer_blocks": ("double_blocks", _DOUBLE),
-    "single_transformer_blocks": ("single_blocks", _SINGLE),
-}
-_MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -113,9 +90,9 @@ def to_kohya(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
     blocks = sorted({tuple(name.split(".", 2)[:2]) for name in layers if name.count(".") >= 2})
     tensors: dict[str, Tensor] = {}
     for kind, index in blocks:
-        if kind not in _BLOCKS:
+        if kind not in BLOCKS:
             continue
-        kohya_kind, table = _BLOCKS[kind]
+        kohya_kind, table = BLOCKS[kind]
         for kohya_name, parts in table.items():
             prefix = f"{kind}.{index}."
             pairs = [remaining.pop(prefix + part, None) for part in parts]
@@ -137,8 +114,8 @@ def _join(pairs: Sequence[LowRank | None]) -> LowRank:
         return present[0]
     # a missing q, k or v is as wide as the others, a missing MLP (the fourth) four times that
     attention = [pair.up.shape[0] for pair in pairs[:3] if pair is not None]
-    hidden = attention[0] if attention else present[0].up.shape[0] // _MLP_RATIO
-    heights = [hidden, hidden, hidden, hidden * _MLP_RATIO][: len(pairs)]
+    hidden = attention[0] if attention else present[0].up.shape[0] // MLP_RATIO
+    heights = [hidden, hidden, hidden, hidden * MLP_RATIO][: len(pairs)]
     ups = [
         pair.up if pair is not None else present[0].up.new_zeros(height, 0)
         for pair, height in zip(pairs, heights, strict=True)

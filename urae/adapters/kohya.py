@@ -1,4 +1,4 @@
-"""kohya's joined matrix of a single block, at widths that stock diffusers does not read."""
+"""kohya's names: several of diffusers' layers are one matrix there, as in BFL's own model."""
 
 import re
 from collections.abc import Mapping
@@ -6,9 +6,33 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+_DOUBLE = {
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "img_mlp_0": ("ff.net.0.proj",),
+    "img_mlp_2": ("ff.net.2",),
+    "img_mod_lin": ("norm1.linear",),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "txt_mlp_0": ("ff_context.net.0.proj",),
+    "txt_mlp_2": ("ff_context.net.2",),
+    "txt_mod_lin": ("norm1_context.linear",),
+}
+_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm.linear",),
+}
+BLOCKS = {
+    "transformer_blocks": ("double_blocks", _DOUBLE),
+    "single_transformer_blocks": ("single_blocks", _SINGLE),
+}
+"""By diffusers' name of a kind of block: kohya's, and which layers each of its matrices joins."""
+MLP_RATIO = 4
+"""Height of an MLP's matrix in widths."""
+
 _LINEAR1 = re.compile(r"lora_unet_single_blocks_\d+_linear1\.lora_up\.weight")
-_PARTS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-_HEIGHTS = (1, 1, 1, 4)  # in widths
+_HEIGHTS = (1, 1, 1, MLP_RATIO)  # of its parts, in widths
 _FLUX_WIDTH = 3072
 
 
@@ -38,7 +62,7 @@ def split_linear1(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
         scale = float(rest.pop(f"{key}.alpha", torch.tensor(rank))) / rank
         block = f"transformer.single_transformer_blocks.{key.split('_')[-2]}"
         rows = up.split_with_sizes([width * times for times in _HEIGHTS])
-        for part, part_up in zip(_PARTS, rows, strict=True):
+        for part, part_up in zip(_SINGLE["linear1"], rows, strict=True):
             if (present := part_up.any(dim=0)).any():
                 parts[f"{block}.{part}.lora_A.weight"] = down[present]
                 parts[f"{block}.{part}.lora_B.weight"] = part_up[:, present] * scale
