@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -31,6 +33,17 @@ def test_conversion_does_the_same_in_stock_diffusers(
     pipe = urae.adapt(load_pipe(base))
     pipe.load_lora_weights(path)
     assert rel(sample(pipe), wanted) < 1e-5
+
+
+def test_of_the_base_the_transformer_is_enough(base, sources, bases, tmp_path):
+    whole, part = bases[base], tmp_path / "base"
+    shutil.copytree(whole / "transformer", part / "transformer")
+    shutil.copy(whole / "model_index.json", part)
+    files = [
+        convert(ConvertConfig(sources, tmp_path / f"{model.name}.safetensors", model=str(model)))
+        for model in (whole, part)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_raw_minor_adapter_needs_its_base(sources, tmp_path, base):

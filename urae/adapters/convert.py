@@ -73,7 +73,7 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
 
 
 def _open_base(model: str, files: Sequence[AdapterFile]) -> OpenWeights:
-    path = fetch_model(model, without=("vae", *TEXT_COMPONENTS))
+    path = fetch_model(model, without=("scheduler", "vae", *TEXT_COMPONENTS))
     meta = build_meta_transformer(path)
     for file in files:
         check_fits(file, meta)

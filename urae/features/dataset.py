@@ -16,6 +16,8 @@ from urae.features.store import (
     FeatureFile,
     Fingerprints,
     Header,
+    embed_name,
+    latent_path,
     read_features,
     read_header,
     split_embed_name,
@@ -66,10 +68,10 @@ def list_samples(data_dir: Path) -> list[Sample]:
 
 
 def _read_sample(data_dir: Path, stem: str, embed_files: dict[str, FeatureFile]) -> Sample:
-    path = data_dir / f"{stem}{LATENT_SUFFIX}"
+    path = latent_path(data_dir, stem)
     if not embed_files:
         raise ValueError(
-            f"{path.name} has no prompt embeddings beside it ({stem}_<column>{EMBED_SUFFIX}); "
+            f"{path.name} has no prompt embeddings beside it ({embed_name(stem, '<column>')}); "
             f"caption the image and run `urae cache {data_dir}`, or remove the file"
         )
     _, height, width = _shape(path, read_header(path), "mean", 3)

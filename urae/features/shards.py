@@ -18,12 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from urae.features.dataset import Sample
 from urae.features.shard_folder import ShardFolder
-from urae.features.store import EMBED_SUFFIX, LATENT_SUFFIX, Header, PackedFile
+from urae.features.store import EMPTY_PROMPT, Header, PackedFile, embed_name, latent_name
 
 INDEX_NAME = "urae_shards.json"
 FORMAT_VERSION = "1"
 """Raised when the layout changes: other versions are refused."""
-EMPTY_PROMPT = f"empty_prompt{EMBED_SUFFIX}"
 
 _NUM_THREADS = 16  # for small files of a far-away folder
 
@@ -163,9 +162,9 @@ def _build_sample(
 
     return Sample(
         entry.stem,
-        place(f"{entry.stem}{LATENT_SUFFIX}", entry.latents),
+        place(latent_name(entry.stem), entry.latents),
         {
-            column: place(f"{entry.stem}_{column}{EMBED_SUFFIX}", file)
+            column: place(embed_name(entry.stem, column), file)
             for column, file in entry.embeds.items()
         },
         entry.height,

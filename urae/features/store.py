@@ -31,6 +31,8 @@ LATENT_SUFFIX = "_latent_code.safetensors"
 EMBED_SUFFIX = "_embed.safetensors"
 WORK_DIR = ".urae"
 """Folder in a data folder for what belongs to no image."""
+EMPTY_PROMPT = f"empty_prompt{EMBED_SUFFIX}"
+"""Name of the file of the empty prompt's embeddings."""
 LATENT_KEYS = ("mean", "std")
 EMBED_KEYS = ("caption_feature_t5", "caption_feature_clip")
 
@@ -99,23 +101,33 @@ FeatureFile = Path | PackedFile
 """Where a feature file lies."""
 
 
+def latent_name(stem: str) -> str:
+    """Name the file of an image's latents."""
+    return f"{stem}{LATENT_SUFFIX}"
+
+
+def embed_name(stem: str, column: str) -> str:
+    """Name the file of the prompt embeddings of an image's caption in `column`."""
+    return f"{stem}_{column}{EMBED_SUFFIX}"
+
+
 def latent_path(data_dir: Path, stem: str) -> Path:
-    """Name the latents of an image."""
-    return data_dir / f"{stem}{LATENT_SUFFIX}"
+    """Say where an image's latents lie, beside it."""
+    return data_dir / latent_name(stem)
 
 
 def embed_path(data_dir: Path, stem: str, column: str) -> Path:
-    """Name the prompt embeddings of an image's caption in `column`."""
-    return data_dir / f"{stem}_{column}{EMBED_SUFFIX}"
+    """Say where the prompt embeddings of an image's caption in `column` lie, beside it."""
+    return data_dir / embed_name(stem, column)
 
 
 def empty_prompt_path(data_dir: Path) -> Path:
     """Name the embeddings of the empty prompt, which stands in for captions that are left out."""
-    return data_dir / WORK_DIR / f"empty_prompt{EMBED_SUFFIX}"
+    return data_dir / WORK_DIR / EMPTY_PROMPT
 
 
 def split_embed_name(name: str, stems: Collection[str]) -> tuple[str, str] | None:
-    """Undo `embed_path`: the longest of `stems` that fits, and the column; None if none fits."""
+    """Undo `embed_name`: the longest of `stems` that fits, and the column; None if none fits."""
     head = name.removesuffix(EMBED_SUFFIX)
     cuts = (at for at in range(len(head) - 2, 0, -1) if head[at] == "_")
     return next(((head[:at], head[at + 1 :]) for at in cuts if head[:at] in stems), None)
