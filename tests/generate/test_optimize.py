@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import urae
 from urae.backbones.attention import pick_attention
-from urae.generate import attention, parts, quantize
+from urae.generate import attention, joined_adapters, parts, quantize
 from urae.generate.memory import stream_blocks
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
 from urae.generate.speed import default_cache_dir, keep_compiled
@@ -151,6 +151,38 @@ def test_a_failure_leaves_the_pipe_as_adapted(adapted, sample):
     with pytest.raises(ValueError, match="blocks are compiled with all their hooks"):
         apply(pipe, "8bit", "mag-cache")
     pipe.transformer.transformer_blocks[0]._compiled_call_impl = None
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+def fail_at(call, function):
+    """Wrap a function so that a call of it runs out of memory, the calls before that do not."""
+    calls = []
+
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("part", "owner", "name"),
+    [("8bit", quantize, "_quantize_8bit"), ("joined-adapters", joined_adapters, "_join_layer")],
+)
+def test_a_part_that_fails_midway_is_undone(adapted, sample, part, owner, name, monkeypatch):
+    monkeypatch.setattr(quantize, "check_quantization", lambda *_, **__: None)
+    pipe = adapted()
+    wanted, before = sample(pipe, 64, 64), pipe.transformer.state_dict()
+    kinds = [type(module) for module in pipe.transformer.modules()]
+    monkeypatch.setattr(owner, name, fail_at(3, getattr(owner, name)))
+    with pytest.raises(MemoryError):
+        apply(pipe, part)
+    after = pipe.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [type(module) for module in pipe.transformer.modules()] == kinds
     assert torch.equal(sample(pipe, 64, 64), wanted)
 
 

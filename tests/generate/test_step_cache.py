@@ -188,6 +188,23 @@ def test_the_measured_ratios_are_those_of_diffusers(adapted, draw, cache_dir, ca
     assert load_file(path)["ratios"].tolist() == pytest.approx(printed)
 
 
+def test_under_true_guidance_the_ratios_are_the_prompts_own(adapted, draw, cache_dir):
+    """With hardly any guidance the path is the prompt's, and so must the ratios be."""
+
+    def measure(**options):
+        for path in files(cache_dir):
+            path.unlink()
+        draw(cached(adapted(), "mag-cache"), **options)
+        (path,) = files(cache_dir)
+        return load_file(path)["ratios"].tolist()
+
+    alone = measure()
+    negative = "a small blue square on a checked pink background"
+    assert measure(prompt=negative) != pytest.approx(alone, abs=1e-4)
+    guided = measure(negative_prompt=negative, true_cfg_scale=1 + 1e-6)
+    assert guided == pytest.approx(alone, abs=1e-4)
+
+
 def test_ratios_are_kept_for_the_next_run(adapted, draw, cache_dir):
     assert draw(cached(adapted(), "mag-cache"))[1] == STEPS
     (path,) = files(cache_dir)
