@@ -284,16 +284,25 @@ def test_the_loop_is_adamw_with_clipped_gradients_and_averaged_weights(tmp_path)
     assert torch.equal(wanted[2].weight, found[2].weight)
 
 
-def test_a_loss_that_is_not_finite_stops_the_loop(tmp_path):
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda weights: weights.sum() * math.nan, lambda weights: (0 * weights).abs().sqrt().sum()],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_stops_the_loop_and_is_not_saved(tmp_path, spoil):
     module = nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="step 1: loss or gradient nan; lower lr"):
-        run_loop(
-            module,
-            lambda *_: ((module.weight.sum() + module.bias.sum()) * math.nan, {}),
-            LoopConfig(steps=1, lr=1e-3),
-            "vae",
-            StageRun(tmp_path, 0, {}, torch.device("cpu"), math.inf),
-        )
+
+    def run(compute_loss, steps):
+        config = LoopConfig(steps=steps, lr=1e-3)
+        stage = StageRun(tmp_path, 0, {}, torch.device("cpu"), math.inf)
+        return run_loop(module, compute_loss, config, "vae", stage)
+
+    run(lambda *_: (module.weight.sum() + module.bias.sum(), {}), steps=1)
+    (state,) = tmp_path.iterdir()
+    good = state.read_bytes()
+    with pytest.raises(FloatingPointError, match="step 2: loss or gradient nan; lower lr"):
+        run(lambda *_: (spoil(module.weight) + module.bias.sum(), {}), steps=2)
+    assert state.read_bytes() == good
 
 
 def test_weights_round_trip(tmp_path):

@@ -1,7 +1,9 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import multiprocessing
 
 from urae.adapters.files import read_adapter
 from urae.adapters.minor import split_minor
@@ -103,3 +105,19 @@ def test_the_residual_loses_part_of_what_is_subtracted(study, tmp_path):
     product = layers[LAYER].up @ layers[LAYER].down
     unchanged = (residual[LAYER]() == base[LAYER]()) & (product != 0)
     assert unchanged.float().mean() > 0.1
+
+
+def write_residual(rank, training, folder):
+    torch.set_num_threads(1)
+    prepare_start(training, folder)
+
+
+@pytest.mark.slow  # seconds of imports in each process
+def test_processes_prepare_a_start_one_at_a_time(study, tmp_path):
+    cells = list_cells(study("e"))
+    training = next(c.training for c in cells if c.training.adapter == "bf16 residual")
+    multiprocessing.spawn(write_residual, (training, tmp_path), nprocs=3)
+    found = prepare_start(training, tmp_path)
+    assert load_transformer(fetch_model(found.model), dtype=torch.bfloat16).dtype == torch.bfloat16
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"lock", Path(found.model).name, Path(found.adapter.init).name}
