@@ -188,6 +188,7 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.train.plan.probe", stand_in("plan", [step]))
     study = StudyResult(1, 1, Path("a.md"))
     monkeypatch.setattr("urae.study.run_study", stand_in("study", study))
+    monkeypatch.setattr("urae.web.serve", stand_in("web", None))
     for name, result in {
         "stages.train_stage": Path("vae.safetensors"),
         "export.export_pipelines": [Path("miniature-dev")],

@@ -19,6 +19,7 @@ from urae.cli.plan import plan_app
 from urae.cli.push import push_command
 from urae.cli.study import study_command
 from urae.cli.train import train_command
+from urae.cli.web import web_command
 
 USER_ERROR, FAILURE = 2, 1
 
@@ -58,6 +59,7 @@ app.command("train", context_settings=_FIELDS_TOO)(train_command)
 app.command("convert")(convert_command)
 app.command("generate")(generate_command)
 app.command("push")(push_command)
+app.command("web")(web_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(miniature_app, name="miniature")
 app.command("study", context_settings=_FIELDS_TOO)(study_command)

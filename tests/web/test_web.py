@@ -1,0 +1,147 @@
+"""The page in the browser: what is typed, what comes back, and the command that does the same."""
+
+import gc
+import shlex
+import socket
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from urae.adapters.packaged import PACKAGED_ADAPTERS
+from urae.generate import GenerateConfig
+from urae.web.config import WebConfig
+from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, spell_command
+from urae.web.page import _Maker, build_page, serve
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # gradio leaves sockets and loops open
+
+PROMPT = "a large red circle on a striped green background"
+FORM = Form(PROMPT, "miniature-dev", OWN_SIZE, (AUTOMATIC,))
+
+
+@pytest.fixture(autouse=True)
+def collect_what_gradio_leaves():
+    yield
+    gc.collect()  # here, where its warnings are ignored
+
+
+@pytest.fixture
+def config(tmp_path):
+    return WebConfig(output_dir=tmp_path / "pictures", open_browser=False)
+
+
+def test_what_is_left_empty_is_the_models_own(config, tmp_path):
+    job = read_form(FORM, config, tmp_path)
+    assert (job.height, job.width, job.adapters, job.steps) == (256, 256, (), None)
+    assert job.seed is not None
+    assert read_form(FORM, config, tmp_path).seed != job.seed
+    flux = read_form(replace(FORM, model="flux-dev"), config, tmp_path)
+    assert (flux.height, flux.adapters) == (1024, ())
+
+
+def test_adapters_come_by_themselves_or_by_name_or_not_at_all(config, tmp_path):
+    large = replace(FORM, size="512x384")
+    job = read_form(large, config, tmp_path)
+    assert (job.height, job.width) == (384, 512)
+    assert job.adapters == tuple(PACKAGED_ADAPTERS)[:1]
+    assert read_form(replace(large, adapters=()), config, tmp_path).adapters == ()
+    named = replace(large, adapters=("a.safetensors", "b.safetensors"))
+    assert read_form(named, config, tmp_path).adapters == named.adapters
+    with pytest.raises(ValueError, match="automatic stands alone; take it or the others away"):
+        read_form(replace(large, adapters=(AUTOMATIC, "miniature-2k")), config, tmp_path)
+
+
+def test_the_command_line_reads_the_command_as_the_same_job(config, tmp_path, monkeypatch):
+    from urae.cli import main
+
+    form = replace(FORM, prompt='a "red" circle', size="512", seed=7, steps=3, num_images=2)
+    job = read_form(form, replace(config, memory="resident"), tmp_path)
+    found = []
+
+    def generate(config, **_):
+        found.append(config)
+        return [tmp_path / "a.png"]
+
+    monkeypatch.setattr("urae.generate.generate", generate)
+    command = shlex.split(spell_command(job))
+    monkeypatch.setattr("sys.argv", [*command, "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 0
+    assert found == [job]
+    assert (
+        spell_command(GenerateConfig(("x",))) == "urae generate x --model flux-dev --size 1024x1024"
+    )
+
+
+def test_a_job_is_stopped_between_two_steps_and_the_next_is_not(config):
+    maker, steps = _Maker(config), []
+
+    def show(progress, **_):
+        steps.append(progress)
+        if progress == (2, 5):
+            maker.stop()
+
+    form = replace(FORM, size="64", steps=5)
+    with pytest.raises(Exception, match=r"^$") as caught:
+        maker.make(form, show)
+    assert caught.typename == "_Stopped"
+    assert steps == [0.0, (1, 5), (2, 5)]
+    assert not list(config.output_dir.rglob("*.png"))
+    files, line, _ = maker.make(replace(form, steps=1), lambda *_, **__: None)
+    assert len(files) == 1
+    assert line.startswith("1 picture in ")
+
+
+def test_the_page_makes_pictures_and_says_what_is_wrong(config):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    config.output_dir.mkdir()
+    page = build_page(config)
+    _, url, _ = page.launch(
+        prevent_thread_lock=True, quiet=True, allowed_paths=[str(config.output_dir)]
+    )
+    client = Client(url, verbose=False)
+    try:
+        fields = {"model": "miniature-dev", "adapters": [AUTOMATIC], "seed": 7, "steps": 1}
+        fields |= {"prompt": PROMPT, "guidance": None, "num_images": 2}
+        pictures, line, command = client.predict(size="64", api_name="/generate", **fields)
+        with Image.open(pictures["value"][1]["image"]) as image:
+            assert image.size == (64, 64)
+            assert image.info["prompt"] == PROMPT
+            assert image.info["seed"] == "8"
+        assert line.startswith("2 pictures in ")
+        assert "--seed 7" in command
+        with pytest.raises(AppError, match="height 72 is not a positive multiple of 16"):
+            client.predict(size="72", api_name="/generate", **fields)
+        client.predict(api_name="/stop")
+    finally:
+        client.close()
+        page.close()
+
+
+def test_a_port_that_is_taken(config):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            OSError, match=f"port {port} of 127.0.0.1 cannot be had; choose another"
+        ):
+            serve(replace(config, port=port))
+
+
+def test_bad_settings(tmp_path):
+    with pytest.raises(ValueError, match="port 0 must be between 1 and 65535"):
+        WebConfig(port=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file; name a folder with --output"):
+        WebConfig(output_dir=tmp_path / "file")
+
+
+def test_without_gradio(config, monkeypatch):
+    monkeypatch.setattr("urae.web.page.find_spec", lambda _: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs gradio; install it: pip install 'urae\[web\]'"
+    ):
+        build_page(config)

@@ -1,0 +1,34 @@
+"""`urae web`: the page in the browser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from urae.cli.generate import MODELS, Memory, Speed
+from urae.cli.terminal import Verbose, console, quiet_progress_bars
+
+
+def web_command(
+    model: Annotated[
+        str, typer.Option(help=f"Chosen when the page opens: {MODELS}.")
+    ] = "miniature-dev",
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="To listen on.")] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open the page when it is ready.")] = True,
+    memory: Annotated[
+        Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
+    ] = Memory.auto,
+    speed: Annotated[Speed, typer.Option(help="As of `urae generate`.")] = Speed.exact,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a page on this machine that generates pictures; Ctrl-C ends it."""
+    from urae.web import WebConfig, serve
+
+    config = WebConfig(model, output, host, port, browser, memory.value, speed.value)
+    quiet_progress_bars()
+    serve(config, on_ready=lambda url: console.print("[green]the page is at[/]", Text(url)))

@@ -1,0 +1,93 @@
+"""What is typed into the page, as the job that it stands for."""
+
+import random
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from urae.adapters.packaged import pick_adapters
+from urae.backbones.flux import find_native_side
+from urae.generate import GenerateConfig
+from urae.geometry import parse_size
+from urae.web.config import WebConfig
+
+AUTOMATIC = "automatic"
+"""In place of adapters: those that come with the model, for the size."""
+OWN_SIZE = "the model's own"
+_WITH_ADAPTERS = "miniature-dev"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields of the page; what is left empty is the model's own choice."""
+
+    prompt: str
+    model: str
+    size: str
+    """As `--size`, or `OWN_SIZE`."""
+    adapters: tuple[str, ...]
+    """In order, or `AUTOMATIC` alone."""
+    seed: int | None = None
+    num_images: int = 1
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig:
+    """Turn what was typed into a job.
+
+    Args:
+        form: As it was typed.
+        config: Of the page.
+        output_dir: For the pictures.
+
+    Raises:
+        ValueError: As `GenerateConfig`, and if `AUTOMATIC` stands beside other adapters.
+        FileNotFoundError: If the model cannot be found.
+    """
+    native_side = find_native_side(form.model)
+    height, width = parse_size(str(native_side) if form.size == OWN_SIZE else form.size)
+    adapters = form.adapters
+    if AUTOMATIC in adapters:
+        if len(adapters) > 1:
+            raise ValueError(
+                f"adapters {', '.join(adapters)}: {AUTOMATIC} stands alone; take it or the others "
+                "away"
+            )
+        ships = form.model == _WITH_ADAPTERS
+        adapters = pick_adapters(height, width, native_side) if ships else ()
+    return GenerateConfig(
+        prompts=(form.prompt,),
+        model=form.model,
+        height=height,
+        width=width,
+        adapters=adapters,
+        steps=form.steps,
+        guidance_scale=form.guidance_scale,
+        seed=random.SystemRandom().randrange(2**32) if form.seed is None else form.seed,
+        num_images=form.num_images,
+        output_dir=output_dir,
+        memory=config.memory,
+        speed=config.speed,
+    )
+
+
+def spell_command(config: GenerateConfig) -> str:
+    """Spell the command that makes the same pictures."""
+    default = GenerateConfig(config.prompts)
+    words = ["urae", "generate", *config.prompts, "--model", config.model]
+    words += ["--size", f"{config.width}x{config.height}"]
+    words += [word for adapter in config.adapters for word in ("--adapter", adapter)]
+    options = {
+        "--steps": "steps",
+        "--guidance": "guidance_scale",
+        "--seed": "seed",
+        "--num-images": "num_images",
+        "--memory": "memory",
+        "--speed": "speed",
+    }
+    for option, field in options.items():
+        value = getattr(config, field)
+        if value != getattr(default, field):
+            words += [option, str(value)]
+    return shlex.join(words)
