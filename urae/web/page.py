@@ -139,7 +139,7 @@ def build_page(config: WebConfig) -> Any:
                 return gr.Gallery(files, selected_index=0), line, spelt
             except _Stopped:
                 raise gr.Error("stopped", title="Stopped", print_exception=False) from None
-            except (ValueError, OSError, ImportError, MemoryError) as error:
+            except (ValueError, ArithmeticError, OSError, ImportError, MemoryError) as error:
                 logger.info("not generated", exc_info=error)
                 raise gr.Error(str(error), duration=None, print_exception=False) from error
 
