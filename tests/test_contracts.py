@@ -25,7 +25,7 @@ LEVELS = [
     {"features", "generate"},
     {"train", "evaluate"},
     {"miniature"},
-    {"study"},
+    {"study", "web"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
