@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from urae.adapters.packaged import PACKAGED_ADAPTERS
+from urae.cli.terminal import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/demo")
@@ -29,6 +30,7 @@ SAMPLES = 80
 RECIPE = Path("demo/lora_2k.toml")
 _SETTINGS = tomllib.loads((ROOT / RECIPE).read_text())
 HELD_OUT, STEPS = _SETTINGS["num_validation"], _SETTINGS["steps"]
+GPU_RECIPE = Path("recipes/miniature_2k_lora.toml")
 PROMPTS = (
     "a large red circle left of a small blue square on a striped green background",
     "a medium yellow ring above a large purple cross on a dotted blue background",
@@ -59,6 +61,7 @@ class Improvement:
 def main() -> None:
     """Render scenes, cache, train and generate, then show it all."""
     os.chdir(ROOT)
+    set_up_logging(verbose=False)
     began = time.perf_counter()
     shutil.rmtree(OUTPUT, ignore_errors=True)
 
@@ -159,10 +162,11 @@ def explain(improvement: Improvement, seconds: float) -> None:
     width = max(len(name) for name in rows)
     for name, meaning in rows.items():
         console.print(f"  [cyan]{name:{width}}[/]  {meaning}")
+    whole = tomllib.loads((ROOT / GPU_RECIPE).read_text())
     console.print(
         f"\nLoss on {HELD_OUT} held-out pictures: {improvement} (95% interval).\n"
-        f"{STEPS} steps of one picture are a beginning: recipes/miniature_2k_lora.toml, for a GPU, "
-        "has 2,000 of 32."
+        f"{STEPS} steps of one picture are a beginning: {GPU_RECIPE}, for a GPU, has "
+        f"{whole['steps']:,} of {whole['batch_size']}."
     )
 
 
