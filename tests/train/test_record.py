@@ -87,6 +87,8 @@ def test_odd_values_are_toml():
         "large": 2**63 - 1,
         "none": None,
         "list": ("a", "b"),
+        "read back": ["a", 1],
+        "empty": [],
         "section": {"on": True, "inner": {"x": 1}, "a dot.": {'a "key"': 2}},
     }
     found = tomllib.loads(format_toml(settings, {"text": "what it is", "section": "and that"}))

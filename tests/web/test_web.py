@@ -2,10 +2,16 @@
 
 import gc
 import shlex
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from urae.adapters.packaged import PACKAGED_ADAPTERS
@@ -52,10 +58,11 @@ def test_adapters_come_by_themselves_or_by_name_or_not_at_all(config, tmp_path):
         read_form(replace(large, adapters=(AUTOMATIC, "miniature-2k")), config, tmp_path)
 
 
-def test_the_command_line_reads_the_command_as_the_same_job(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("prompt", ['a "red" circle', "--steps of a stair"])
+def test_the_command_line_reads_the_command_as_the_same_job(config, tmp_path, monkeypatch, prompt):
     from urae.cli import main
 
-    form = replace(FORM, prompt='a "red" circle', size="512", seed=7, steps=3, num_images=2)
+    form = replace(FORM, prompt=prompt, size="512", seed=7, steps=3, num_images=2)
     job = read_form(form, replace(config, memory="resident"), tmp_path)
     found = []
 
@@ -64,8 +71,8 @@ def test_the_command_line_reads_the_command_as_the_same_job(config, tmp_path, mo
         return [tmp_path / "a.png"]
 
     monkeypatch.setattr("urae.generate.generate", generate)
-    command = shlex.split(spell_command(job))
-    monkeypatch.setattr("sys.argv", [*command, "--output", str(tmp_path)])
+    urae, generate_, *words = shlex.split(spell_command(job))
+    monkeypatch.setattr("sys.argv", [urae, generate_, "--output", str(tmp_path), *words])
     with pytest.raises(SystemExit) as caught:
         main.main()
     assert caught.value.code == 0
@@ -99,7 +106,7 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
     from gradio_client.exceptions import AppError
 
     config.output_dir.mkdir()
-    page = build_page(config)
+    page = build_page(_Maker(config))
     _, url, _ = page.launch(
         prevent_thread_lock=True, quiet=True, allowed_paths=[str(config.output_dir)]
     )
@@ -122,13 +129,61 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
         page.close()
 
 
-def test_a_port_that_is_taken(config):
+def test_an_address_that_cannot_be_had(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(
-            OSError, match=f"port {port} of 127.0.0.1 cannot be had; choose another"
-        ):
+        message = rf"127.0.0.1:{port} cannot be listened on \(Address already in use\); choose"
+        with pytest.raises(OSError, match=message):
             serve(replace(config, port=port))
+    with pytest.raises(OSError, match=r"203.0.113.9:.* cannot be listened on \(Cannot assign"):
+        serve(replace(config, host="203.0.113.9"))
+
+
+def test_fields_that_were_emptied(config, tmp_path):
+    job = read_form(replace(FORM, size=None, num_images=None), config, tmp_path)
+    assert (job.height, job.width, job.num_images) == (256, 256, 1)
+    for empty in (None, ""):
+        with pytest.raises(ValueError, match="no model is chosen; choose one, or type"):
+            read_form(replace(FORM, model=empty), config, tmp_path)
+
+
+def test_stop_is_for_whoever_began(config):
+    maker, form = _Maker(config), replace(FORM, size="64", steps=2)
+    files, _, _ = maker.make(form, lambda *_, **__: maker.stop("another"), "one")
+    assert len(files) == 1
+    with pytest.raises(Exception, match=r"^$") as caught:
+        maker.make(form, lambda *_, **__: maker.stop("one"), "one")
+    assert caught.typename == "_Stopped"
+
+
+def test_nothing_of_a_model_is_held_between_jobs(config):
+    maker, form = _Maker(config), replace(FORM, size="64", steps=1)
+    gc.collect()
+    gc.disable()
+    try:
+        maker.make(form, lambda *_, **__: None)
+        held = [each for each in gc.get_objects() if isinstance(each, FluxTransformer2DModel)]
+        assert not [model for model in held if not model.device.type == "meta"]
+    finally:
+        gc.enable()
+
+
+def test_the_end_of_the_page_waits_for_the_job(config):
+    maker, form = _Maker(config), replace(FORM, size="64", steps=50)
+    started, ended = threading.Event(), []
+
+    def run():
+        try:
+            maker.make(form, lambda progress, **_: progress and started.set(), "one")
+        except Exception as error:
+            ended.append(type(error).__name__)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(60)
+    maker.close()
+    thread.join()
+    assert ended == ["_Stopped"]
 
 
 def test_bad_settings(tmp_path):
@@ -144,4 +199,29 @@ def test_without_gradio(config, monkeypatch):
     with pytest.raises(
         ModuleNotFoundError, match=r"needs gradio; install it: pip install 'urae\[web\]'"
     ):
-        build_page(config)
+        build_page(_Maker(config))
+
+
+@pytest.mark.slow  # a process of its own
+def test_ctrl_c_ends_the_page_and_its_job(config):
+    from gradio_client import Client
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "urae", "web", "--no-browser", "--port", str(port)]
+    command += ["--output", str(config.output_dir)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "the page is at" not in process.stderr.readline():
+            assert process.poll() is None
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        fields = {"prompt": PROMPT, "model": "miniature-dev", "size": "256", "steps": 1000}
+        fields |= {"adapters": [], "seed": 7, "num_images": 1, "guidance": None}
+        job = client.submit(api_name="/generate", **fields)
+        while job.status().progress_data is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        client.close()
+    assert process.returncode == 0, errors
+    assert not list(config.output_dir.rglob("*.png"))

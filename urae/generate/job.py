@@ -110,7 +110,10 @@ def generate(
         ConnectionError: If another process is lost.
     """
     with explain_lost_rank(_AGAIN), join_ranks(pick_device()) as ranks:
-        return _generate(config, ranks, on_progress if ranks.rank == 0 else None)
+        release_memory(ranks.device)  # what an earlier job of this process held
+        files = _generate(config, ranks, on_progress if ranks.rank == 0 else None)
+        release_memory(ranks.device)
+        return files
 
 
 def _generate(

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from urae.train.guards import catch_stop
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +73,13 @@ class StageRun:
     """Of this process among those that share the stage."""
     num_ranks: int = 1
     """Processes that share the stage, each with its part of every batch."""
-    stop: Event = field(default_factory=Event)
-    """Set when the stage is asked to stop."""
     began: float = field(default_factory=time.monotonic)
     """On the monotonic clock, before anything is loaded or rendered."""
 
     @property
     def is_over(self) -> bool:
-        """Whether to stop after the step at hand."""
-        return self.stop.is_set() or time.monotonic() - self.began > self.max_seconds
+        """Whether its time is."""
+        return time.monotonic() - self.began > self.max_seconds
 
     def seed_step(self, step: int) -> int:
         """Return the seed of this process's chance in a step."""
@@ -125,6 +124,8 @@ def run_loop(
 ) -> bool:
     """Train a module; called again after a stop, it goes on where it was.
 
+    Ctrl-C and SIGTERM save its state first; a second one stops at once.
+
     Args:
         module: Float32, on the run's device; trained in place. When the last step is done, it holds
             the averaged weights.
@@ -153,7 +154,7 @@ def run_loop(
     generator = torch.Generator(run.device)
     logged = kept = time.monotonic()
     logged_step = step
-    with _safe_attention():
+    with _safe_attention(), catch_stop() as stop:
         while step < config.steps:
             generator.manual_seed(run.seed_step(step))
             loss, figures = compute_loss(step, generator)
@@ -175,7 +176,7 @@ def run_loop(
                 logger.info("step %d: %s, %.1f steps/s", step, ", ".join(texts), rate)
                 _check_finite(loss, step)
                 logged, logged_step = now, step
-            stopping = _agree_to_stop(step, run)
+            stopping = _agree_to_stop(stop.is_set() or run.is_over, step, run)
             due = stopping or now - kept > _KEEP_EVERY_SECONDS
             if (due or step == config.steps) and run.rank == 0:
                 _check_finite(norm, step)
@@ -256,13 +257,13 @@ def _rate(step: int, config: LoopConfig) -> float:
     return min(1.0, rising, falling)
 
 
-def _agree_to_stop(step: int, run: StageRun) -> bool:
+def _agree_to_stop(wanted: bool, step: int, run: StageRun) -> bool:
     """Tell whether to stop, which several processes agree on now and then."""
     if run.num_ranks == 1:
-        return run.is_over
+        return wanted
     if step % _CLOCK_EVERY_STEPS:
         return False
-    flag = torch.tensor(float(run.is_over), device=run.device)
+    flag = torch.tensor(float(wanted), device=run.device)
     distributed.all_reduce(flag)
     return flag.item() > 0
 

@@ -22,7 +22,6 @@ from urae.miniature.model import (
 )
 from urae.miniature.recipe import FlowStage, MiniatureRecipe, load_recipe
 from urae.miniature.text import TEXT_PARTS, train_text
-from urae.train.guards import catch_stop
 from urae.train.record import find_commit
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
@@ -69,8 +68,8 @@ def train_stage(
 ) -> Path | None:
     """Train one stage of the miniature.
 
-    Under torchrun the processes share each batch; on a GPU each. Ctrl-C and SIGTERM save what it
-    goes on from; a second one stops at once.
+    Under torchrun the processes share each batch; on a GPU each. Once it takes steps, Ctrl-C and
+    SIGTERM save what it goes on from; a second one stops at once.
 
     Args:
         name: One of `STAGES`.
@@ -102,16 +101,9 @@ def train_stage(
         "urae.recipe": recipe_path.read_text(encoding="utf-8"),
     }
     work_dir.mkdir(parents=True, exist_ok=True)
-    with catch_stop() as stop, join_ranks(pick_device()) as ranks:
+    with join_ranks(pick_device()) as ranks:
         run = StageRun(
-            work_dir,
-            recipe.seed,
-            metadata,
-            ranks.device,
-            max_seconds,
-            ranks.rank,
-            ranks.count,
-            stop,
+            work_dir, recipe.seed, metadata, ranks.device, max_seconds, ranks.rank, ranks.count
         )
         done = STAGES[name](recipe, run)
         ranks.wait()  # the file is whole when any of them returns

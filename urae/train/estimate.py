@@ -128,7 +128,10 @@ def estimate(
 
 
 def count_trained(transformer: FluxTransformer2DModel, config: AdapterConfig) -> int:
-    """Return how many numbers train; of a variant, as peft attaches it to a base of this shape."""
+    """Return how many numbers an adapter has; of a variant, as peft attaches it to such a base.
+
+    Both factors count, also where one of them stays as it begins.
+    """
     names = find_attention_linears(transformer)
     if is_variant(config.kind):
         with torch.device("meta"):
@@ -136,8 +139,7 @@ def count_trained(transformer: FluxTransformer2DModel, config: AdapterConfig) ->
         peft_config = build_peft_config(config.kind, config.rank, names)
         return sum(each.numel() for each in attach_variant(base, "counted", peft_config))
     shapes = [linear_shape(transformer, name) for name in names]
-    sides = [shape[1] if config.trains == "down" else sum(shape) for shape in shapes if shape]
-    return config.rank * sum(sides)
+    return config.rank * sum(sum(shape) for shape in shapes if shape is not None)
 
 
 def count_operations(

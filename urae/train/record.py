@@ -91,7 +91,7 @@ def format_toml(settings: Mapping[str, Any], comments: Mapping[str, str], sectio
     """Write nested settings as TOML; what is None is left out.
 
     Args:
-        settings: Numbers, texts, paths, tuples of these or of tables, and sections of them.
+        settings: Numbers, texts, paths, lists of these or of tables, and sections of them.
         comments: By dotted name, for the line above.
         section: Dotted name of the section that `settings` are.
     """
@@ -113,7 +113,7 @@ def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         pairs = (f"{name} = {_format_value(each)}" for name, each in value.items())
         return f"{{{', '.join(pairs)}}}"
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_format_value, value))}]"
     if isinstance(value, bool):
         return str(value).lower()

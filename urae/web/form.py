@@ -22,13 +22,13 @@ class Form:
     """The fields of the page; what is left empty is the model's own choice."""
 
     prompt: str
-    model: str
-    size: str
+    model: str | None
+    size: str | None
     """As `--size`, or `OWN_SIZE`."""
     adapters: tuple[str, ...]
     """In order, or `AUTOMATIC` alone."""
     seed: int | None = None
-    num_images: int = 1
+    num_images: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
 
@@ -42,11 +42,15 @@ def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig
         output_dir: For the pictures.
 
     Raises:
-        ValueError: As `GenerateConfig`, and if `AUTOMATIC` stands beside other adapters.
+        ValueError: As `GenerateConfig`, if no model is chosen, and if `AUTOMATIC` stands beside
+            other adapters.
         FileNotFoundError: If the model cannot be found.
     """
+    if not form.model:
+        raise ValueError("no model is chosen; choose one, or type a hub id or a folder")
     native_side = find_native_side(form.model)
-    height, width = parse_size(str(native_side) if form.size == OWN_SIZE else form.size)
+    own_size = not form.size or form.size == OWN_SIZE
+    height, width = parse_size(str(native_side) if own_size else str(form.size))
     adapters = form.adapters
     if AUTOMATIC in adapters:
         if len(adapters) > 1:
@@ -65,7 +69,7 @@ def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig
         steps=form.steps,
         guidance_scale=form.guidance_scale,
         seed=random.SystemRandom().randrange(2**32) if form.seed is None else form.seed,
-        num_images=form.num_images,
+        num_images=1 if form.num_images is None else form.num_images,
         output_dir=output_dir,
         memory=config.memory,
         speed=config.speed,
@@ -73,10 +77,9 @@ def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig
 
 
 def spell_command(config: GenerateConfig) -> str:
-    """Spell the command that makes the same pictures."""
+    """Spell the command that makes the same pictures, in its own folder."""
     default = GenerateConfig(config.prompts)
-    words = ["urae", "generate", *config.prompts, "--model", config.model]
-    words += ["--size", f"{config.width}x{config.height}"]
+    words = ["--model", config.model, "--size", f"{config.width}x{config.height}"]
     words += [word for adapter in config.adapters for word in ("--adapter", adapter)]
     options = {
         "--steps": "steps",
@@ -90,4 +93,7 @@ def spell_command(config: GenerateConfig) -> str:
         value = getattr(config, field)
         if value != getattr(default, field):
             words += [option, str(value)]
-    return shlex.join(words)
+    (prompt,) = config.prompts
+    is_option = prompt.startswith("-")
+    words = [*words, "--", prompt] if is_option else [prompt, *words]
+    return shlex.join(["urae", "generate", *words])

@@ -1,12 +1,14 @@
 """The page itself, made with Gradio, and what its buttons do."""
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from urae.adapters.packaged import PACKAGED_ADAPTERS
@@ -42,30 +44,42 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
 
     Raises:
         ModuleNotFoundError: If Gradio is not installed.
-        OSError: If the port is taken.
+        OSError: If the port is taken, or the address not this machine's.
     """
-    page = build_page(config)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        _, address, _ = page.launch(
-            server_name=config.host,
-            server_port=config.port,
-            inbrowser=config.open_browser,
-            allowed_paths=[str(config.output_dir.resolve())],
-            prevent_thread_lock=True,
-            quiet=True,
-        )
+        socket.create_server((config.host, config.port)).close()
     except OSError as error:
         raise OSError(
-            f"port {config.port} of {config.host} cannot be had; choose another with --port"
+            f"{config.host}:{config.port} cannot be listened on ({os.strerror(error.errno or 0)}); "
+            "choose another --port or --host"
         ) from error
+    maker = _Maker(config)
+    page = build_page(maker)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    _, address, _ = page.launch(
+        server_name=config.host,
+        server_port=config.port,
+        inbrowser=config.open_browser,
+        allowed_paths=[str(config.output_dir.resolve())],
+        prevent_thread_lock=True,
+        quiet=True,
+    )
     if on_ready is not None:
         on_ready(address)
-    page.block_thread()
+    try:
+        Event().wait()
+    except KeyboardInterrupt:
+        logger.info("the page ends")
+    finally:
+        maker.close()
+        page.close(verbose=False)
 
 
-def build_page(config: WebConfig) -> Any:
+def build_page(maker: "_Maker") -> Any:
     """Lay the page out.
+
+    Args:
+        maker: Does what its buttons ask for.
 
     Returns:
         The `gradio.Blocks`, not served yet.
@@ -77,7 +91,6 @@ def build_page(config: WebConfig) -> Any:
         raise ModuleNotFoundError("the page needs gradio; install it: pip install 'urae[web]'")
     import gradio as gr
 
-    maker = _Maker(config)
     with gr.Blocks(title="urae", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
@@ -85,7 +98,7 @@ def build_page(config: WebConfig) -> Any:
                 prompt = gr.Textbox(label="Prompt", lines=3, autofocus=True)
                 gr.Examples(list(_EXAMPLES), prompt, label="Scenes for miniature-dev")
                 model = gr.Dropdown(
-                    [*PACKAGED, *HUB_IDS], value=config.model, allow_custom_value=True,
+                    [*PACKAGED, *HUB_IDS], value=maker.config.model, allow_custom_value=True,
                     label="Model", info="a name, a hub id, a folder or a .safetensors file",
                 )  # fmt: skip
                 size = gr.Dropdown(
@@ -131,11 +144,12 @@ def build_page(config: WebConfig) -> Any:
             num_images: int,
             steps: int | None,
             guidance: float | None,
+            request: gr.Request,
             progress: Any = gr.Progress(),  # noqa: B008  # how Gradio is asked for one
         ) -> tuple[Any, str, str]:
             form = Form(prompt, model, size, tuple(adapters), seed, num_images, steps, guidance)
             try:
-                files, line, spelt = maker.make(form, progress)
+                files, line, spelt = maker.make(form, progress, request.session_hash)
                 return gr.Gallery(files, selected_index=0), line, spelt
             except _Stopped:
                 raise gr.Error("stopped", title="Stopped", print_exception=False) from None
@@ -143,7 +157,10 @@ def build_page(config: WebConfig) -> Any:
                 logger.info("not generated", exc_info=error)
                 raise gr.Error(str(error), duration=None, print_exception=False) from error
 
-        gr.on(
+        def halt(request: gr.Request) -> None:
+            maker.stop(request.session_hash)
+
+        job = gr.on(
             [start.click, prompt.submit],
             make,
             [prompt, model, size, adapters, seed, count, steps, guidance],
@@ -152,7 +169,7 @@ def build_page(config: WebConfig) -> Any:
             show_progress_on=gallery,
             concurrency_limit=1,  # there is one device
         )
-        stop.click(maker.stop, queue=False, api_name="stop")
+        stop.click(halt, cancels=job, queue=False, api_name="stop")  # one that waits, too
     return page
 
 
@@ -160,14 +177,32 @@ class _Maker:
     """Makes what the page asks for, one job at a time."""
 
     def __init__(self, config: WebConfig) -> None:
-        self._config = config
+        self.config = config
         self._stop = Event()
+        self._busy = Lock()
+        self._session: str | None = None
 
-    def make(self, form: Form, show: Callable[..., object]) -> tuple[list[str], str, str]:
-        """Generate, and return the files, a line about them, and the command."""
-        self._stop.clear()
+    def make(
+        self, form: Form, show: Callable[..., object], session: str | None = None
+    ) -> tuple[list[str], str, str]:
+        """Generate.
+
+        Args:
+            form: What was typed.
+            show: Told how far it is, as `gradio.Progress` is.
+            session: Of whoever asks, who alone can stop it.
+
+        Returns:
+            The files, a line about them, and the command.
+        """
+        with self._busy:
+            self._session = session
+            self._stop.clear()
+            return self._make(form, show)
+
+    def _make(self, form: Form, show: Callable[..., object]) -> tuple[list[str], str, str]:
         moment = f"{datetime.now().astimezone():%Y-%m-%d-%H%M%S-%f}"
-        job = read_form(form, self._config, self._config.output_dir / moment)
+        job = read_form(form, self.config, self.config.output_dir / moment)
         show(0.0, desc="loading")
 
         def report(progress: Progress) -> None:
@@ -181,9 +216,16 @@ class _Maker:
         seconds = time.perf_counter() - began
         return [str(file) for file in files], _describe(files, seconds), spell_command(job)
 
-    def stop(self) -> None:
-        """Stop the job at hand after its step."""
+    def stop(self, session: str | None = None) -> None:
+        """Stop the job at hand after its step, if it is this session's."""
+        if session == self._session:
+            self._stop.set()
+
+    def close(self) -> None:
+        """Stop the job at hand, whoever's it is, and wait until it has."""
         self._stop.set()
+        with self._busy:
+            pass
 
 
 def _describe(files: list[Path], seconds: float) -> str:
