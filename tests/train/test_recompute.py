@@ -91,10 +91,14 @@ def test_attention_is_not_computed_twice(build, way, take_step):
     "way",
     [
         Way("resident", "selective"),
-        Way("offload", "full"),
         *(
             pytest.param(Way(*names), marks=pytest.mark.slow)
-            for names in (("resident", "off"), ("resident", "full"), ("offload", "selective"))
+            for names in (
+                ("resident", "off"),
+                ("resident", "full"),
+                ("offload", "selective"),
+                ("offload", "full"),
+            )
         ),
     ],
     ids=str,

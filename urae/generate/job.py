@@ -110,10 +110,9 @@ def generate(
         ConnectionError: If another process is lost.
     """
     with explain_lost_rank(_AGAIN), join_ranks(pick_device()) as ranks:
-        release_memory(ranks.device)  # what an earlier job of this process held
-        files = _generate(config, ranks, on_progress if ranks.rank == 0 else None)
-        release_memory(ranks.device)
-        return files
+        if ranks.device.type == "cuda":  # where what is free decides the tier
+            release_memory(ranks.device)  # of an earlier job of this process
+        return _generate(config, ranks, on_progress if ranks.rank == 0 else None)
 
 
 def _generate(

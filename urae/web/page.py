@@ -12,7 +12,8 @@ from threading import Event, Lock
 from typing import Any
 
 from urae.adapters.packaged import PACKAGED_ADAPTERS
-from urae.backbones.flux import HUB_IDS, PACKAGED
+from urae.backbones.flux import HUB_IDS, PACKAGED, pick_device
+from urae.backbones.free_memory import release_memory
 from urae.generate import Progress, generate
 from urae.web.config import WebConfig
 from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, spell_command
@@ -198,7 +199,10 @@ class _Maker:
         with self._busy:
             self._session = session
             self._stop.clear()
-            return self._make(form, show)
+            try:
+                return self._make(form, show)
+            finally:
+                release_memory(pick_device())  # a pipeline's parts refer to one another
 
     def _make(self, form: Form, show: Callable[..., object]) -> tuple[list[str], str, str]:
         moment = f"{datetime.now().astimezone():%Y-%m-%d-%H%M%S-%f}"
