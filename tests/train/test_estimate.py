@@ -21,8 +21,8 @@ from urae.train.estimate import (
     TERMS,
     TIERS,
     Way,
+    count_adapter,
     count_operations,
-    count_trained,
     estimate,
 )
 from urae.train.recompute import set_checkpointing
@@ -102,7 +102,7 @@ def test_the_optimizers_states_are_as_many():
 def test_what_trains_is_counted_as_it_is_attached(bases, kind):
     adapter = AdapterConfig(kind, 4)
     transformer = load_transformer(bases["dev"], dtype=torch.float32)
-    counted = count_trained(transformer, adapter)
+    counted = count_adapter(transformer, adapter)
     attached = attach_for_training(transformer, adapter, [], None, 0)
     assert counted == sum(parameter.numel() for parameter in attached.parameters)
 

@@ -18,7 +18,8 @@ from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.generate import GenerateConfig
 from urae.web.config import WebConfig
 from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, spell_command
-from urae.web.page import _Maker, build_page, serve
+from urae.web.jobs import Jobs
+from urae.web.page import build_page, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio leaves sockets and loops open
 
@@ -83,20 +84,20 @@ def test_the_command_line_reads_the_command_as_the_same_job(config, tmp_path, mo
 
 
 def test_a_job_is_stopped_between_two_steps_and_the_next_is_not(config):
-    maker, steps = _Maker(config), []
+    jobs, steps = Jobs(config), []
 
     def show(progress, **_):
         steps.append(progress)
         if progress == (2, 5):
-            maker.stop()
+            jobs.stop()
 
     form = replace(FORM, size="64", steps=5)
     with pytest.raises(Exception, match=r"^$") as caught:
-        maker.make(form, show)
-    assert caught.typename == "_Stopped"
+        jobs.make(form, show)
+    assert caught.typename == "Stopped"
     assert steps == [0.0, (1, 5), (2, 5)]
     assert not list(config.output_dir.rglob("*.png"))
-    files, line, _ = maker.make(replace(form, steps=1), lambda *_, **__: None)
+    files, line, _ = jobs.make(replace(form, steps=1), lambda *_, **__: None)
     assert len(files) == 1
     assert line.startswith("1 picture in ")
 
@@ -106,7 +107,7 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
     from gradio_client.exceptions import AppError
 
     config.output_dir.mkdir()
-    page = build_page(_Maker(config))
+    page = build_page(Jobs(config))
     _, url, _ = page.launch(
         prevent_thread_lock=True, quiet=True, allowed_paths=[str(config.output_dir)]
     )
@@ -148,20 +149,20 @@ def test_fields_that_were_emptied(config, tmp_path):
 
 
 def test_stop_is_for_whoever_began(config):
-    maker, form = _Maker(config), replace(FORM, size="64", steps=2)
-    files, _, _ = maker.make(form, lambda *_, **__: maker.stop("another"), "one")
+    jobs, form = Jobs(config), replace(FORM, size="64", steps=2)
+    files, _, _ = jobs.make(form, lambda *_, **__: jobs.stop("another"), "one")
     assert len(files) == 1
     with pytest.raises(Exception, match=r"^$") as caught:
-        maker.make(form, lambda *_, **__: maker.stop("one"), "one")
-    assert caught.typename == "_Stopped"
+        jobs.make(form, lambda *_, **__: jobs.stop("one"), "one")
+    assert caught.typename == "Stopped"
 
 
 def test_nothing_of_a_model_is_held_between_jobs(config):
-    maker, form = _Maker(config), replace(FORM, size="64", steps=1)
+    jobs, form = Jobs(config), replace(FORM, size="64", steps=1)
     gc.collect()
     gc.disable()
     try:
-        maker.make(form, lambda *_, **__: None)
+        jobs.make(form, lambda *_, **__: None)
         held = [each for each in gc.get_objects() if isinstance(each, FluxTransformer2DModel)]
         assert not [model for model in held if not model.device.type == "meta"]
     finally:
@@ -169,21 +170,21 @@ def test_nothing_of_a_model_is_held_between_jobs(config):
 
 
 def test_the_end_of_the_page_waits_for_the_job(config):
-    maker, form = _Maker(config), replace(FORM, size="64", steps=50)
+    jobs, form = Jobs(config), replace(FORM, size="64", steps=50)
     started, ended = threading.Event(), []
 
     def run():
         try:
-            maker.make(form, lambda progress, **_: progress and started.set(), "one")
+            jobs.make(form, lambda progress, **_: progress and started.set(), "one")
         except Exception as error:
             ended.append(type(error).__name__)
 
     thread = threading.Thread(target=run)
     thread.start()
     assert started.wait(60)
-    maker.close()
+    jobs.close()
     thread.join()
-    assert ended == ["_Stopped"]
+    assert ended == ["Stopped"]
 
 
 def test_bad_settings(tmp_path):
@@ -199,7 +200,7 @@ def test_without_gradio(config, monkeypatch):
     with pytest.raises(
         ModuleNotFoundError, match=r"needs gradio; install it: pip install 'urae\[web\]'"
     ):
-        build_page(_Maker(config))
+        build_page(Jobs(config))
 
 
 @pytest.mark.slow  # a process of its own

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+BASE = "miniature-dev"
+"""The model that they are for, which comes with this package too."""
 _FOLDER = Path(__file__).parents[1] / "miniature" / "adapters"
 FILES = {
     "miniature-2k": "miniature_2k_lora.safetensors",
     "miniature-4k": "miniature_4k_minor.safetensors",
 }
-"""Of each adapter of `miniature-dev`, in the order in which they go on top of one another."""
+"""Of each adapter, in the order in which they go on top of one another."""
 
 
 def find_packaged(folder: Path) -> dict[str, Path]:

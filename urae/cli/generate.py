@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from urae.adapters.packaged import PACKAGED_ADAPTERS, pick_adapters
+from urae.adapters.packaged import BASE, PACKAGED_ADAPTERS, pick_adapters
 from urae.cli.launch import launch, wants_launch
 from urae.cli.terminal import (
     Verbose,
@@ -39,7 +39,6 @@ class Speed(StrEnum):
 
 
 MODELS = "miniature-dev, flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file"
-_DEFAULT_MODEL = "miniature-dev"
 _ADAPTERS = ", ".join([*PACKAGED_ADAPTERS, "a file, a folder or owner/repo/file"])
 
 _PARTS = (
@@ -117,12 +116,12 @@ def generate_command(
     from urae.generate import GenerateConfig, Progress, generate
     from urae.geometry import parse_size
 
-    native_side = find_native_side(model or _DEFAULT_MODEL)
+    native_side = find_native_side(model or BASE)
     height, width = parse_size(size or str(native_side))
     own = pick_adapters(height, width, native_side) if model is None and not adapter else ()
     config = GenerateConfig(
         prompts=texts,
-        model=model or _DEFAULT_MODEL,
+        model=model or BASE,
         height=height,
         width=width,
         adapters=own or tuple(adapter or ()),
@@ -140,7 +139,7 @@ def generate_command(
     )
     if own and is_first_rank():
         text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
-        console.print(Text(f"{text} {_DEFAULT_MODEL}"), soft_wrap=True)
+        console.print(Text(f"{text} {BASE}"), soft_wrap=True)
     quiet_progress_bars()
     with build_progress() as bar:
         task = bar.add_task("loading", total=None)

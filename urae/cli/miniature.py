@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
+from urae.adapters.packaged import BASE
 from urae.cli.terminal import Verbose, console, is_first_rank, quiet_progress_bars
 
 miniature_app = typer.Typer(no_args_is_help=True)
@@ -143,7 +144,6 @@ def score_command(
     import json
 
     from urae.miniature.score import (
-        DEFAULT_MODEL,
         ScoreConfig,
         default_sampling,
         load_scored,
@@ -162,7 +162,7 @@ def score_command(
     found = summarize(score_pipeline(pipe, config), captions)
     console.print(Text(", ".join(f"{name} {value:.3f}" for name, value in found.items())))
     if output:
-        what = {"stage": name} if name else {"model": model or DEFAULT_MODEL, "adapters": adapters}
+        what = {"stage": name} if name else {"model": model or BASE, "adapters": adapters}
         write_atomic(output, json.dumps({**what, **found}, indent=1).encode())
 
 

@@ -6,14 +6,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from urae.adapters.packaged import BASE
 from urae.cli.generate import MODELS, Memory, Speed
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
 
 
 def web_command(
-    model: Annotated[
-        str, typer.Option(help=f"Chosen when the page opens: {MODELS}.")
-    ] = "miniature-dev",
+    model: Annotated[str, typer.Option(help=f"Chosen when the page opens: {MODELS}.")] = BASE,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from urae.adapters.adapt import adapt
+from urae.adapters.packaged import BASE
 from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
 from urae.miniature.check import SceneReport, Score, check_scene, score
 from urae.miniature.model import HELD_OUT_SEED
@@ -17,8 +18,6 @@ from urae.miniature.processes import start_processes
 from urae.miniature.stages import load_stage
 from urae.miniature.synthetic import generate_pictures
 from urae.miniature.world import Scene, caption, sample_scene
-
-DEFAULT_MODEL = "miniature-dev"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def load_scored(
     if stage is not None:
         pipe = load_stage(stage, work_dir).to(dtype=pick_dtype(device))
     else:
-        pipe = load_pipeline(model or DEFAULT_MODEL, dtype=pick_dtype(device))
+        pipe = load_pipeline(model or BASE, dtype=pick_dtype(device))
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     return adapt(pipe, adapters) if adapters else pipe

@@ -104,7 +104,7 @@ def estimate(
     """
     one_map = config.batch_size * tokens * transformer.inner_dim * _NUMBER_BYTES
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    trained = count_trained(transformer, config.adapter)
+    trained = count_adapter(transformer, config.adapter)
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
     copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     kept = _count_kept(transformer, one_map, way)
@@ -127,7 +127,7 @@ def estimate(
     )  # fmt: skip
 
 
-def count_trained(transformer: FluxTransformer2DModel, config: AdapterConfig) -> int:
+def count_adapter(transformer: FluxTransformer2DModel, config: AdapterConfig) -> int:
     """Return how many numbers an adapter has; of a variant, as peft attaches it to such a base.
 
     Both factors count, also where one of them stays as it begins.

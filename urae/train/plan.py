@@ -22,8 +22,8 @@ from urae.train.config import TrainConfig
 from urae.train.estimate import (
     STATES,
     Estimate,
+    count_adapter,
     count_operations,
-    count_trained,
     estimate,
     list_ways,
 )
@@ -110,7 +110,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
     has_plain = config.ema_decay is not None or config.optimizer.name == "schedule-free"
     factors = 2 if config.adapter.kind == "minor" else 1  # B0 and A0 beside B and A
     copies = factors * (1 + has_plain) + STATES[config.optimizer.name]
-    trained = 4 * count_trained(transformer, config.adapter)
+    trained = 4 * count_adapter(transformer, config.adapter)
     return TrainPlan(
         buckets,
         len(held_out),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from urae.adapters.packaged import BASE
 from urae.generate.memory import Memory
 from urae.generate.parts import Speed
 
@@ -11,7 +12,7 @@ from urae.generate.parts import Speed
 class WebConfig:
     """A page on this machine."""
 
-    model: str = "miniature-dev"
+    model: str = BASE
     """Chosen when the page opens; any other can be typed there."""
     output_dir: Path = Path("outputs")
     """Folder for the pictures, a folder of its own for each click."""

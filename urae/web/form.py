@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from urae.adapters.packaged import pick_adapters
+from urae.adapters.packaged import BASE, pick_adapters
 from urae.backbones.flux import find_native_side
 from urae.generate import GenerateConfig
 from urae.geometry import parse_size
@@ -14,7 +14,6 @@ from urae.web.config import WebConfig
 AUTOMATIC = "automatic"
 """In place of adapters: those that come with the model, for the size."""
 OWN_SIZE = "the model's own"
-_WITH_ADAPTERS = "miniature-dev"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig
                 f"adapters {', '.join(adapters)}: {AUTOMATIC} stands alone; take it or the others "
                 "away"
             )
-        ships = form.model == _WITH_ADAPTERS
+        ships = form.model == BASE
         adapters = pick_adapters(height, width, native_side) if ships else ()
     return GenerateConfig(
         prompts=(form.prompt,),

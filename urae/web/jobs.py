@@ -1,0 +1,80 @@
+"""What the page's buttons do: one job at a time, which whoever began it can stop."""
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from threading import Event, Lock
+
+from urae.backbones.flux import pick_device
+from urae.backbones.free_memory import release_memory
+from urae.generate import Progress, generate
+from urae.web.config import WebConfig
+from urae.web.form import Form, read_form, spell_command
+
+
+class Stopped(Exception):  # noqa: N818  # no error: it was asked for
+    """Raised between two steps when the user stops a job."""
+
+
+class Jobs:
+    """Makes what the page asks for, one job at a time."""
+
+    def __init__(self, config: WebConfig) -> None:
+        self.config = config
+        self._stop = Event()
+        self._busy = Lock()
+        self._session: str | None = None
+
+    def make(
+        self, form: Form, show: Callable[..., object], session: str | None = None
+    ) -> tuple[list[str], str, str]:
+        """Generate.
+
+        Args:
+            form: What was typed.
+            show: Told how far it is, as `gradio.Progress` is.
+            session: Of whoever asks, who alone can stop it.
+
+        Returns:
+            The files, a line about them, and the command.
+        """
+        with self._busy:
+            self._session = session
+            self._stop.clear()
+            try:
+                return self._make(form, show)
+            finally:
+                release_memory(pick_device())  # a pipeline's parts refer to one another
+
+    def _make(self, form: Form, show: Callable[..., object]) -> tuple[list[str], str, str]:
+        moment = f"{datetime.now().astimezone():%Y-%m-%d-%H%M%S-%f}"
+        job = read_form(form, self.config, self.config.output_dir / moment)
+        show(0.0, desc="loading")
+
+        def report(progress: Progress) -> None:
+            if self._stop.is_set():
+                raise Stopped
+            name = f"picture {progress.picture} of {progress.num_pictures}"
+            show((progress.step, progress.num_steps), desc=name, unit="steps")
+
+        began = time.perf_counter()
+        files = generate(job, on_progress=report)
+        seconds = time.perf_counter() - began
+        return [str(file) for file in files], _describe(files, seconds), spell_command(job)
+
+    def stop(self, session: str | None = None) -> None:
+        """Stop the job at hand after its step, if it is this session's."""
+        if session == self._session:
+            self._stop.set()
+
+    def close(self) -> None:
+        """Stop the job at hand, whoever's it is, and wait until it has."""
+        self._stop.set()
+        with self._busy:
+            pass
+
+
+def _describe(files: list[Path], seconds: float) -> str:
+    plural = "s" if len(files) > 1 else ""
+    return f"{len(files)} picture{plural} in {seconds:.1f} s, saved in `{files[0].parent}`"
