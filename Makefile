@@ -8,10 +8,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+RUNS := .venv/.runs
 
 .PHONY: demo test test-slow check install
 
-demo: $(INSTALLED)
+demo: $(RUNS)
 	$(BIN)/python demo/run.py
 
 test: $(INSTALLED)
@@ -27,13 +28,17 @@ check: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# torch first, on its own: a dependency could otherwise choose another build of it
-$(INSTALLED): pyproject.toml
+# what the demo runs with: torch first, on its own, as a dependency could choose another build of it
+$(RUNS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
 	  found=$$($(PYTHON) --version 2> /dev/null || echo missing); \
 	  echo "error: urae needs Python 3.11 or later, but $(PYTHON) is $$found;" \
 	    "name another: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(INSTALLED): $(RUNS)
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@

@@ -9,7 +9,8 @@ inside that preset's bar. PSNR to the exact picture and the distance of spectra 
 Each candidate writes its own JSON after every batch, and a run that was broken off goes on from
 there; `results.md` is made anew from what is there. Exact pictures are kept beside, as PNG.
 Step caches that decide by what they see decide for a batch at once: --batch 1 is what a user of
-single pictures gets.
+single pictures gets. Several processes can share a GPU, a candidate each, once `--candidates exact`
+is done.
 """
 
 import argparse
@@ -251,7 +252,7 @@ def write_results(folder: Path) -> str:
     if share < _LEAST_SHARE:
         lines += ["", f"**Exact pictures pass in {share:.0%}: the differences say little.**"]
     text = "\n".join(["# Quality of the parts", "", *lines, "", f"{study}. {origin}", ""])
-    (folder / "results.md").write_text(text)
+    write_atomic(folder / "results.md", text.encode())
     return text
 
 
@@ -269,8 +270,10 @@ def list_row(name: str, found: dict[str, float], *, bar: bool = True) -> list[An
 
 def list_candidates(names: Sequence[str], on_gpu: bool) -> Iterator[str]:
     """Name candidates as their parts say themselves, those that no CPU can run left out."""
+    yield EXACT
     for name in names or (*(ON_GPU if on_gpu else ()), *CANDIDATES):
-        yield str(Part.parse(name))
+        if name != EXACT:
+            yield str(Part.parse(name))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -315,7 +318,7 @@ def main() -> None:
     with ProcessPoolExecutor(
         arguments.workers, context, torch.set_num_threads, initargs=(1,)
     ) as pool:
-        for name in dict.fromkeys([EXACT, *names]):
+        for name in names:
             measure(pipe, study, name, pool)
             print(write_results(study.output), flush=True)
 

@@ -102,6 +102,7 @@ def test_the_interval_is_that_of_captions_and_decides():
 def test_candidates_by_machine():
     assert "fp8" in list_candidates([], on_gpu=True)
     assert "fp8" not in list_candidates([], on_gpu=False)
-    assert list(list_candidates(["mag-cache"], on_gpu=False)) == ["mag-cache=0.06"]
+    assert list(list_candidates([EXACT], on_gpu=False)) == [EXACT]
+    assert list(list_candidates(["mag-cache"], on_gpu=False)) == [EXACT, "mag-cache=0.06"]
     with pytest.raises(ValueError, match="part 'magic' is unknown"):
         list(list_candidates(["magic"], on_gpu=False))

@@ -35,7 +35,7 @@ from urae.miniature.score import ScoreConfig, score_pipeline, summarize
 from urae.miniature.stages import STAGES, load_stage, train_stage
 from urae.miniature.synthetic import write_synthetic
 from urae.miniature.text import TEXT_PARTS, label_tokens
-from urae.miniature.world import caption, sample_scene
+from urae.miniature.world import caption, sample_scene, training_scene
 from urae.resolution import read_base_policy
 
 SCORE = ScoreConfig(side=128, num_captions=1, num_seeds=2, steps=1)
@@ -144,7 +144,7 @@ def test_synthetic_pictures_are_a_folder_to_cache(tmp_path):
     sources, skips = find_sources(tmp_path)
     assert [source.image.name for source in sources] == [f"00000{n}.png" for n in range(3)]
     assert not skips
-    assert sources[2].captions == {"prompt": caption(sample_scene(1 << 32 | 2))}
+    assert sources[2].captions == {"prompt": caption(training_scene(1, 2))}
     assert (tmp_path / "000000.png").stat().st_mtime_ns == before
 
 

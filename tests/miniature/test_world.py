@@ -7,7 +7,7 @@ import pytest
 
 from urae.miniature.grammar import VOCABULARY, Description, ObjectWords, parse_caption
 from urae.miniature.sources import PARTS, make_vague, make_wrong
-from urae.miniature.world import EXTENTS, caption, find_relation, sample_scene
+from urae.miniature.world import EXTENTS, caption, find_relation, sample_scene, training_scene
 
 SCENES = [sample_scene(seed) for seed in range(500)]
 
@@ -89,10 +89,13 @@ def test_a_seed_gives_the_same_scene_on_every_python():
     assert scene.objects[0].x == pytest.approx(0.6488702850656152, abs=1e-12)
 
 
-def test_scenes_have_one_to_three_objects_of_different_colours():
+def test_scenes_have_one_to_three_objects_of_different_colours_and_training_more():
     counts = Counter(len(scene.objects) for scene in SCENES)
     for number, share in ((1, 0.4), (2, 0.4), (3, 0.2)):
         assert counts[number] / len(SCENES) == pytest.approx(share, abs=0.06)
+    counts = Counter(len(training_scene(1, index).objects) for index in range(500))
+    for number, share in ((1, 0.25), (2, 0.25), (3, 0.5)):
+        assert counts[number] / 500 == pytest.approx(share, abs=0.06)
     for scene in SCENES:
         assert len({each.colour for each in scene.objects}) == len(scene.objects)
 

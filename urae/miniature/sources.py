@@ -36,7 +36,7 @@ from urae.miniature.photograph import (
 )
 from urae.miniature.processes import start_processes
 from urae.miniature.render import render
-from urae.miniature.world import Scene, caption, sample_scene
+from urae.miniature.world import Scene, caption, training_scene
 from urae.storage import write_atomic
 
 Kind = Literal["clean", "real"]
@@ -76,14 +76,14 @@ def sample_clean(index: int, seed: int, height: int, width: int) -> Sample:
     Raises:
         ValueError: If FLUX has no such size.
     """
-    scene = sample_scene(seed << 32 | index)
+    scene = training_scene(seed, index)
     return Sample(render([scene], height, width)[0], caption(scene), scene)
 
 
 def sample_real(index: int, seed: int, height: int, width: int) -> Sample:
     """Draw the same scene as `sample_clean`, as a photograph with a caption that may be off."""
     check_size(height, width)
-    scene = sample_scene(seed << 32 | index)
+    scene = training_scene(seed, index)
     rng = random.Random(scene.seed)
     file = take_photograph(scene, sample_camera(rng), height, width)
     words = write_caption(spoil(scene.description, rng))

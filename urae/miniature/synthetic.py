@@ -11,7 +11,7 @@ from torch import Tensor
 
 from urae.miniature.model import MAX_TEXT_TOKENS
 from urae.miniature.photograph import encode_picture
-from urae.miniature.world import caption, sample_scene
+from urae.miniature.world import caption, training_scene
 from urae.storage import write_atomic
 
 _BATCH_PIXELS = 2**22
@@ -79,7 +79,7 @@ def write_synthetic(
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [index for index in indices if not (folder / f"{index:06d}.png").exists()]
-    scenes = [sample_scene(seed << 32 | index) for index in missing]
+    scenes = [training_scene(seed, index) for index in missing]
     captions = [caption(scene) for scene in scenes]
     noises = [torch.Generator().manual_seed(scene.seed) for scene in scenes]
     pictures = generate_pictures(

@@ -5,6 +5,7 @@ same composition and more detail.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,12 +43,14 @@ __all__ = [
     "find_relation",
     "parse_caption",
     "sample_scene",
+    "training_scene",
 ]
 
 EXTENTS = {"small": 0.17, "medium": 0.27, "large": 0.40}
 """Larger side of an object's bounding box, as a share of the picture's smaller side."""
 _EXTENT_JITTER = 0.06  # of itself, either way
 _COUNT_SHARES = (0.4, 0.4, 0.2)  # of scenes with one, two and three objects
+_TRAINING_COUNT_SHARES = (0.25, 0.25, 0.5)  # the same: what is hard is shown more often
 _CROWDED_SIZE_SHARES = (0.5, 0.35, 0.15)  # so that three objects find room
 _BORDER = 0.04  # of the side, between object and border
 _GAP = 0.05  # of the side, between the bounding boxes of two objects
@@ -111,14 +114,18 @@ def find_relation(dx: float, dy: float) -> str:
     return "above" if dy < 0 else "below"
 
 
-def sample_scene(seed: int) -> Scene:
+def sample_scene(seed: int, count_shares: Sequence[float] = _COUNT_SHARES) -> Scene:
     """Draw a scene: 40% have one object, 40% two, 20% three; no two have the same colour.
 
     Objects never touch one another or the border in pictures of any shape, and each relation is
     clear: the distance along it is at least 1.6 times the distance across.
+
+    Args:
+        seed: The same seed gives the same scene.
+        count_shares: Of scenes with one, two and three objects.
     """
     rng = random.Random(seed)
-    count = rng.choices(range(1, MAX_OBJECTS + 1), _COUNT_SHARES)[0]
+    count = rng.choices(range(1, MAX_OBJECTS + 1), count_shares)[0]
     while not (objects := _sample_objects(count, rng)):
         pass
     return Scene(
@@ -128,6 +135,16 @@ def sample_scene(seed: int) -> Scene:
         light=rng.choice(LIGHTS),
         seed=rng.getrandbits(31),
     )
+
+
+def training_scene(seed: int, index: int) -> Scene:
+    """Draw a scene to adapt on: 25% have one object, 25% two, 50% three.
+
+    Args:
+        seed: Of the set of scenes, at least 1; sets of different seeds share none.
+        index: Number of the scene in it, below 2^32.
+    """
+    return sample_scene(seed << 32 | index, _TRAINING_COUNT_SHARES)
 
 
 def _sample_objects(count: int, rng: random.Random) -> tuple[SceneObject, ...] | None:
