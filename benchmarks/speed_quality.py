@@ -200,8 +200,8 @@ def add(
     record["spectrum"] = (before + spectrum).tolist()
 
 
-def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Compare the pictures that both records have; the spectra are of all that each has.
+def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Compare the pictures that both records have; the spectra are sums, so only of equally many.
 
     The pictures of one caption are not independent, so that the interval is that of the mean of
     the captions' differences. Half a caption that gained, half a one that lost and one that did
@@ -219,6 +219,7 @@ def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     middle = sum(means) / total
     variance = (sum(each**2 for each in means) + 1) / total - middle**2
     half = _Z * math.sqrt(variance / total)
+    equally_many = len(exact["passed"]) == len(other["passed"])
     spectra = [torch.tensor(each["spectrum"]) / len(each["passed"]) for each in (exact, other)]
     return {
         "count": count,
@@ -227,7 +228,7 @@ def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
         "low": middle - half,
         "high": middle + half,
         "psnr": statistics.fmean(other["psnr"][:count]),
-        "spectrum": float(compare_spectra(*spectra)),
+        "spectrum": float(compare_spectra(*spectra)) if equally_many else None,
         "seconds": statistics.median(other["seconds"][:count]),
         "speedup": statistics.median(exact["seconds"][:count])
         / statistics.median(other["seconds"][:count]),
@@ -256,7 +257,7 @@ def write_results(folder: Path) -> str:
     return text
 
 
-def list_row(name: str, found: dict[str, float], *, bar: bool = True) -> list[Any]:
+def list_row(name: str, found: dict[str, Any], *, bar: bool = True) -> list[Any]:
     """Lay out one candidate's figures."""
     inside = [
         each for each, limit in BARS.items() if -limit < found["low"] <= found["high"] < limit

@@ -90,6 +90,8 @@ def test_the_interval_is_that_of_captions_and_decides():
     assert slightly["difference"] == pytest.approx(-0.03)
     assert -0.05 < slightly["low"] < -0.04 < -0.02 < slightly["high"] < -0.01
     assert list_row("a", slightly)[-1] == "turbo"
+    broken_off = compare(exact, record([True] * 100, 500))
+    assert (broken_off["count"], broken_off["spectrum"]) == (100, None)
     few = compare(record([True] * 8, 4), record([True] * 8, 4))
     assert list_row("a", few)[-1] == "none"
     # noises of one caption that fail together count once
