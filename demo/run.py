@@ -18,7 +18,6 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.cli.terminal import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,11 +76,10 @@ def main() -> None:
         "native size": generate(prompts, "native", NATIVE),
         "2K, no adapter": generate(prompts, "direct_2k", SIZE_2K),
         f"2K, this LoRA ({STEPS} steps)": generate(prompts, "lora_2k", SIZE_2K, "--adapter", LORA),
-    }
-    if SHIPPED in PACKAGED_ADAPTERS:
-        columns["2K, the adapter that ships"] = generate(
+        "2K, the adapter that ships": generate(
             prompts, "shipped_2k", SIZE_2K, "--adapter", SHIPPED
-        )
+        ),
+    }
 
     tell("Check the pictures against their captions")
     # torch comes with these, and takes seconds

@@ -41,18 +41,14 @@ def pipe():
     return pipe
 
 
-def check(pipe, *, side, count, steps=16):
+def check(pipe, *, side, count, steps=16, guidance_scale=3.5):
     """Check pictures of held-out captions; the noise of each is always the same."""
     scenes = held_out_scenes(count)
     captions = [caption(scene) for scene in scenes]
     noises = [torch.Generator().manual_seed(scene.seed) for scene in scenes]
-    sampling = {"side": side, "steps": steps, "guidance_scale": 3.5}
+    sampling = {"side": side, "steps": steps, "guidance_scale": guidance_scale}
     pictures = generate_pictures(pipe, captions, noises, **sampling)
     return [check_scene(each.numpy(), scene) for each, scene in zip(pictures, scenes, strict=True)]
-
-
-def needs_adapter(name):
-    return pytest.mark.skipif(name not in PACKAGED_ADAPTERS, reason=f"no adapter ships: {name}")
 
 
 def test_it_is_found_by_name_and_carries_its_policy(tmp_path, monkeypatch):
@@ -86,7 +82,7 @@ def test_it_is_small_and_says_what_it_comes_from():
         assert name in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_adapter(name)) for name in FILES])
+@pytest.mark.parametrize("name", FILES)
 def test_adapters_say_what_they_come_from(name, pipe):
     adapter = read_adapter(name)
     assert adapter.path.stat().st_size < MAX_ADAPTER_BYTES
@@ -110,7 +106,6 @@ def test_adapters_say_what_they_come_from(name, pipe):
         assert phrase in card
 
 
-@needs_adapter("miniature-4k")
 def test_the_4k_adapter_is_over_the_2k_adapter(pipe):
     """Its own B0 and A0 are taken: those of this base and this LoRA, to the bit."""
     lora, minor = (read_adapter(name) for name in FILES)
@@ -126,6 +121,13 @@ def test_it_draws_what_captions_say(pipe):
     assert found["share"] >= 4 / 6 and found["background"] == found["texture"] == 1
 
 
+def test_schnell_does_in_four_steps():
+    schnell = FluxPipeline.from_pretrained(PACKAGED["miniature-schnell"], dtype=torch.float32)
+    schnell.set_progress_bar_config(disable=True)
+    found = summarize(check(schnell, side=256, count=12, steps=4, guidance_scale=0.0), 12)
+    assert found["share"] >= 8 / 12 and found["background"] == found["texture"] == 1
+
+
 @pytest.fixture(scope="module")
 def direct_512(pipe):
     return check(pipe, side=512, count=8)
@@ -139,7 +141,6 @@ def test_larger_pictures_repeat_objects(direct_512):
 
 
 @pytest.mark.slow
-@needs_adapter("miniature-2k")
 def test_the_2k_adapter_mends_them(pipe, direct_512):
     urae.adapt(pipe, "miniature-2k")
     adapted = check(pipe, side=512, count=8)
@@ -149,7 +150,6 @@ def test_the_2k_adapter_mends_them(pipe, direct_512):
 
 
 @pytest.mark.slow
-@needs_adapter("miniature-4k")
 def test_the_4k_adapter_mends_larger_ones(pipe):
     few = {"side": 1024, "count": 6, "steps": 6}
     direct = check(pipe, **few)

@@ -109,7 +109,7 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(
             f"adapter {os.fspath(source)!r} is neither an existing file or folder nor a file on "
             "the hub, [hf://]owner/repo[@revision]/file; known names: "
-            f"{', '.join(PACKAGED_ADAPTERS) or 'none'}"
+            f"{', '.join(PACKAGED_ADAPTERS)}"
         )
     repo, _, revision = parts[1].partition("@")
     try:

@@ -4,20 +4,13 @@ from pathlib import Path
 
 BASE = "miniature-dev"
 """The model that they are for, which comes with this package too."""
-_FOLDER = Path(__file__).parents[1] / "miniature" / "adapters"
 FILES = {
     "miniature-2k": "miniature_2k_lora.safetensors",
     "miniature-4k": "miniature_4k_minor.safetensors",
 }
 """Of each adapter, in the order in which they go on top of one another."""
-
-
-def find_packaged(folder: Path) -> dict[str, Path]:
-    """Return the adapters that are in a folder, by name, in order."""
-    return {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
-
-
-PACKAGED_ADAPTERS = find_packaged(_FOLDER)
+_FOLDER = Path(__file__).parents[1] / "miniature" / "adapters"
+PACKAGED_ADAPTERS = {name: _FOLDER / file for name, file in FILES.items()}
 """Adapters that come with this package, by name."""
 
 
@@ -32,8 +25,7 @@ def pick_adapters(height: int, width: int, native_side: int) -> tuple[str, ...]:
         native_side: Of the square that the base makes by itself, in pixels.
 
     Returns:
-        Names; none at native size, or where no adapter ships.
+        Names; none at native size.
     """
     scale = height * width / native_side**2
-    wanted = () if scale <= 1 else ("miniature-2k",) if scale <= 4 else tuple(FILES)
-    return tuple(name for name in wanted if name in PACKAGED_ADAPTERS)
+    return () if scale <= 1 else ("miniature-2k",) if scale <= 4 else tuple(FILES)

@@ -92,8 +92,8 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
     """Find a FLUX model's folder or file, downloading from the hub what is not there yet.
 
     Args:
-        model: `miniature-dev`, `flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder
-            in diffusers layout, or a single .safetensors file.
+        model: `miniature-dev`, `miniature-schnell`, `flux-dev`, `flux-schnell`, `flux-krea`, a hub
+            id, a local folder in diffusers layout, or a single .safetensors file.
         without: Components not to download, and that a local folder may lack.
         configs_only: Download no weights at all; a local folder may lack them.
 

@@ -38,7 +38,8 @@ class Speed(StrEnum):
     turbo = "turbo"
 
 
-MODELS = "miniature-dev, flux-dev, flux-schnell, flux-krea, a hub id, a folder or a file"
+_NAMED_MODELS = ("miniature-dev", "miniature-schnell", "flux-dev", "flux-schnell", "flux-krea")
+MODELS = ", ".join([*_NAMED_MODELS, "a hub id, a folder or a file"])
 _ADAPTERS = ", ".join([*PACKAGED_ADAPTERS, "a file, a folder or owner/repo/file"])
 
 _PARTS = (

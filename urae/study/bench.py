@@ -7,8 +7,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from urae.adapters.files import resolve_adapter
-from urae.adapters.packaged import PACKAGED_ADAPTERS
-from urae.backbones.flux import PACKAGED, fetch_model, fingerprint_component
+from urae.backbones.flux import fetch_model, fingerprint_component
 from urae.features.store import fingerprint_encoders
 from urae.resolution import ResolutionPolicy, read_base_policy
 from urae.study.cells import (
@@ -43,18 +42,8 @@ class Bench:
 
     @cached_property
     def schnell(self) -> Weights:
-        """The four-step base.
-
-        Raises:
-            ValueError: If none ships and none is named.
-        """
-        name = self.config.schnell
-        if name == "miniature-schnell" and name not in PACKAGED and not Path(name).exists():
-            raise ValueError(
-                "question f needs miniature-schnell, which does not ship yet; name a folder of one "
-                "with --schnell"
-            )
-        return find_base(name)
+        """The four-step base."""
+        return find_base(self.config.schnell)
 
     @cached_property
     def policy(self) -> ResolutionPolicy:
@@ -192,18 +181,8 @@ class Bench:
 
     @cached_property
     def lora_2k(self) -> Weights:
-        """The adapter under the 4K stage.
-
-        Raises:
-            ValueError: If none ships and none is named.
-        """
-        name = self.config.adapter_2k
-        if name == "miniature-2k" and name not in PACKAGED_ADAPTERS and not Path(name).exists():
-            raise ValueError(
-                "question c goes over a 2K LoRA of the miniature, and none ships yet; train one "
-                "with recipes/miniature_2k_lora.toml and name it with --adapter"
-            )
-        path = resolve_adapter(name)
+        """The adapter under the 4K stage."""
+        path = resolve_adapter(self.config.adapter_2k)
         return Weights(str(path), hash_file(path))
 
     def _score_2k(self, policy: ResolutionPolicy | None, model: Weights) -> Scoring:
