@@ -17,9 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up: a package imports from lower levels only
 LEVELS = [
-    {"geometry", "storage"},
+    {"config", "geometry", "storage"},
     {"local_attention"},
-    {"flow", "resolution", "config", "content_cache", "undo"},
+    {"flow", "resolution", "content_cache", "undo"},
     {"backbones"},
     {"adapters"},
     {"features", "generate"},

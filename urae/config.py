@@ -3,8 +3,10 @@
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -86,6 +88,32 @@ def build_config(kind: type[Config], settings: Mapping[str, Any], origin: str) -
         elif "ctx" not in first or "error" not in first["ctx"]:
             message += f", not {first['input']!r}"
         raise ValueError(f"{origin}: {f'{where}: ' if where else ''}{message}") from error
+
+
+def check_types(config: Any) -> None:
+    """Check what Python passes to a frozen dataclass as strictly as what TOML says.
+
+    For its `__post_init__`, before anything else. Lists become tuples and texts paths where the
+    annotations say so.
+
+    Raises:
+        ValueError: One line that names the field, what it must be and what it is.
+    """
+    for name, adapter in _list_adapters(type(config)).items():
+        value = getattr(config, name)
+        try:
+            checked = adapter.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([name, *(str(at) for at in first["loc"] if isinstance(at, int))])
+            raise ValueError(f"{where}: {first['msg']}, not {first['input']!r}") from error
+        object.__setattr__(config, name, checked)
+
+
+@cache
+def _list_adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(kind)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(kind)}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

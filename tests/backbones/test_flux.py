@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -123,12 +124,26 @@ def test_a_single_file_is_a_transformer_over_the_hub(monkeypatch, bases, tmp_pat
     monkeypatch.setattr(FluxTransformer2DModel, "from_single_file", from_single_file)
     monkeypatch.setattr(DiffusionPipeline, "download", lambda repo, **_: seen.update(repo=repo) or
                         bases["dev"])  # fmt: skip
+    monkeypatch.setattr(flux, "snapshot_download", lambda *_, **__: None)
     pipe = load_pipeline(str(path), dtype=torch.float32)
     assert type(pipe) is FluxPipeline
     assert seen["file"] == str(path)
     assert seen["config"]["guidance_embeds"] is guided
     assert seen["config"]["num_layers"] == 19
     assert seen["repo"] == flux.HUB_IDS["flux-dev" if guided else "flux-schnell"]
+
+
+def test_text_is_as_long_as_a_model_learnt(tmp_path):
+    for guided, length in ((True, 512), (False, 256)):
+        config = tmp_path / "transformer" / "config.json"
+        config.parent.mkdir(exist_ok=True)
+        config.write_text(json.dumps({"guidance_embeds": guided}))
+        assert flux.read_text_tokens(tmp_path) == length
+        path = tmp_path / "flux1.safetensors"
+        extra = {"guidance_in.in_layer.weight": torch.ones(1)} if guided else {}
+        save_file({"img_in.weight": torch.ones(1), **extra}, path)
+        assert flux.read_text_tokens(path) == length
+    assert flux.read_text_tokens(flux.PACKAGED["miniature-schnell"]) == 64
 
 
 def test_files_that_are_no_model(tmp_path):

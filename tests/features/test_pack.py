@@ -152,7 +152,7 @@ def test_the_empty_prompt_goes_along(config, cached):
 
 
 def test_settings_that_make_no_sense(tmp_path):
-    with pytest.raises(ValueError, match=r"shard_gib 0 must be a positive number"):
+    with pytest.raises(ValueError, match=r"shard_gib 0.0 must be a positive number"):
         PackConfig(tmp_path, tmp_path / "out", 0)
     with pytest.raises(ValueError, match="is the data folder; choose another"):
         PackConfig(tmp_path, tmp_path / ".." / tmp_path.name)

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from urae.cli.main import app
+from urae.features.dataset import list_samples
 from urae.resolution import ResolutionPolicy
 from urae.train.estimate import TIERS
 from urae.train.plan import plan_training, probe
@@ -23,7 +24,9 @@ def test_every_sample_is_in_a_bucket(settings):
     assert plan.num_epochs == 3 * 8 / sum(bucket.num_batches for bucket in plan.buckets)
     tokens = [bucket.tokens for bucket in plan.buckets]
     assert tokens == sorted(tokens, reverse=True)
-    assert all(b.tokens == 512 + b.height * b.width // 256 for b in plan.buckets)
+    text = list_samples(config.data_dir)[0].text_tokens
+    assert text < 512
+    assert all(b.tokens == text + b.height * b.width // 256 for b in plan.buckets)
     size = sum(path.stat().st_size for path in config.data_dir.glob("image*.safetensors"))
     assert plan.cache_bytes == size
 

@@ -197,9 +197,7 @@ def test_bad_settings(tmp_path):
 
 def test_without_gradio(config, monkeypatch):
     monkeypatch.setattr("urae.web.page.find_spec", lambda _: None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"needs gradio; install it: pip install 'urae\[web\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match="needs gradio; install it: pip install gradio"):
         build_page(Jobs(config))
 
 

@@ -13,6 +13,7 @@ from urae.adapters.initial import OpenWeights, Progress, compute_updates, stack_
 from urae.adapters.kohya import BLOCKS, MLP_RATIO
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
 from urae.backbones.weights import open_weight_files
+from urae.config import check_types
 from urae.storage import write_tensors
 
 
@@ -30,6 +31,9 @@ class ConvertConfig:
     """Keys: `transformer.` ... of diffusers, or `lora_unet_` ... of kohya and ComfyUI."""
     overwrite: bool = False
     """Replace the output if it exists."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:

@@ -53,6 +53,8 @@ PACKAGED = {
 
 MAX_TEXT_TOKENS = 512
 """T5 tokens that FLUX.1 was trained with at most."""
+MAX_UNGUIDED_TEXT_TOKENS = 256
+"""The same of FLUX.1-schnell, which has no guidance."""
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 _SAMPLES_PER_FILE = 64
@@ -114,6 +116,8 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
             folder = snapshot_download(hub_id, allow_patterns="*.json")
         else:
             folder = DiffusionPipeline.download(hub_id, **{name: None for name in without})
+            if "transformer" in without:  # what it is decides how captions are read
+                snapshot_download(hub_id, allow_patterns="transformer/config.json")
     except HFValidationError as error:
         raise FileNotFoundError(
             f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
@@ -313,12 +317,27 @@ def find_native_side(model: str) -> int:
 
 
 def read_text_tokens(path: Path) -> int:
-    """Read how many T5 tokens a fetched model is for: its tokenizer's length, FLUX.1's is 512."""
+    """Read how many T5 tokens a fetched model is for: 512 of FLUX.1-dev, 256 of schnell.
+
+    Its tokenizer may say less, as the miniature's does.
+    """
+    most = MAX_TEXT_TOKENS if _is_guided(path) else MAX_UNGUIDED_TEXT_TOKENS
     config = path / "tokenizer_2" / "tokenizer_config.json"
     if not config.is_file():
-        return MAX_TEXT_TOKENS
+        return most
     length: int = json.loads(config.read_text(encoding="utf-8")).get("model_max_length", 0)
-    return length if 1 <= length <= MAX_TEXT_TOKENS else MAX_TEXT_TOKENS
+    return length if 1 <= length <= most else most
+
+
+def _is_guided(path: Path) -> bool:
+    """Tell whether a fetched model has distilled guidance, as dev has and schnell has not."""
+    if path.is_file():
+        return base_of_file(path) == "flux-dev"
+    config = path / "transformer" / "config.json"
+    guided: bool = (
+        not config.is_file() or json.loads(config.read_text(encoding="utf-8"))["guidance_embeds"]
+    )
+    return guided
 
 
 def build_meta_transformer(path: Path) -> FluxTransformer2DModel:
@@ -329,7 +348,7 @@ def build_meta_transformer(path: Path) -> FluxTransformer2DModel:
     """
     with torch.device("meta"):
         if path.is_file():
-            return FluxTransformer2DModel(guidance_embeds=base_of_file(path) == "flux-dev")
+            return FluxTransformer2DModel(guidance_embeds=_is_guided(path))
         config = FluxTransformer2DModel.load_config(path / "transformer")
         return FluxTransformer2DModel.from_config(config)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -133,7 +133,7 @@ def _list_fields(wanted: bool) -> None:
     for name, default, description in describe_fields(TrainConfig):
         if name not in {*_OWN_OPTIONS, "data"}:  # several folders stand in recipes alone
             table.add_row(f"--{name.replace('_', '-')}", default, description)
-    console.print(table)
+    Console(highlight=False).print(table)
     raise typer.Exit
 
 

@@ -11,6 +11,7 @@ from urae.backbones.flux import (
     fetch_model,
     read_text_tokens,
 )
+from urae.config import check_types
 from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
@@ -53,12 +54,13 @@ class CacheConfig:
     """Side in pixels of the square whose tokens are every picture's budget; a multiple of 16."""
     max_sequence_length: int | None = None
     """Tokens that T5's embeddings are padded or cut to, 1 to 512; by default the model's own: 512
-    for FLUX.1 (schnell was trained with 256)."""
+    for FLUX.1-dev, 256 for schnell."""
     overwrite: bool = False
     """Make features again that carry no metadata: the reference implementation's."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_types(self)
         check_side("resolution", self.resolution)
         length = self.max_sequence_length
         if length is not None and not 1 <= length <= MAX_TEXT_TOKENS:

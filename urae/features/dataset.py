@@ -45,6 +45,11 @@ class Sample:
         """All of them, latents first."""
         return [self.latent_file, *self.embed_files.values()]
 
+    @property
+    def text_tokens(self) -> int:
+        """As many as `urae cache` padded its T5 embeddings to, alike in all of a run."""
+        return read_header(next(iter(self.embed_files.values()))).shapes[EMBED_KEYS[0]][0]
+
 
 def list_samples(data_dir: Path) -> list[Sample]:
     """List the cached images of a folder, by name; sizes come from the files' headers.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarInfo
 
+from urae.config import check_types
 from urae.features.claims import Claims
 from urae.features.dataset import Sample, list_samples
 from urae.features.shards import (
@@ -60,6 +61,7 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        check_types(self)
         if not 0 < self.shard_gib < float("inf"):
             raise ValueError(f"shard_gib {self.shard_gib} must be a positive number; 1 is usual")
         if self.output_dir.resolve() == self.data_dir.resolve():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
+from urae.config import check_types
 from urae.generate.memory import Memory
 from urae.generate.parts import Speed, resolve_parts
 from urae.generate.progressive import check_halves
@@ -54,6 +55,7 @@ class GenerateConfig:
     """More of what makes it faster, each NAME or NAME=STRENGTH."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_size(self.height, self.width)
         parts = resolve_parts(self.speed, self.parts)
         if any(part.name == "progressive" for part in parts):

@@ -94,13 +94,13 @@ class Estimate:
 
         Args:
             device_bytes: Free on the device; a tenth is left for allocators.
-            host_bytes: Free on the host; None if it does not matter.
+            host_bytes: Free on the host, of which a tenth is left too; None if it does not matter.
         """
         if self.decode.working is None:  # decoding takes what is left, where that suffices
             return False
         if max(self.encode.peak, self.sample.peak) > USABLE * device_bytes:
             return False
-        return host_bytes is None or self.host_bytes <= host_bytes
+        return host_bytes is None or self.host_bytes <= USABLE * host_bytes
 
 
 def list_estimates(

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 
 from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
 from urae.adapters.initial import check_order
-from urae.backbones.flux import read_text_tokens
+from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 
 _NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
@@ -33,8 +33,8 @@ def default_sampling(transformer: FluxTransformer2DModel, model_path: Path) -> S
     """
     length = read_text_tokens(model_path)
     if transformer.config.guidance_embeds:
-        return Sampling(28, 3.5, min(512, length))
-    return Sampling(4, 0.0, min(256, length))
+        return Sampling(28, 3.5, length)
+    return Sampling(4, 0.0, min(MAX_UNGUIDED_TEXT_TOKENS, length))
 
 
 def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from urae.backbones.flux import build_meta_models, find_local, pick_device
 from urae.backbones.free_memory import free_bytes
+from urae.config import check_types
 from urae.generate.estimate import Estimate, Request, list_estimates
 from urae.generate.inputs import check_adapters, default_sampling
 from urae.generate.memory import Memory, list_tiers
@@ -38,6 +39,7 @@ class PlanConfig:
     """That make the picture together; the plan is for each of them."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_size(self.height, self.width)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1")

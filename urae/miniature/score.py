@@ -12,6 +12,7 @@ from torch import Tensor
 from urae.adapters.adapt import adapt
 from urae.adapters.packaged import BASE
 from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
+from urae.config import check_types
 from urae.miniature.check import SceneReport, Score, check_scene, score
 from urae.miniature.model import HELD_OUT_SEED
 from urae.miniature.processes import start_processes
@@ -36,6 +37,9 @@ class ScoreConfig:
     """Distilled guidance; of a pipeline without, classifier-free guidance."""
     workers: int = 1
     """Processes that check while the next pictures are made."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 def load_scored(

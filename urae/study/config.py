@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from urae.config import check_types
 from urae.geometry import check_side
 
 Letter = Literal["a", "b", "c", "d", "e", "f"]
@@ -84,6 +85,7 @@ class StudyConfig:
     """Denoising steps of the guidance-distilled base."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")

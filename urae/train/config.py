@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict
 
 from urae.adapters.variants import is_variant
+from urae.config import check_types
 from urae.features.location import is_url
 from urae.flow import TimestepSampling
 from urae.geometry import check_side
@@ -60,6 +61,7 @@ class AdapterConfig:
     """Factors that learn; with `down` the other one stays as it begins (MiCA, arXiv:2604.01694)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.rank < 1:
             raise ValueError(f"rank {self.rank} must be at least 1")
         if is_variant(self.kind) and (self.over or self.trains == "down"):
@@ -98,6 +100,7 @@ class OptimizerConfig:
     """Gradients are clipped to this norm."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
@@ -132,6 +135,7 @@ class DataConfig:
     """How many times an epoch has each of its pictures."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_side("resolution", self.resolution)
         if self.weight < 1:
             raise ValueError(f"weight {self.weight} must be at least 1, a whole number")
@@ -227,6 +231,7 @@ class TrainConfig:
         return (DataConfig(self.data_dir, self.resolution),)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.data_dir is None) == (not self.data):
             raise ValueError(
                 "name the data once: a folder with --data, or several as [[data]] in the recipe"

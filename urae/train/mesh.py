@@ -24,7 +24,6 @@ from urae.backbones.context_parallel import build_mesh as build_context
 from urae.backbones.context_parallel import share_forwards
 from urae.backbones.flux import build_meta_transformer
 from urae.features.dataset import Sample
-from urae.features.store import EMBED_KEYS, read_header
 from urae.geometry import num_image_tokens
 from urae.resolution import ResolutionPolicy
 from urae.train.config import TrainConfig
@@ -123,10 +122,9 @@ def _count_what_is_split(
     config: TrainConfig, samples: Sequence[Sample], model_path: Path
 ) -> dict[str, int]:
     """Count, by what it is, all that the ranks of a context take equal parts of."""
-    embeds = next(iter(samples[0].embed_files.values()))  # all are as long
     counts = {
         "the base's attention heads": build_meta_transformer(model_path).config.num_attention_heads,
-        "the text tokens of the features": read_header(embeds).shapes[EMBED_KEYS[0]][0],
+        "the text tokens of the features": samples[0].text_tokens,
     }
     for sample in samples:
         what = f"the tokens of {sample.stem}, {sample.width} x {sample.height} pixels"

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from urae.backbones.flux import MAX_TEXT_TOKENS, PACKAGED, build_meta_models, pick_device
+from urae.backbones.flux import PACKAGED, build_meta_models, pick_device
 from urae.backbones.free_memory import free_bytes
 from urae.features.dataset import Sample
 from urae.features.order import build_batches
@@ -188,10 +188,11 @@ def _list_buckets(
     num_batches = Counter(_size(samples[batch[0]]) for batch in batches)
     num_samples = Counter(map(_size, samples))
     policy = config.policy or read_base_policy(PACKAGED.get(config.model, config.model))
+    text_tokens = samples[0].text_tokens
     buckets = []
     for (height, width), count in num_samples.items():
-        tokens = MAX_TEXT_TOKENS + num_image_tokens(height, width)
-        keys = _count_keys(policy, height, width)
+        tokens = text_tokens + num_image_tokens(height, width)
+        keys = _count_keys(policy, text_tokens, height, width)
         one = count_operations(transformer, tokens, checkpointing, keys=keys)
         batch = one * count / num_batches[height, width]
         buckets.append(Bucket(height, width, tokens, count, num_batches[height, width], batch))
@@ -202,12 +203,12 @@ def _size(sample: Sample) -> tuple[int, int]:
     return sample.height, sample.width
 
 
-def _count_keys(policy: ResolutionPolicy, height: int, width: int) -> float | None:
+def _count_keys(
+    policy: ResolutionPolicy, text_tokens: int, height: int, width: int
+) -> float | None:
     """Return the keys that an image token sees, None for all."""
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     if policy.attention != "local" or rows * columns <= policy.native_side**2:
         return None
     device = pick_device()
-    return build_local_attention(
-        rows, columns, MAX_TEXT_TOKENS, policy.native_side, device
-    ).num_keys
+    return build_local_attention(rows, columns, text_tokens, policy.native_side, device).num_keys

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from urae.adapters.convert import ConvertConfig, convert
 from urae.adapters.files import LORA_FILE_NAME
-from urae.config import build_config, flatten, read_toml
+from urae.config import build_config, check_types, flatten, read_toml
 from urae.generate.picture import save_picture
 from urae.storage import read_tensors, write_atomic, write_tensors
 from urae.train.card import CURVES_FILE, CardInputs, find_license, format_card
@@ -52,6 +52,9 @@ class PushConfig:
     """Upload into a repository that exists."""
     dry_run: bool = False
     """Write the folder and upload nothing."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)

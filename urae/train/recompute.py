@@ -16,7 +16,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.features.dataset import Sample
 from urae.generate.speed import keep_compiled, list_blocks, pays_to_compile, with_usual_strides
 from urae.geometry import num_image_tokens
@@ -58,8 +57,10 @@ def is_compiled(
 
 
 def count_tokens(samples: Sequence[Sample]) -> int:
-    """Return the text and image tokens of the largest sample, the text as long as FLUX reads."""
-    return MAX_TEXT_TOKENS + max(num_image_tokens(each.height, each.width) for each in samples)
+    """Return the text and image tokens of the largest sample."""
+    return samples[0].text_tokens + max(
+        num_image_tokens(each.height, each.width) for each in samples
+    )
 
 
 def set_checkpointing(

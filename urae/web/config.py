@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from urae.adapters.packaged import BASE
+from urae.config import check_types
 from urae.generate.memory import Memory
 from urae.generate.parts import Speed
 
@@ -28,6 +29,7 @@ class WebConfig:
     """As in `GenerateConfig`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.port < 2**16:
             raise ValueError(f"port {self.port} must be between 1 and 65535")
         if self.output_dir.exists() and not self.output_dir.is_dir():

@@ -81,7 +81,10 @@ def build_page(jobs: Jobs) -> Any:
         ModuleNotFoundError: If Gradio is not installed.
     """
     if find_spec("gradio") is None:
-        raise ModuleNotFoundError("the page needs gradio; install it: pip install 'urae[web]'")
+        raise ModuleNotFoundError(
+            "the page needs gradio; install it: pip install gradio, or in a clone "
+            "pip install -e '.[web]'"
+        )
     import gradio as gr
 
     with gr.Blocks(title="urae", analytics_enabled=False, fill_width=True) as page:
