@@ -53,6 +53,7 @@ def test_the_slurm_script_starts_urae(tmp_path, monkeypatch, resumes):
     assert (launch.nnodes, launch.nproc_per_node, launch.module) == ("2", "4", True)
     assert (launch.rdzv_backend, launch.rdzv_endpoint) == ("c10d", "node-a:29500")
     assert launch.training_script == "urae"
+    assert launch.shutdown_timeout == 280  # a step can take longer than torchrun's 30 s
 
     runs = []
     result = TrainResult(1, Path("adapter.safetensors"), True)

@@ -99,7 +99,8 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: One line that names the field, what it must be and what it is.
     """
-    for name, adapter in _list_adapters(type(config)).items():
+    kind: Any = type(config)
+    for name, adapter in _list_adapters(kind).items():
         value = getattr(config, name)
         try:
             checked = adapter.validate_python(value)

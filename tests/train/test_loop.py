@@ -27,6 +27,7 @@ from urae.train.adapter import attach_for_training
 from urae.train.checkpoint import find_checkpoints
 from urae.train.inputs import check_inputs
 from urae.train.loader import Loader
+from urae.train.monitor import Monitor
 
 
 def same(one, other) -> bool:
@@ -322,6 +323,46 @@ def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch):
     assert not list(settings().output_dir.glob(".*"))
     monkeypatch.undo()
     assert train(settings(resume=True)).finished
+
+
+def test_a_stop_saves_and_leaves_measuring_for_later(settings, monkeypatch):
+    measured, measure = [], Monitor.measure
+    monkeypatch.setattr(
+        Monitor, "measure", lambda self, state, *done: measured.append(state.step)
+        or measure(self, state, *done),
+    )  # fmt: skip
+    config = settings(num_validation=1, validate_every=2)
+
+    def stop(report):
+        if report.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert train(config, on_step=stop).step == 2
+    assert measured == [0, 1]
+    train(replace(config, resume=True))
+    assert measured == [0, 1, 2, 3, 4]
+
+
+def test_a_step_that_cannot_be_logged_is_kept(settings, monkeypatch):
+    def fail(self, report):
+        if report.step == 3:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(Monitor, "log_step", fail)
+    with pytest.raises(OSError, match="no space"):
+        train(settings())
+    assert find_checkpoints(settings().output_dir)[-1].step == 3
+
+
+def test_a_tracker_that_fails_is_told_once(settings, monkeypatch, caplog):
+    pytest.importorskip("tensorboard")
+
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", fail)
+    assert train(settings(tracker="tensorboard")).finished
+    assert caplog.text.count("tracker tensorboard failed (ConnectionError: no route)") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -126,12 +126,14 @@ def test_what_to_preview_may_change_on_resuming(config):
     other = ("a small green square", "a medium yellow ring")
     train(replace(config, preview_prompts=other, preview_seeds=(1, 2), resume=True))
     names = [Path(name).parent.name for name in pictures(config.output_dir)]
-    assert sorted(names)[-4:] == [
+    later = sorted(set(names))[-4:]
+    assert later == [
         "0000-a-small-green-square-1",
         "0000-a-small-green-square-2",
         "0001-a-medium-yellow-ring-1",
         "0001-a-medium-yellow-ring-2",
     ]
+    assert [names.count(name) for name in later] == [2] * 4  # where it went on, and at the end
 
 
 def test_they_reach_the_tracker(config):
@@ -163,6 +165,15 @@ def test_a_preview_that_fails_saves_first(config, monkeypatch):
     with pytest.raises(MemoryError):
         train(config)
     assert [each.step for each in find_checkpoints(config.output_dir)] == [2]
+
+
+def test_half_a_set_is_made_whole_on_resuming(config):
+    config = replace(config, preview_seeds=(0, 1))
+    train(replace(config, steps=2))
+    last = next(reversed(find_previews(config.output_dir)))
+    last.unlink()  # as if killed before it was written
+    train(replace(config, steps=3, resume=True))
+    assert last.exists()
 
 
 def test_running_out_of_memory_says_what_to_do(config, monkeypatch):

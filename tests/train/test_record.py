@@ -57,6 +57,9 @@ def test_what_is_recorded(settings):
     train(replace(config, steps=2, resume=True))
     _, second = read_back(config)
     assert second["resumed_from_step"] == 1
+    session = {"started_at", "chosen", "devices", "versions"}
+    assert second["earlier"] == [{name: first[name] for name in session}]
+    assert second["chosen"]["memory"] == "resident" and second["chosen"]["compile"] is False
     assert second["data"]["hash"] == first["data"]["hash"]
 
 

@@ -132,7 +132,7 @@ def test_a_plan_is_the_same(settings, shards):
 
 
 def test_a_size_of_the_cache_that_makes_no_sense():
-    with pytest.raises(ValueError, match=r"remote_cache_gib -1 must be 0 or more"):
+    with pytest.raises(ValueError, match=r"remote_cache_gib -1.0 must be 0 or more"):
         TrainConfig("a", Path("b"), Path("c"), remote_cache_gib=-1)
 
 

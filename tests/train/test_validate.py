@@ -51,6 +51,14 @@ def test_all_held_out_is_refused(settings):
         train(settings(num_validation=4))
 
 
+def test_a_picture_is_held_out_in_all_its_sizes(settings):
+    samples = list_samples(settings().data_dir)
+    larger = [replace(sample, height=2 * sample.height) for sample in samples]
+    train_samples, held_out = hold_out([*samples, *larger], 1, 0)
+    assert len(held_out) == 2 and len(train_samples) == 2 * len(samples) - 2
+    assert len({sample.stem for sample in held_out}) == 1
+
+
 def test_measuring_changes_nothing_and_repeats(settings, tmp_path):
     often = settings(num_validation=2, validate_every=1)
     seldom = replace(often, validate_every=100, output_dir=tmp_path / "seldom")

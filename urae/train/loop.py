@@ -30,7 +30,7 @@ from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
 from urae.train.loader import Loader
 from urae.train.memory import choose_way, is_placed_first, place
-from urae.train.mesh import Mesh, build_mesh, check_mesh, distribute
+from urae.train.mesh import build_mesh, check_mesh, distribute
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
 from urae.train.output import StepReport, check_same_policy, prepare_output, warn_of_other_steps
@@ -78,82 +78,151 @@ def train(
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
     with explain_lost_rank(_AGAIN):
-        accelerator = _build_accelerator(config)
-    inputs = check_inputs(config)
-    policy = config.policy or read_base_policy(inputs.model_path)
-    samples = [*inputs.samples, *inputs.held_out]
-    check_mesh(config, samples, inputs.model_path, policy, accelerator.num_processes)
-    mesh = build_mesh(config, accelerator)
-    check_same_policy(inputs.start, policy)
-    with explain_lost_rank(_AGAIN):
+        return _Run(config, _build_accelerator(config)).train(on_step)
+
+
+class _Run:
+    """A run with all that it needs, at its beginning or at the checkpoint that it resumes from."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        inputs = check_inputs(config)
+        policy = config.policy or read_base_policy(inputs.model_path)
+        samples = [*inputs.samples, *inputs.held_out]
+        check_mesh(config, samples, inputs.model_path, policy, accelerator.num_processes)
+        mesh = build_mesh(config, accelerator)
+        check_same_policy(inputs.start, policy)
         check_alike(config, inputs, policy)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    previewer = None
-    if config.preview_prompts:  # first, so that the text encoders have room
-        previewer = Previewer(config, inputs.model_path, policy)
-
-    transformer, adapter = _build_model(config, inputs, policy, mesh)
-    state = build_state(adapter, config, inputs)
-
-    metadata = _describe_run(config, inputs, policy)
-    batches_per_step = config.gradient_accumulation * mesh.num_data_ranks
-    record = {
-        "batches_per_step": batches_per_step,
-        "data_hash": inputs.data_hash,
-        "config": flatten(asdict(config)),
-        "policy": policy.to_json(),
-    }
-    if accelerator.is_main_process:
-        warn_of_other_batch(inputs.start, batches_per_step)
-        warn_of_other_steps(config, inputs.start)
-        prepare_output(config.output_dir, inputs.start)
-        write_run(config, inputs, policy, accelerator)
-    monitor = Monitor(config, inputs, accelerator, mesh, transformer, previewer)
-
-    def save() -> None:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        self.config, self.accelerator, self.mesh = config, accelerator, mesh
+        self.inputs, self.policy = inputs, policy
+        previewer = None
+        if config.preview_prompts:  # first, so that the text encoders have room
+            previewer = Previewer(config, inputs.model_path, policy)
+        self.way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
+        self.compiled = is_compiled(config, self.way, inputs.samples, mesh.device)
+        self.transformer, self.adapter = self._build_model()
+        self.state = build_state(self.adapter, config, inputs)
+        self.metadata = _describe_adapter(config, inputs, policy)
+        self.batches_per_step = config.gradient_accumulation * mesh.num_data_ranks
         if accelerator.is_main_process:
-            state.save(config, metadata, record)
+            warn_of_other_batch(inputs.start, self.batches_per_step)
+            warn_of_other_steps(config, inputs.start)
+            prepare_output(config.output_dir, inputs.start)
+            write_run(config, inputs, policy, accelerator, self._describe_choices())
+        self.monitor = Monitor(config, inputs, accelerator, mesh, self.transformer, previewer)
 
-    attention = right_attention(
-        accelerator.device,
-        transformer.dtype,
-        heads=transformer.config.num_attention_heads,
-        head_dim=transformer.config.attention_head_dim,
-        tokens=count_tokens(inputs.samples),
-        context_parallel=config.context_parallel,
-    )
-    end = state.num_batches + (config.steps - state.step) * batches_per_step
-    loader = _build_loader(config, inputs, mesh, end)
-    stepper = Stepper(
-        config, accelerator, mesh, transformer, adapter.parameters, state, loader, batches_per_step
-    )
-    with explain_lost_rank(_AGAIN), _enough_memory(), attention, loader, catch_stop() as stop:
-        with _saved_on_failure(save):
-            monitor.catch_up(state)
-        while state.step < config.steps:
-            with _saved_on_failure(save):  # the step has changed nothing yet
-                gradients = stepper.compute_gradients(stop)
-            report = stepper.advance(gradients)
-            monitor.log_step(report)
-            if accelerator.is_main_process and on_step is not None:
-                on_step(report)
-            with _saved_on_failure(save):
-                monitor.measure(state)
+    def train(self, on_step: Callable[[StepReport], None] | None) -> TrainResult:
+        """Take the steps that are left; arguments and result as of `train`."""
+        config, state = self.config, self.state
+        loader = self._build_loader()
+        stepper = Stepper(
+            config,
+            self.accelerator,
+            self.mesh,
+            self.transformer,
+            self.adapter.parameters,
+            state,
+            loader,
+            self.batches_per_step,
+        )
+        with _enough_memory(), self._right_attention(), loader, catch_stop() as stop:
+            with self._saved_on_failure():
+                self.monitor.catch_up(state)
+            while state.step < config.steps:
+                with self._saved_on_failure():  # the step has changed nothing yet
+                    gradients = stepper.compute_gradients(stop)
+                report = stepper.advance(gradients)
+                with self._saved_on_failure():
+                    self.monitor.log_step(report)
+                    if self.accelerator.is_main_process and on_step is not None:
+                        on_step(report)
+                finished = state.step == config.steps
+                if finished or gradients.stopping or state.step % config.checkpoint_every == 0:
+                    self._save()  # before measuring, which may take longer than there is
+                if gradients.stopping and not finished:
+                    break  # what is due is measured when the run goes on
+                with self._saved_on_failure():
+                    self.monitor.measure(state)
             finished = state.step == config.steps
-            if finished or gradients.stopping or state.step % config.checkpoint_every == 0:
-                save()
-            if gradients.stopping:
-                break
-        finished = state.step == config.steps
-        if finished and accelerator.is_main_process:
-            state.write_adapter(config.output_dir, metadata)
-        accelerator.wait_for_everyone()
-    folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
-    accelerator.end_training()
-    return TrainResult(state.step, folder / LORA_FILE_NAME, finished)
+            if finished and self.accelerator.is_main_process:
+                state.write_adapter(config.output_dir, self.metadata)
+            self.accelerator.wait_for_everyone()
+        folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
+        self.accelerator.end_training()
+        return TrainResult(state.step, folder / LORA_FILE_NAME, finished)
+
+    def _build_model(self) -> tuple[FluxTransformer2DModel, TrainingAdapter]:
+        """Load the base, attach what trains, and put all of it where it is to be."""
+        config, inputs, device = self.config, self.inputs, self.mesh.device
+        transformer = load_transformer(inputs.model_path, dtype=pick_dtype(device))
+        transformer.requires_grad_(False)
+        with _enough_memory():
+            if is_placed_first(self.way) and not config.shard:
+                transformer.to(device)
+            apply_policy(transformer, self.policy)
+            adapter = attach_for_training(
+                transformer, config.adapter, inputs.over, inputs.initial, config.seed, device
+            )
+            check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
+            if not config.shard:  # else block by block
+                place(transformer, self.way, device, compiled=self.compiled)
+            distribute(transformer, adapter.parameters, config, self.mesh)
+        set_checkpointing(transformer, self.way, device, compiled=self.compiled)
+        return transformer.train(), adapter
+
+    def _right_attention(self) -> AbstractContextManager[None]:
+        return right_attention(
+            self.mesh.device,
+            self.transformer.dtype,
+            heads=self.transformer.config.num_attention_heads,
+            head_dim=self.transformer.config.attention_head_dim,
+            tokens=count_tokens(self.inputs.samples),
+            context_parallel=self.config.context_parallel,
+        )
+
+    def _build_loader(self) -> Loader:
+        steps = self.config.steps - self.state.step
+        return Loader(
+            self.inputs.samples,
+            self.inputs.draws,
+            self.config,
+            self.mesh.device,
+            end=self.state.num_batches + steps * self.batches_per_step,
+            rank=self.mesh.data_rank,
+            num_ranks=self.mesh.num_data_ranks,
+        )
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        record = {
+            "batches_per_step": self.batches_per_step,
+            "data_hash": self.inputs.data_hash,
+            "config": flatten(asdict(self.config)),
+            "policy": self.policy.to_json(),
+        }
+        self.state.save(self.config, self.metadata, record)
+
+    @contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._save()
+            raise
+
+    def _describe_choices(self) -> dict[str, str | bool]:
+        """Say what was decided where the recipe leaves it to the machine."""
+        return {
+            "memory": self.way.tier,
+            "gradient_checkpointing": self.way.checkpointing,
+            "compile": self.compiled,
+        }
 
 
-def _describe_run(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy) -> dict[str, str]:
+def _describe_adapter(
+    config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy
+) -> dict[str, str]:
     """Say in an adapter's file what it comes from."""
     return {
         "urae.policy": policy.to_json(),
@@ -163,54 +232,9 @@ def _describe_run(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy)
     }
 
 
-def _build_model(
-    config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy, mesh: Mesh
-) -> tuple[FluxTransformer2DModel, TrainingAdapter]:
-    """Load the base, attach what trains, and put all of it where it is to be."""
-    with explain_lost_rank(_AGAIN):
-        way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
-    compiled = is_compiled(config, way, inputs.samples, mesh.device)
-    transformer = load_transformer(inputs.model_path, dtype=pick_dtype(mesh.device))
-    transformer.requires_grad_(False)
-    with explain_lost_rank(_AGAIN), _enough_memory():
-        if is_placed_first(way) and not config.shard:
-            transformer.to(mesh.device)
-        apply_policy(transformer, policy)
-        adapter = attach_for_training(
-            transformer, config.adapter, inputs.over, inputs.initial, config.seed, mesh.device
-        )
-        check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
-        if not config.shard:  # else block by block
-            place(transformer, way, mesh.device, compiled=compiled)
-        distribute(transformer, adapter.parameters, config, mesh)
-    set_checkpointing(transformer, way, mesh.device, compiled=compiled)
-    return transformer.train(), adapter
-
-
-@contextmanager
-def _saved_on_failure(save: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        save()
-        raise
-
-
 def _enough_memory() -> AbstractContextManager[None]:
     remedy = "--batch-size 1, --memory streamed, or features of a lower resolution"
     return explain_memory("this step", remedy)
-
-
-def _build_loader(config: TrainConfig, inputs: Inputs, mesh: Mesh, end: int) -> Loader:
-    return Loader(
-        inputs.samples,
-        inputs.draws,
-        config,
-        mesh.device,
-        end=end,
-        rank=mesh.data_rank,
-        num_ranks=mesh.num_data_ranks,
-    )
 
 
 def _build_accelerator(config: TrainConfig) -> Accelerator:

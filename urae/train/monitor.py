@@ -1,6 +1,8 @@
 """What a run tells of itself: curves, the loss on held-out samples, previews, the tracker."""
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -22,9 +24,11 @@ from urae.train.output import (
     find_previews,
     read_validation,
 )
-from urae.train.preview import Preview, Previewer, write_previews
+from urae.train.preview import Preview, Previewer, list_previews, write_previews
 from urae.train.state import TrainingState
 from urae.train.validate import measure_loss
+
+logger = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -59,6 +63,7 @@ class Monitor:
         self.transformer = transformer
         self.previewer = previewer
         self.curves = None
+        self._tracker_failed = False
         if accelerator.is_main_process:
             num_validation = len(inputs.held_out)
             self.curves = Curves(
@@ -79,7 +84,7 @@ class Monitor:
             "lr": report.lr,
             "loader_share": report.loader_seconds / report.seconds,
         }
-        self.accelerator.log(figures, step=report.step)
+        self._track_figures(figures, report.step)
 
     def measure(self, state: TrainingState, done: Collection[str] = ()) -> None:
         """Take the held-out loss and previews of the weights that the run is for, where due.
@@ -105,7 +110,8 @@ class Monitor:
         folder, done = self.config.output_dir, []
         if (folder / VALIDATION_FILE).exists() and step in dict(read_validation(folder)):
             done.append(VALIDATION_FILE)
-        if step in find_previews(folder).values():
+        drawn = {path.parent.name for path, at in find_previews(folder).items() if at == step}
+        if drawn >= {each.name for each in list_previews(self.config)}:
             done.append(PREVIEW_DIR)
         return done
 
@@ -125,7 +131,7 @@ class Monitor:
         if self.curves is not None:
             self.curves.write_validation(step, losses)
             warn_of_departure(self.config.output_dir)
-        self.accelerator.log({"validation_loss": losses.mean().item()}, step=step)
+        self._track_figures({"validation_loss": losses.mean().item()}, step)
 
     def _preview(self, previewer: Previewer, step: int) -> None:
         """Share the previews out among the devices, and write them on the main one."""
@@ -135,14 +141,36 @@ class Monitor:
         pictures = dict(gather_object(drawn))
         if accelerator.is_main_process:
             write_previews(self.config.output_dir, step, pictures, self.config.model)
-            self._track(pictures, step)
+            self._track_pictures(pictures, step)
             warn_of_standstill(self.config.output_dir)
 
-    def _track(self, pictures: Mapping[Preview, Image.Image], step: int) -> None:
+    def _track_figures(self, figures: Mapping[str, float], step: int) -> None:
+        with self._tracker_may_fail():
+            self.accelerator.log(dict(figures), step=step)
+
+    def _track_pictures(self, pictures: Mapping[Preview, Image.Image], step: int) -> None:
         values = {
             f"previews/{preview.name}": np.array(image)[None] for preview, image in pictures.items()
         }
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):  # trackio's has none
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(values, step=step, **options)
+        with self._tracker_may_fail():
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):  # trackio's has none
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images(values, step=step, **options)
+
+    @contextmanager
+    def _tracker_may_fail(self) -> Iterator[None]:
+        """Go on without what a tracker, often another machine, did not take, and say so once."""
+        try:
+            yield
+        except Exception as error:
+            if not self._tracker_failed:
+                logger.warning(
+                    "tracker %s failed (%s: %s); the run goes on, and all figures and previews are "
+                    "in %s",
+                    self.config.tracker,
+                    type(error).__name__,
+                    error,
+                    self.config.output_dir,
+                )
+            self._tracker_failed = True

@@ -1,11 +1,12 @@
 """`run.toml`: everything that a run was made from, and a recipe that makes it again."""
 
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,12 +18,14 @@ from accelerate import Accelerator
 
 import urae
 from urae.backbones.flux import fingerprint_component, pick_dtype
-from urae.config import describe_fields
+from urae.config import describe_fields, read_toml
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.config import TrainConfig
 from urae.train.inputs import Inputs
 from urae.train.optimizer import PACKAGES
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.toml"
 RECORD_SECTION = "record"
@@ -38,35 +41,32 @@ _RECORD_COMMENT = "What the run was made from; no part of the recipe."
 
 
 def write_run(
-    config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy, accelerator: Accelerator
+    config: TrainConfig,
+    inputs: Inputs,
+    policy: ResolutionPolicy,
+    accelerator: Accelerator,
+    chosen: Mapping[str, str | bool],
 ) -> None:
     """Write `run.toml` into the run's folder, whole or not at all.
+
+    A run that goes on keeps what is there of its earlier sessions.
 
     Args:
         config: Of the run.
         inputs: What it reads.
         policy: The one in effect, the recipe's or the base's own.
         accelerator: Knows the devices.
+        chosen: What was decided where the recipe leaves it to the machine.
     """
     recipe = asdict(config)
     places = tuple(
         each.dir.resolve() if isinstance(each.dir, Path) else each.dir for each in config.sources
     )
     options = {name: recipe.pop(name) for name in _OPTIONS}
-    record = {
-        **options,
+    session = {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from_step": inputs.start.step if inputs.start.checkpoint else None,
-        "base": {
-            "path": inputs.model_path.resolve(),
-            "revision": fingerprint_component(inputs.model_path, "transformer"),
-        },
-        "data": {
-            "path": places if config.data else places[0],
-            "hash": inputs.data_hash,
-            "num_train": len(inputs.samples),
-            "num_validation": len(inputs.held_out),
-        },
+        "chosen": chosen,
         "devices": {
             "num_ranks": accelerator.num_processes,
             "device": _name_device(accelerator.device),
@@ -79,12 +79,44 @@ def write_run(
             "python": platform.python_version(),
             **{name: version(name) for name in _packages(config)},
         },
+    }
+    path = config.output_dir / RUN_FILE
+    earlier = _read_sessions(path, list(session)) if inputs.start.checkpoint else []
+    record = {
+        **options,
+        "base": {
+            "path": inputs.model_path.resolve(),
+            "revision": fingerprint_component(inputs.model_path, "transformer"),
+        },
+        "data": {
+            "path": places if config.data else places[0],
+            "hash": inputs.data_hash,
+            "num_train": len(inputs.samples),
+            "num_validation": len(inputs.held_out),
+        },
         "policy": asdict(policy),
+        **session,
+        "earlier": earlier or None,
     }
     comments = {name: text for name, _, text in describe_fields(TrainConfig)}
     comments[RECORD_SECTION] = _RECORD_COMMENT
     text = _HEADER + format_toml({**recipe, RECORD_SECTION: record}, comments)
-    write_atomic(config.output_dir / RUN_FILE, text.encode(errors="replace"))
+    write_atomic(path, text.encode(errors="replace"))
+
+
+def _read_sessions(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Read what `run.toml` says of the sessions that a run has had, the first ones first."""
+    if not path.is_file():
+        return []
+    try:
+        record = read_toml(path)[RECORD_SECTION]
+        return [
+            *record.get("earlier", []),
+            {name: record[name] for name in fields if name in record},
+        ]
+    except (KeyError, ValueError) as error:
+        logger.warning("%s does not say what the run's earlier sessions were: %s", path, error)
+        return []
 
 
 def format_toml(settings: Mapping[str, Any], comments: Mapping[str, str], section: str = "") -> str:

@@ -23,18 +23,20 @@ def hold_out(
 ) -> tuple[list[Sample], list[Sample]]:
     """Split samples into those to train on and those to validate with.
 
+    A picture that is there in several sizes, by its name, is held out in all of them.
+
     Raises:
         ValueError: If none is left to train on.
     """
-    if num_validation >= len(samples):
+    pictures = list(dict.fromkeys(sample.stem for sample in samples))
+    if num_validation >= len(pictures):
         raise ValueError(
-            f"num_validation {num_validation} must be below {len(samples)}, the number of samples"
+            f"num_validation {num_validation} must be below {len(pictures)}, the number of samples"
         )
-    numbers = range(len(samples))
-    held = set(random.Random(f"urae validation {seed}").sample(numbers, num_validation))
+    held = set(random.Random(f"urae validation {seed}").sample(pictures, num_validation))
     return (
-        [samples[number] for number in numbers if number not in held],
-        [samples[number] for number in sorted(held)],
+        [sample for sample in samples if sample.stem not in held],
+        [sample for sample in samples if sample.stem in held],
     )
 
 
