@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import urae
@@ -84,12 +87,54 @@ def test_without_a_gpu_one_must_be_named():
         plan(PlanConfig())
 
 
+def test_the_host_counts_where_the_gpu_is_this_machines(monkeypatch):
+    assert plan(PlanConfig(gpu_bytes=24 * GIB)).host_bytes is None
+    monkeypatch.setattr("urae.generate.plan.pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("urae.generate.plan.free_bytes", lambda _: 24 * GIB)
+    for host_gib, tier in ((64, "streamed"), (16, "8bit")):
+        monkeypatch.setattr("urae.generate.plan.free_host_bytes", lambda g=host_gib: g * GIB)
+        assert plan(PlanConfig(height=4096, width=4096)).chosen.tier == tier
+
+
+def test_a_part_that_quantises_is_counted():
+    whole, quantised = (
+        plan(PlanConfig(height=2048, width=2048, gpu_bytes=24 * GIB, part=part))
+        for part in (None, "8bit")
+    )
+    assert [each.tier for each in quantised.estimates] == ["resident", "streamed"]
+    assert quantised.chosen.tier == "resident"
+    assert whole.chosen.tier == "streamed"
+    assert set(whole.seconds) == {"resident"}
+    assert not quantised.seconds
+    with pytest.raises(ValueError, match="--memory 4bit and --part 8bit both quantise"):
+        plan(PlanConfig(memory="4bit", part="8bit", gpu_bytes=GIB))
+
+
+def test_pictures_of_a_job(expected):
+    config = PlanConfig(height=2048, width=2048, gpu_bytes=80 * GIB)
+    one, many = plan(config), plan(replace(config, num_images=4, max_sequence_length=256))
+    assert not one.compiled
+    assert many.compiled  # four of them pay for it
+    assert many.operations < one.operations
+    assert many.seconds["resident"].total(28, 4) > 2 * one.seconds["resident"].total(28)
+    assert not plan(replace(config, gpus=2)).seconds
+
+
+def test_other_loras_are_counted(bases, expected):
+    lora = (str(expected / "dev_2k_lora.safetensors"), 0.5)
+    small = PlanConfig(str(bases["dev"]), 64, 64, gpu_bytes=2 * GIB)
+    weights = [plan(c).chosen.sample.weights for c in (small, replace(small, loras=(lora,)))]
+    assert weights[1] > weights[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"height": 100}, "height 100 is not"),
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"gpu_bytes": 0}, "GPU memory of 0 bytes"),
+        ({"num_images": 0}, "num_images 0 must be at least 1"),
+        ({"max_sequence_length": 513}, "max_sequence_length 513 must be between 1 and 512"),
     ],
 )
 def test_bad_values(changes, message):
@@ -113,5 +158,8 @@ def test_the_table(monkeypatch):
     for text in ("4096 x 4096", "resident", "streamed", "8bit", "4bit", "26.5", "yes", "no"):
         assert text in done.output
     assert "compiled" in done.output
+    assert "28 steps of 3,908 TFLOP" in done.output
+    assert "on an H200, resident" in done.output
+    assert "6.46 s a step" in done.output
     done = CliRunner().invoke(app, ["plan", "generate", "--size", "4k", "--gpu", "4GiB"])
     assert "nothing fits" in done.output

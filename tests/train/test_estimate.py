@@ -24,6 +24,8 @@ from urae.train.estimate import (
     count_adapter,
     count_operations,
     estimate,
+    estimate_seconds,
+    list_ways,
 )
 from urae.train.recompute import set_checkpointing
 
@@ -51,6 +53,76 @@ def test_a_step_is_what_was_measured(flux, kind, measured):
     assert found.peak / GIB == pytest.approx(measured, rel=0.01)
     assert found.weights / GIB == pytest.approx(22.2, rel=0.01)
     assert found.peak == sum(getattr(found, term) for term in TERMS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "way", "measured"),
+    [
+        ("lora", 2048, Way("resident", "selective"), 35.95),
+        ("minor", 2048, Way("offload", "full"), 25.23),
+        ("minor", 4096, Way("resident", "selective"), 75.7),
+        ("minor", 4096, Way("resident", "full"), 53.4),
+    ],
+)
+def test_other_ways_take_what_was_measured(flux, kind, side, way, measured):
+    found = estimate(flux, config(kind), TOKENS[side], way).peak / GIB
+    assert found == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("side", "way", "compiled", "keys", "measured"),
+    [
+        (2048, ("resident", "selective"), True, None, 2.41),  # fitted to, and 4096^2
+        (4096, ("resident", "selective"), True, None, 23.2),
+        (4096, ("resident", "full"), True, 6739.0, 10.2),  # fitted to
+        (2048, ("resident", "full"), False, None, 4.51),  # fitted to, and the minor's
+        (2048, ("resident", "full"), False, None, 4.60),
+        (2048, ("resident", "full"), True, None, 2.72),
+        (2048, ("resident", "full"), True, None, 2.76),  # minor
+        (2048, ("offload", "full"), True, None, 2.85),
+    ],
+)
+def test_a_step_takes_the_time_that_was_measured(flux, side, way, compiled, keys, measured):
+    """The rows of docs/performance.md on one H200, in seconds."""
+    found = estimate_seconds(flux, config(), TOKENS[side], Way(*way), compiled=compiled, keys=keys)
+    assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_what_was_not_measured_has_no_time(flux):
+    def find(run, tokens=TOKENS[2048], way=("resident", "full"), compiled=True, keys=None):
+        return estimate_seconds(flux, run, tokens, Way(*way), compiled=compiled, keys=keys)
+
+    assert find(config()) is not None
+    for tier in ("streamed", "8bit", "4bit"):
+        assert find(config(), way=(tier, "full")) is None
+    for way in (("resident", "off"), ("offload", "selective")):
+        assert find(config(), way=way) is None
+    assert find(config(), way=("resident", "selective"), keys=6739.0) is None
+    assert find(config(), compiled=False, tokens=TOKENS[1024]) is None
+    assert find(config(), tokens=512) is None
+    for changes in ({"shard": True}, {"context_parallel": 2}):
+        assert find(config(**changes)) is None
+    assert find(config("dora")) is None
+
+
+# --- which ways there are -------------------------------------------------------------------------
+
+
+def tiers(num_ranks=1, **changes):
+    return [way.tier for way in list_ways(config(**changes), num_ranks)]
+
+
+def test_ways_are_those_that_the_config_allows():
+    assert tiers(gradient_checkpointing="full") == list(TIERS)
+    assert "streamed" not in tiers(gradient_checkpointing="off")
+    assert "streamed" not in tiers(2)
+    assert tiers(2, shard=True) == ["resident", "offload"]
+    assert tiers(kind="dora") == ["resident", "offload"]
+    assert list_ways(config(gradient_checkpointing="auto"))[0] == Way("resident", "selective")
+    with pytest.raises(ValueError, match="--memory 8bit does not go with shard"):
+        tiers(2, memory="8bit", shard=True)
+    with pytest.raises(ValueError, match="--memory streamed is for one process, this run has 2"):
+        tiers(2, memory="streamed", gradient_checkpointing="full")
 
 
 def test_less_memory_rung_by_rung(flux):

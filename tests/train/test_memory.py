@@ -8,16 +8,16 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from urae.adapters.files import read_adapter
-from urae.backbones.flux import load_transformer, predict_velocity
+from urae.backbones.flux import build_meta_transformer, load_transformer, predict_velocity
 from urae.generate.speed import list_blocks
 from urae.resolution import ResolutionPolicy, apply_policy
+from urae.train import AdapterConfig, train
 from urae.train import memory as memory_module
-from urae.train import train
 from urae.train.adapter import attach_for_training
 from urae.train.chunks import chunk_mlps, feed_forward
 from urae.train.estimate import Way, estimate
 from urae.train.inputs import check_inputs
-from urae.train.memory import choose_way, place
+from urae.train.memory import choose_way, estimate_ways, place
 from urae.train.recompute import count_tokens, set_checkpointing
 from urae.train.stream import WeightStream
 
@@ -245,6 +245,28 @@ def test_auto_takes_the_first_that_fits(settings, free, bases, caplog):
         choose_way(config, inputs, GPU)
     free(10**12, 0)
     assert choose_way(config, inputs, GPU).tier == "resident"
+
+
+def test_auto_never_chooses_what_training_refuses(settings, free):
+    """Streamed weights with everything kept, or under an adapter that needs them in full."""
+    for changes in ({}, {"adapter": AdapterConfig("dora", 4)}):
+        config = settings(gradient_checkpointing="off", **changes)
+        inputs = check_inputs(config)
+        transformer = build_meta_transformer(inputs.model_path)
+        tokens = count_tokens(inputs.samples)
+        streamed = estimate(transformer, config, tokens, Way("streamed", "full"))
+        free(int(streamed.peak / 0.9) + 1)
+        with pytest.raises(MemoryError, match=r"too little for this run: --memory"):
+            choose_way(config, inputs, GPU)
+
+
+def test_ranks_of_a_context_hold_part_of_the_tokens_each(settings, bases):
+    transformer = build_meta_transformer(bases["dev"])
+    whole, half = (
+        estimate_ways(transformer, settings(context_parallel=n), 528, [Way("resident", "full")])[0]
+        for n in (1, 2)
+    )
+    assert half.kept == pytest.approx(whole.kept / 2, rel=0.01)
 
 
 def test_all_ranks_choose_by_what_is_free_where_least_is(settings, free, monkeypatch):

@@ -153,7 +153,7 @@ def test_a_plan_counts_every_folder(mix):
 
 
 def test_a_probe_takes_the_largest(mix):
-    reports = probe(mix())
+    reports = probe(mix()).reports
     assert {(report.height, report.width) for report in reports} == {(256, 256)}
 
 

@@ -1,15 +1,23 @@
 """`urae plan train`: buckets, memory and disk of a run without its weights, and the probe."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from urae.cli.main import app
+from urae.features.cache import CacheConfig, cache
 from urae.features.dataset import list_samples
+from urae.geometry import num_image_tokens
 from urae.resolution import ResolutionPolicy
-from urae.train.estimate import TIERS
+from urae.train import AdapterConfig, StepReport
+from urae.train import plan as plan_module
+from urae.train.config import DataConfig
+from urae.train.estimate import TIERS, Way
 from urae.train.plan import plan_training, probe
 
 GIB = 2**30
@@ -54,11 +62,155 @@ def test_a_gpu_must_be_named_where_there_is_none(settings):
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_the_probe_takes_steps_of_the_largest_pictures(settings, memory):
     config = settings(memory=memory, gradient_checkpointing="full", num_validation=1)
-    reports = probe(config)
-    assert [report.step for report in reports] == [1, 2, 3]
-    largest = plan_training(config, GIB).buckets[0]
-    assert {(each.height, each.width) for each in reports} == {(largest.height, largest.width)}
+    found = probe(config)
+    assert [report.step for report in found.reports] == [1, 2, 3]
+    plan = plan_training(config, GIB)
+    largest = plan.buckets[0]
+    sizes = {(each.height, each.width) for each in found.reports}
+    assert sizes == {(largest.height, largest.width)}
+    assert found.estimate == plan.estimates[0]  # of the way that was measured
+    share = plan.operations / (config.steps * largest.operations)
+    assert found.seconds == pytest.approx(config.steps * found.reports[-1].seconds * share)
     assert not config.output_dir.exists()
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Record what would train, in place of training."""
+    configs = []
+
+    def record(config, on_step):
+        configs.append(config)
+        for step in (1, 2, 3):
+            report = StepReport(step, 0.1, 1.0, 1e-4, 2.0, 0.0, (None,), 32, 32, None)
+            on_step(report)
+
+    monkeypatch.setattr(plan_module, "train", record)
+    return configs
+
+
+def test_the_probe_runs_as_the_run_would(settings, trials, monkeypatch):
+    """The whole run pays for compiling, three steps would not."""
+    way, pays = Way("offload", "selective"), []
+    monkeypatch.setattr(plan_module, "choose_way", lambda *_: way)
+    monkeypatch.setattr(
+        plan_module, "is_compiled", lambda config, *_: pays.append(config.steps) or True
+    )
+    found = probe(settings(steps=2000, gradient_checkpointing="auto"))
+    (trial,) = trials
+    assert (trial.memory, trial.gradient_checkpointing, trial.compile) == (*way, True)
+    assert (trial.steps, pays) == (3, [2000])
+    assert found.estimate.way == way
+
+
+def test_the_probe_takes_the_largest_batch(settings, trials, tmp_path):
+    """Two of 176 tokens each are more than one of 304."""
+    data = shutil.copytree(settings().data_dir, tmp_path / "data")
+    for number in range(2):
+        for path in settings().data_dir.glob("image_3*"):
+            name = path.name.replace("image_3", f"image_9{number}")
+            (data / name).write_bytes(path.read_bytes())
+    for batch_size, tokens in ((1, 304), (3, 3 * 176)):
+        config = settings(data_dir=data, batch_size=batch_size)
+        assert count_batch_tokens(config) == tokens
+        probe(config)
+        assert trials[-1].batch_size == batch_size
+
+
+def count_batch_tokens(config):
+    _, samples, batch_size = plan_module._find_largest_batch(config)
+    return batch_size * (samples[0].text_tokens + num_image_tokens(*plan_module._size(samples[0])))
+
+
+def test_a_batch_of_one_picture_several_times(settings, trials):
+    config = settings(batch_size=2)
+    source = DataConfig(config.data_dir, 256, weight=3)
+    config = replace(config, data_dir=None, data=(source,))
+    probe(config)
+    assert trials[0].batch_size == 2
+    assert trials[0].data[0].weight == 2  # of the one picture; only whole batches are taken
+
+
+def test_time_is_that_of_an_h200(settings, flux_sized):
+    """2,000 steps of 2.72 s, and compiling; the measured row of docs/performance.md."""
+    plan = plan_training(flux_sized, 80 * GIB)
+    step, total = plan.seconds[Way("resident", "full")]
+    assert step == pytest.approx(2.72, rel=0.1)
+    assert total == 2000 * step + 24
+    assert Way("streamed", "full") not in plan.seconds
+    four = plan_training(replace(flux_sized, gradient_accumulation=4), 80 * GIB)
+    assert four.seconds[Way("resident", "full")].step == pytest.approx(4 * step)
+
+
+@pytest.fixture
+def flux_sized(tmp_path, settings):
+    """A run of FLUX.1 on pictures of 2048 x 2048 that are not cached yet."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (2048, 2048)).save(folder / f"{number}.png")
+        (folder / f"{number}.json").write_text('{"prompt": "a", "generated_prompt": "b"}')
+    Image.new("RGB", (640, 480)).save(folder / "small.png")
+    (folder / "small.txt").write_text("too small")
+    (folder / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "torn.txt").write_text("cannot be read")
+    return replace(
+        settings(data_dir=folder, resolution=2048, steps=2000),
+        model="flux-dev",
+        adapter=AdapterConfig(rank=16),
+        gradient_checkpointing="full",
+    )
+
+
+def test_a_folder_that_is_not_cached_is_planned_from_its_pictures(flux_sized):
+    plan = plan_training(flux_sized, 80 * GIB)
+    (bucket,) = plan.buckets
+    assert (bucket.height, bucket.width, bucket.num_samples) == (2048, 2048, 4)
+    assert bucket.tokens == 512 + 16_384
+    assert (plan.num_pictures, plan.num_left_out) == (4, 2)
+    latents, embeds = 2 * 16 * 256 * 256, 2 * (512 * 4096 + 768)
+    assert plan.cache_bytes == 4 * 2 * (latents + embeds)
+    with pytest.raises(ValueError, match=r"none of the 6 .* fills resolution 4096"):
+        plan_training(replace(flux_sized, resolution=4096), GIB)
+
+
+def test_a_plan_from_pictures_is_that_of_their_features(settings, bases, tmp_path):
+    """But for their dtype, which on a GPU is bfloat16, and what their headers take."""
+    for number, size in enumerate(((64, 64), (130, 64), (64, 140), (20, 64))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    (tmp_path / "4.png").write_bytes((tmp_path / "0.png").read_bytes())
+    config = settings(data_dir=tmp_path, resolution=64)
+    planned = plan_training(config, GIB)
+    cache(CacheConfig(tmp_path, str(bases["dev"]), 64))
+    cached = plan_training(config, GIB)
+    assert (planned.num_pictures, planned.num_left_out) == (3, 2)
+    assert planned.buckets == cached.buckets
+    assert planned.operations == cached.operations
+    assert 2 * planned.cache_bytes == pytest.approx(cached.cache_bytes, rel=0.15)
+    assert cached.num_pictures is None
+
+
+def test_several_gpus_hold_what_each_of_them_has(settings):
+    config = replace(settings(), model="flux-dev", gradient_checkpointing="full")
+    one, shared, spread = (
+        {each.way.tier: each for each in plan_training(run, GIB).estimates}
+        for run in (config, replace(config, context_parallel=2), replace(config, shard=True))
+    )
+    assert "streamed" not in shared | spread
+    assert shared["resident"].block == pytest.approx(one["resident"].block / 2, rel=0.01)
+    assert "8bit" not in spread
+    assert spread["resident"].weights < 0.6 * one["resident"].weights
+
+
+def test_the_host_counts_where_the_gpu_is_this_machines(settings, monkeypatch):
+    config = replace(settings(), model="flux-dev", gradient_checkpointing="full")
+    monkeypatch.setattr(plan_module, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(plan_module, "free_bytes", lambda _: 20 * GIB)
+    monkeypatch.setattr(plan_module, "_count_keys", lambda *_: None)
+    for host_gib, tier in ((64, "streamed"), (16, "8bit")):
+        monkeypatch.setattr(plan_module, "free_host_bytes", lambda g=host_gib: g * GIB)
+        assert plan_training(config).chosen.way.tier == tier
 
 
 def test_the_command_prints_it(bases, settings):
@@ -73,4 +225,21 @@ def test_the_command_prints_it(bases, settings):
     small = ["--model", str(bases["dev"]), "--adapter.rank", "4", "--probe"]
     done = CliRunner().invoke(app, [*arguments, *small])
     assert done.exit_code == 0, done.output
-    assert "measured at 256 x 256: " in done.stdout
+    assert (
+        "measured at 256 x 256, memory resident, gradient checkpointing full: "
+        in done.stdout.replace("\n", " ")
+    )
+    assert "by the operations of all sizes" in done.stdout
+
+
+def test_the_command_says_that_it_is_planned_from_pictures(flux_sized, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    arguments = [
+        "plan", "train", str(ROOT / "recipes" / "flux_dev_2k_lora.toml"),
+        "--data", str(flux_sized.data_dir), "--gpu", "80GiB",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "planned from 4 pictures" in done.stdout
+    assert "time on an H200" in done.stdout
+    assert "2.73 │ 1:31:" in done.stdout

@@ -1,19 +1,28 @@
 """`urae plan`: what a job will take, before it is started."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from urae.cli.generate import MODELS, Memory
+from urae.cli.generate import MODELS, Memory, _split_weight
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
 from urae.cli.train import Data, format_seconds, read_recipe
 
 if TYPE_CHECKING:
     from urae.generate.estimate import Stage
     from urae.generate.plan import Plan
-    from urae.train import StepReport
-    from urae.train.plan import TrainPlan
+    from urae.train.plan import Probe, TrainPlan
+
+
+class Bits(StrEnum):
+    """What quantises weights in place."""
+
+    fp8 = "fp8"
+    eight_bit = "8bit"
+    four_bit = "4bit"
+
 
 Gpu = Annotated[
     str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
@@ -37,16 +46,26 @@ def generate_command(
     adapter: Annotated[
         list[str] | None, typer.Option(help="Ultra-resolution adapter; repeatable.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="Another LoRA, FILE or FILE:WEIGHT; repeatable.")
+    ] = None,
     memory: Annotated[
         Memory, typer.Option(help="One tier, or all that auto chooses from.")
     ] = Memory.auto,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the picture together.")] = 1,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="Text tokens [dim](dev 512, schnell 256)[/].")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures in all.")] = 1,
+    part: Annotated[
+        Bits | None, typer.Option(help="What quantises the weights in place, if anything does.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the pictures together.")] = 1,
     verbose: Verbose = False,
 ) -> None:
-    """Print what `urae generate` would take in GPU and host memory, by where weights live."""
+    """Print what `urae generate` would take in GPU and host memory and time, tier by tier."""
     from urae.generate.plan import PlanConfig, parse_bytes, plan
     from urae.geometry import parse_size
 
@@ -61,6 +80,10 @@ def generate_command(
             memory=memory.value,
             gpu_bytes=None if gpu is None else parse_bytes(gpu),
             gpus=gpus,
+            loras=tuple(_split_weight(text) for text in lora or ()),
+            max_sequence_length=max_sequence_length,
+            num_images=num_images,
+            part=None if part is None else part.value,
         )
     )
     where = "a GPU" if gpus == 1 else f"each of {gpus} GPUs"
@@ -71,13 +94,16 @@ def _show(plan: "Plan", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{title}: GiB at the peak")
+    output = Console(highlight=False)
+    table = Table(title=f"{title}: GiB at the peak, time on an H200")
     table.add_column("--memory")
     for name in ("encode", "weights", "activations", "sample", "decode", "host"):
         table.add_column(name, justify="right")
     table.add_column("fits")
+    table.add_column("time", justify="right")
     for each in plan.estimates:
         working = each.sample.working or 0
+        time = plan.seconds.get(each.tier)
         table.add_row(
             each.tier,
             _peak(each.encode),
@@ -86,9 +112,17 @@ def _show(plan: "Plan", title: str) -> None:
             _peak(each.sample),
             _peak(each.decode),
             _gib(each.host_bytes),
-            "[green]yes[/]" if each.fits(plan.gpu_bytes) else "[red]no[/]",
+            _say_fits(plan.fits(each)),
+            "-" if time is None else format_seconds(time.total(plan.steps, plan.num_images)),
         )
-    Console(highlight=False).print(table)
+    output.print(table)
+    output.print(f"operations by count: {plan.steps} steps of {plan.operations / 1e12:,.0f} TFLOP")
+    for tier, time in plan.seconds.items():
+        output.print(
+            f"on an H200, {tier}, by rates that were measured there: {time.first:.0f} s before the "
+            f"first step, {time.step:.2f} s a step, {time.decode:.1f} s to decode; loading and "
+            "encoding the prompt are not counted"
+        )
     if plan.compiled:
         console.print("blocks compiled, where Triton and a C compiler are there")
     if plan.chosen is None:
@@ -104,7 +138,7 @@ def train_command(
     data: Data = None,
     gpu: Gpu = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Then take three steps of the largest pictures.")
+        bool, typer.Option("--probe", help="Then take three steps of the largest batch.")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -117,7 +151,7 @@ def train_command(
     _show_training(found, config.steps)
     if probe:
         quiet_progress_bars()
-        _show_probe(plan.probe(config), found, config.steps)
+        _show_probe(plan.probe(config), config.steps)
 
 
 def _show_training(plan: "TrainPlan", steps: int) -> None:
@@ -125,9 +159,13 @@ def _show_training(plan: "TrainPlan", steps: int) -> None:
     from rich.table import Table
 
     from urae.train.estimate import TERMS
-    from urae.train.memory import fits
 
     output = Console(highlight=False)
+    if plan.num_pictures is not None:
+        output.print(
+            f"planned from {plan.num_pictures:,} pictures and their captions: not all are cached "
+            f"yet; {plan.num_left_out:,} are left out, too small, unreadable or without a caption"
+        )
     table = Table(title="pictures, an epoch")
     for name in ("size", "tokens", "samples", "batches", "TFLOP a batch, counted"):
         table.add_column(name, justify="right")
@@ -150,9 +188,7 @@ def _show_training(plan: "TrainPlan", steps: int) -> None:
     )
     table = Table(title=f"a GPU of {_gib(plan.gpu_bytes)} GiB: GiB at the peak, estimated")
     table.add_column("--memory", no_wrap=True)
-    for name in TERMS:
-        table.add_column(name, justify="right")
-    for name in ("sum", "host", "fits"):
+    for name in (*TERMS, "sum", "host", "fits"):
         table.add_column(name, justify="right")
     for way in plan.estimates:
         table.add_row(
@@ -160,33 +196,45 @@ def _show_training(plan: "TrainPlan", steps: int) -> None:
             *(_gib(getattr(way, term)) for term in TERMS),
             _gib(way.peak),
             _gib(way.host_bytes),
-            "[green]yes[/]" if fits(way, plan.gpu_bytes) else "[red]no[/]",
+            _say_fits(plan.fits(way)),
         )
+    output.print(table)
+    table = Table(title="time on an H200, estimated")
+    for name in ("--memory", "s a step", "in all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for way in plan.estimates:
+        time = plan.seconds.get(way.way)
+        cells = ("-", "-") if time is None else (f"{time.step:.3g}", format_seconds(time.total))
+        table.add_row(f"{way.way.tier}, {way.way.checkpointing}", *cells)
     output.print(table)
     if plan.chosen is None:
         console.print("[yellow]nothing fits:[/] use --batch-size 1, or a lower resolution")
 
 
-def _show_probe(reports: list["StepReport"], plan: "TrainPlan", steps: int) -> None:
+def _show_probe(probe: "Probe", steps: int) -> None:
     from rich.console import Console
 
-    last, output = reports[-1], Console(highlight=False)
+    first, last, output = probe.reports[0], probe.reports[-1], Console(highlight=False)
     measured = "not measured without a GPU"
     if last.memory_gib is not None:
         measured = f"{last.memory_gib:.1f} GiB at the peak"
-    estimated = plan.chosen or plan.estimates[-1]
     output.print(
-        f"measured at {last.width} x {last.height}: {last.seconds:.2f} s a step (the first "
-        f"{reports[0].seconds:.2f}); memory: {measured}, {_gib(estimated.peak)} estimated"
+        f"measured at {last.width} x {last.height}, {probe.estimate.way}: {last.seconds:.2f} s a "
+        f"step (the first {first.seconds:.2f}); memory: {measured}, {_gib(probe.estimate.peak)} "
+        "estimated"
     )
     output.print(
-        f"{steps:,} steps at that pace, if all pictures were as large: "
-        f"{format_seconds(steps * last.seconds)}"
+        f"{steps:,} steps at that pace, by the operations of all sizes: "
+        f"{format_seconds(probe.seconds)}"
     )
 
 
 def _peak(stage: "Stage") -> str:
     return "no way" if stage.working is None else _gib(stage.peak)
+
+
+def _say_fits(fits: bool) -> str:
+    return "[green]yes[/]" if fits else "[red]no[/]"
 
 
 def _gib(num_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""What a picture takes in memory, by where the weights live: known before any weights load.
+"""What a picture takes in memory and time: known before any weights load.
 
 The one place that says so: `--memory auto` chooses by it, `urae plan generate` prints it.
 """
@@ -6,14 +6,15 @@ The one place that says so: `--memory auto` chooses by it, `urae plan generate` 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 
 from urae.backbones.free_memory import USABLE, vae_bytes
 from urae.backbones.vae_plan import plan_decode
+from urae.generate.parts import Bits
 from urae.geometry import num_image_tokens
 
 Tier = Literal["resident", "streamed", "offload", "8bit", "4bit"]
@@ -28,8 +29,8 @@ QUANTIZED: tuple[Tier, ...] = ("8bit", "4bit")
 TEXT_ACTIVATION_BYTES = 2**29
 
 _NUMBER_BYTES = 2  # bfloat16, as on any GPU
-# int8 (its scale a row is below 0.1%); nf4 with a float32 scale for every 64 weights
-_QUANTIZED_BYTES: dict[Tier, float] = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+# a scale a row is below 0.1%; nf4 has a float32 scale for every 64 weights
+_QUANTIZED_BYTES: dict[str, float] = {"fp8": 1.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 # maps of tokens x channels in bfloat16 that are alive at the peak, in a double and in a single
 # block; the first as tests/generate/test_estimate.py tracks them in the forward whose MLPs run in
@@ -37,6 +38,22 @@ _QUANTIZED_BYTES: dict[Tier, float] = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 _CHUNKED = (12, 13)
 # 26.5 GiB with 22.2 of weights for a forward at 4096^2 (docs/performance.md)
 _COMPILED = (11, 11)
+
+# Operations a second on one H200 (docs/performance.md), fitted to forwards with a 2K LoRA:
+# attention and compiled linear layers to the compiled ones at 2048^2 and 4096^2, eager layers to
+# the eager one at 2048^2. tests/generate/test_estimate.py holds the other rows against them.
+RATES_WIDTH = 3072
+"""Channels of the transformer that the rates were measured with."""
+RATES_TOKENS = 4096
+"""Text and image tokens, at least: of fewer, launches cost more than operations."""
+ATTENTION_RATE = 624e12
+LINEAR_RATE = {True: 547e12, False: 391e12}
+"""By whether the blocks are compiled."""
+# before the first step: compiling; eager, between what 2048^2 and schnell's 4096^2 took
+_FIRST_SECONDS = {True: 19.0, False: 2.0}
+# decoding: what the picture of 2048^2 took more than the benchmark, in which cuDNN had run before;
+# then, by 2048^2 pixels, convolutions and attention of the whole decodings at 2048^2 and 4096^2
+_DECODE_SECONDS = (0.4, 0.294, 0.106)
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,8 @@ class Request:
     """Whether the blocks are compiled; quantised ones never are, and run their MLPs in chunks."""
     num_ranks: int = 1
     """GPUs that make the picture together, with all weights on each."""
+    bits: Bits | None = None
+    """What a part quantises the blocks' linear layers to; the originals stay on the host."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,27 @@ class Estimate:
         return host_bytes is None or self.host_bytes <= USABLE * host_bytes
 
 
+class Operations(NamedTuple):
+    """Of one forward on one sample: multiplications and additions."""
+
+    linear: float
+    attention: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a picture takes on one H200, once the model is loaded and the prompt encoded."""
+
+    first: float
+    """Before the first step, once: compiling, or choosing the attention."""
+    step: float
+    decode: float
+
+    def total(self, steps: int, num_pictures: int = 1) -> float:
+        """Add up pictures of so many steps."""
+        return self.first + num_pictures * (steps * self.step + self.decode)
+
+
 def list_estimates(
     models: Mapping[str, Any],
     request: Request,
@@ -132,11 +172,13 @@ def estimate(
         device_bytes: Free on the GPU: decoding takes no more than is left.
     """
     transformer, vae_bytes = models["transformer"], count_bytes(models["vae"])
-    whole = count_bytes(transformer)
-    resident = quantized_bytes([transformer], tier) if tier in QUANTIZED else whole
+    resident = _count_resident(transformer, request, tier)
     sample = max(_list_sampling(models, request, tier, resident), key=lambda stage: stage.peak)
     after = {"streamed": 0, "offload": 0}.get(tier, resident + request.adapter_bytes)
-    host_bytes = {"streamed": whole, "offload": whole, "8bit": resident}.get(tier, 0)
+    host_bytes = resident if tier in ("streamed", "offload", "8bit") else 0
+    if request.bits is not None:
+        originals = _list_quantized(_kinds(transformer), request.bits)
+        host_bytes += _NUMBER_BYTES * sum(layer.weight.numel() for layer in originals)
     return Estimate(
         tier,
         # bitsandbytes quantises on the device while the model loads
@@ -144,6 +186,51 @@ def estimate(
         sample,
         _estimate_decode(models["vae"], request, after + vae_bytes, device_bytes),
         host_bytes,
+    )
+
+
+def count_operations(
+    transformer: FluxTransformer2DModel, tokens: int, keys: float | None = None
+) -> Operations:
+    """Count the operations of a forward on one sample.
+
+    Args:
+        transformer: Its shape counts.
+        tokens: Text and image tokens.
+        keys: That a token sees; all tokens unless attention is local.
+    """
+    channels: int = transformer.inner_dim
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    return Operations(
+        24 * channels**2 * tokens * blocks, 4 * channels * tokens * (keys or tokens) * blocks
+    )
+
+
+def estimate_seconds(
+    transformer: FluxTransformer2DModel, request: Request, tier: Tier
+) -> Seconds | None:
+    """Estimate the time of a picture on an H200.
+
+    Args:
+        transformer: Its shape counts.
+        request: What is to be made.
+        tier: Where the weights are.
+
+    Returns:
+        None for what was not measured: all but resident weights of FLUX.1's shape in full
+        precision on one GPU, from 1024 x 1024 on.
+    """
+    measured = tier == "resident" and request.num_ranks == 1 and request.bits is None
+    tokens = num_image_tokens(request.height, request.width) + request.text_tokens
+    if not measured or transformer.inner_dim != RATES_WIDTH or tokens < RATES_TOKENS:
+        return None
+    forward = count_operations(transformer, tokens)
+    squares = request.height * request.width / 2048**2
+    fixed, convolutions, attention = _DECODE_SECONDS
+    return Seconds(
+        _FIRST_SECONDS[request.compiled],
+        forward.linear / LINEAR_RATE[request.compiled] + forward.attention / ATTENTION_RATE,
+        fixed + convolutions * squares + attention * squares**2,
     )
 
 
@@ -158,12 +245,38 @@ def stream_text(tier: Tier, encoder_bytes: int, device_bytes: int) -> bool:
     return tier == "streamed" or not fit
 
 
-def quantized_bytes(modules: Iterable[nn.Module], tier: Tier) -> int:
+def quantized_bytes(modules: Iterable[nn.Module], bits: Tier | Bits) -> int:
     """Return the size of modules whose linear layers are quantised."""
     modules = list(modules)
-    layers = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
-    saved = (_NUMBER_BYTES - _QUANTIZED_BYTES[tier]) * sum(m.weight.numel() for m in layers)
-    return sum(map(count_bytes, modules)) - round(saved)
+    saved = _NUMBER_BYTES - _QUANTIZED_BYTES[bits]
+    numbers = sum(layer.weight.numel() for layer in _list_quantized(modules, bits))
+    return sum(map(count_bytes, modules)) - round(saved * numbers)
+
+
+def _list_quantized(modules: Iterable[nn.Module], bits: Tier | Bits) -> list[nn.Linear]:
+    """List the layers that are quantised; with fp8 the modulation keeps its precision."""
+    return [
+        layer
+        for module in modules
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and not (bits == "fp8" and "norm" in name)
+    ]
+
+
+def _kinds(transformer: Any) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Return the double and the single blocks."""
+    return transformer.transformer_blocks, transformer.single_transformer_blocks
+
+
+def _count_resident(transformer: Any, request: Request, tier: Tier) -> int:
+    """Return the size of a transformer that is whole on the device."""
+    if tier in QUANTIZED:
+        return quantized_bytes([transformer], tier)
+    if request.bits is None:
+        return count_bytes(transformer)
+    kinds = _kinds(transformer)
+    saved = sum(map(count_bytes, kinds)) - quantized_bytes(kinds, request.bits)
+    return count_bytes(transformer) - saved
 
 
 def _list_sampling(
@@ -178,19 +291,22 @@ def _list_sampling(
     one_map = own_tokens * channels * _NUMBER_BYTES
     rope_tables = own_tokens * config.attention_head_dim * 2 * 4  # cos and sin in float32
     maps = _COMPILED if request.compiled and tier not in QUANTIZED else _CHUNKED
-    kinds = (transformer.transformer_blocks, transformer.single_transformer_blocks)
-    blocks = [count_bytes(kind) for kind in kinds]
+    kinds = _kinds(transformer)
+    bits = request.bits
+    blocks = [quantized_bytes([kind], bits) if bits else count_bytes(kind) for kind in kinds]
     num_blocks = sum(len(kind) for kind in kinds)
     for kind, kind_bytes, num_maps in zip(kinds, blocks, maps, strict=True):
         if not len(kind):
             continue
         weights = resident + request.adapter_bytes
         if tier == "streamed":  # this block and the next
-            weights = count_bytes(transformer) - sum(blocks)
+            weights = resident - sum(blocks)
             weights += 2 * kind_bytes // len(kind) + 2 * request.adapter_bytes // num_blocks
         if tier != "offload":
             weights += vae_bytes
         yield Stage(weights, num_maps * one_map + rope_tables)
+    if bits == "4bit":  # quantised on the device, before the weights go where they live
+        yield Stage(resident, 0)
 
 
 def _estimate_encode(models: Mapping[str, Any], tier: Tier, held: int, device_bytes: int) -> Stage:

@@ -1,15 +1,25 @@
 """What a picture will take, tier by tier: the estimate alone, no weights are loaded."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from urae.backbones.flux import build_meta_models, find_local, pick_device
-from urae.backbones.free_memory import free_bytes
+from urae.backbones.flux import MAX_TEXT_TOKENS, build_meta_models, find_local, pick_device
+from urae.backbones.free_memory import free_bytes, free_host_bytes
 from urae.config import check_types
-from urae.generate.estimate import Estimate, Request, list_estimates
+from urae.generate.estimate import (
+    Estimate,
+    Request,
+    Seconds,
+    Tier,
+    count_operations,
+    estimate_seconds,
+    list_estimates,
+)
 from urae.generate.inputs import check_adapters, default_sampling
-from urae.generate.memory import Memory, list_tiers
+from urae.generate.memory import Memory, leave_quantized_out, list_tiers
+from urae.generate.parts import Bits
 from urae.generate.speed import is_long
 from urae.generate.spread import choose_spread, degrees_of
 from urae.geometry import check_size, num_image_tokens
@@ -36,7 +46,15 @@ class PlanConfig:
     gpu_bytes: int | None = None
     """Of the GPU to plan for; by default what is free on this machine's."""
     gpus: int = 1
-    """That make the picture together; the plan is for each of them."""
+    """That make the pictures together; the plan is for each of them."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Other LoRAs on top, each with its weight."""
+    max_sequence_length: int | None = None
+    """Text tokens; by default the model's."""
+    num_images: int = 1
+    """Pictures in all."""
+    part: Bits | None = None
+    """What quantises the blocks' weights in place, if anything does."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -45,8 +63,14 @@ class PlanConfig:
             raise ValueError(f"steps {self.steps} must be at least 1")
         if self.gpu_bytes is not None and self.gpu_bytes < 1:
             raise ValueError(f"GPU memory of {self.gpu_bytes} bytes must be more than 0")
-        if self.gpus < 1:
-            raise ValueError(f"gpus {self.gpus} must be at least 1")
+        for name in ("gpus", "num_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        length = self.max_sequence_length
+        if length is not None and not 1 <= length <= MAX_TEXT_TOKENS:
+            raise ValueError(
+                f"max_sequence_length {length} must be between 1 and {MAX_TEXT_TOKENS} (T5 tokens)"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,11 +82,24 @@ class Plan:
     gpu_bytes: int
     compiled: bool
     """Whether the blocks are expected to be compiled; needs Triton and a C compiler there."""
+    host_bytes: int | None = None
+    """Free on the host, where the GPU is this machine's; None where it is not known."""
+    steps: int = 0
+    """Of a picture."""
+    num_images: int = 1
+    operations: float = 0.0
+    """Of one step, counted: multiplications and additions."""
+    seconds: Mapping[Tier, Seconds] = field(default_factory=dict)
+    """On one H200, of the tiers whose time was measured there."""
 
     @property
     def chosen(self) -> Estimate | None:
-        """The first that fits; None if none does. The host's memory is not looked at."""
-        return next((each for each in self.estimates if each.fits(self.gpu_bytes)), None)
+        """The first that fits; None if none does."""
+        return next((each for each in self.estimates if self.fits(each)), None)
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Tell whether there is room for a tier."""
+        return estimate.fits(self.gpu_bytes, self.host_bytes)
 
 
 def plan(config: PlanConfig) -> Plan:
@@ -83,23 +120,34 @@ def plan(config: PlanConfig) -> Plan:
         )
     gpu_bytes = free_bytes(device) if config.gpu_bytes is None else config.gpu_bytes
     models = build_meta_models(config.model)
-    adapter_bytes = check_adapters(config.adapters, (), models["transformer"])
-    sampling = default_sampling(
-        models["transformer"], find_local(config.model) or Path(config.model)
-    )
+    transformer = models["transformer"]
+    adapter_bytes = check_adapters(config.adapters, config.loras, transformer)
+    sampling = default_sampling(transformer, find_local(config.model) or Path(config.model))
     image_tokens = num_image_tokens(config.height, config.width)
-    degrees = degrees_of(models["transformer"], image_tokens, sampling.max_sequence_length)
-    choose_spread(1, config.gpus, degrees)
+    text_tokens = config.max_sequence_length or sampling.max_sequence_length
+    degrees = degrees_of(transformer, image_tokens, text_tokens)
+    spread = choose_spread(config.num_images, config.gpus, degrees)
     steps = config.steps or sampling.steps
-    compiled = is_long(config.height, config.width, steps, 1 / config.gpus)
+    compiled = is_long(config.height, config.width, steps, config.num_images / config.gpus)
     request = Request(
-        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled,
-        config.gpus,
+        config.height, config.width, text_tokens, adapter_bytes, compiled,
+        spread.least_degree, config.part,
     )  # fmt: skip
     tiers = list_tiers(config.memory, config.model)
+    if config.part is not None:
+        tiers = leave_quantized_out(tiers, config.memory, config.part)
     tiers = tiers if config.memory == "auto" else (config.memory,)
-    estimates = list_estimates(models, request, gpu_bytes, tiers)
-    return Plan(tuple(estimates), gpu_bytes, compiled)
+    times = {tier: estimate_seconds(transformer, request, tier) for tier in tiers}
+    return Plan(
+        tuple(list_estimates(models, request, gpu_bytes, tiers)),
+        gpu_bytes,
+        compiled,
+        free_host_bytes() if config.gpu_bytes is None else None,
+        steps,
+        config.num_images,
+        sum(count_operations(transformer, image_tokens + text_tokens)),
+        {tier: seconds for tier, seconds in times.items() if seconds and config.gpus == 1},
+    )
 
 
 def parse_bytes(text: str) -> int:

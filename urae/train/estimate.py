@@ -1,4 +1,4 @@
-"""What a training step takes in memory and operations: known before any weights load.
+"""What a training step takes in memory, operations and time: known before any weights load.
 
 The one place that says so: `--memory auto` chooses by it, `urae plan train` prints it.
 """
@@ -13,8 +13,16 @@ from torch import nn
 
 from urae.adapters.variants import attach_variant, build_peft_config, is_variant
 from urae.backbones.weights import find_attention_linears, linear_shape
-from urae.generate.estimate import count_bytes, quantized_bytes
-from urae.train.config import AdapterConfig, Checkpointing, Memory, TrainConfig
+from urae.generate.estimate import (
+    ATTENTION_RATE,
+    LINEAR_RATE,
+    RATES_TOKENS,
+    RATES_WIDTH,
+    count_bytes,
+    quantized_bytes,
+)
+from urae.generate.estimate import count_operations as count_forward
+from urae.train.config import AdapterConfig, TrainConfig
 
 Tier = Literal["resident", "offload", "streamed", "8bit", "4bit"]
 TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
@@ -32,6 +40,16 @@ _WHOLE, _CHUNKED = 25, 16
 _ROPE_BYTES = 8  # cos and sin in float32
 _LOSS_BYTES = 32  # float32 maps of what goes in and comes out, a number of it
 _WORKSPACE_BYTES = 2**25  # of matrix products
+
+# Operations a second of attention on one H200, beside generate.estimate's (docs/performance.md);
+# tests/train/test_estimate.py holds the rows that none was fitted to against them
+_BACKWARD_RATE = 559e12  # compiled steps that keep attention's outputs, at 2048^2 and 4096^2
+_LOCAL_RATE = 254e12  # both ways; the one step with local attention, at 4096^2
+_EAGER_RATE = 312e12  # both ways, by flash; the two steps at 2048^2 that were not compiled
+_EAGER_TOKENS = 12_000  # at least: at 1024^2 launches cost as much again
+_BACKWARD = 2.5  # attention's backward pass, in forwards
+COMPILING_SECONDS = 24.0
+"""What the first compiled step took longer, and that of a second size."""
 
 
 class Way(NamedTuple):
@@ -78,12 +96,46 @@ TERMS = tuple(each.name for each in fields(Estimate) if each.name not in ("way",
 """What a peak is made of."""
 
 
-def list_ways(memory: Memory, checkpointing: Checkpointing) -> list[Way]:
-    """List what there is to choose from, in the order of preference."""
-    tiers = TIERS if memory == "auto" else (memory,)
-    kept: tuple[Literal["off", "selective", "full"], ...]
-    kept = ("selective", "full") if checkpointing == "auto" else (checkpointing,)
-    return [Way(tier, each) for tier in tiers for each in kept]
+class RunSeconds(NamedTuple):
+    """What a run's steps take."""
+
+    step: float
+    """In the mean over all sizes."""
+    total: float
+    """Of all steps, compiling included."""
+
+
+def list_ways(config: TrainConfig, num_ranks: int = 1) -> list[Way]:
+    """List what a run may take, in the order of preference.
+
+    Args:
+        config: Of the run.
+        num_ranks: Its processes.
+
+    Raises:
+        ValueError: If a tier was named that such a run cannot have.
+    """
+    if config.shard and config.memory in QUANTIZED:
+        raise ValueError(
+            f"--memory {config.memory} does not go with shard, which spreads the weights as "
+            "they are; leave one of the two out"
+        )
+    if config.memory == "streamed" and num_ranks > 1:
+        raise ValueError(
+            f"--memory streamed is for one process, this run has {num_ranks}; choose offload "
+            "or resident"
+        )
+    tiers = TIERS if config.memory == "auto" else (config.memory,)
+    kept: tuple[Literal["off", "selective", "full"], ...] = ("selective", "full")
+    if config.gradient_checkpointing != "auto":
+        kept = (config.gradient_checkpointing,)
+    ways = [Way(tier, each) for tier in tiers for each in kept]
+    return [way for way in ways if _is_allowed(way, config, num_ranks)]
+
+
+def count_fewest_ranks(config: TrainConfig) -> int:
+    """Return how many processes a run has at least, by its config."""
+    return max(config.context_parallel, 2 if config.shard else 1)
 
 
 def estimate(
@@ -157,19 +209,68 @@ def count_operations(
         checkpointing: What is computed twice.
         keys: That a token sees; all tokens unless attention is local.
     """
-    channels: int = transformer.inner_dim
-    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    products = 24 * channels**2 * tokens * blocks
-    attention = 4 * channels * tokens * (keys or tokens) * blocks
+    forward = count_forward(transformer, tokens, keys)
     # backward: the frozen weights have no gradient; attention's has five products to its two
-    times_products = 2 + (checkpointing != "off")
-    times_attention = 3.5 + (checkpointing == "full")
-    return products * times_products + attention * times_attention
+    times_linear = 2 + (checkpointing != "off")
+    times_attention = 1 + (checkpointing == "full") + _BACKWARD
+    return forward.linear * times_linear + forward.attention * times_attention
+
+
+def estimate_seconds(
+    transformer: FluxTransformer2DModel,
+    config: TrainConfig,
+    tokens: int,
+    way: Way,
+    *,
+    compiled: bool,
+    keys: float | None = None,
+) -> float | None:
+    """Estimate the time of a step on one sample on an H200.
+
+    Args:
+        transformer: Its shape counts.
+        config: Of the run.
+        tokens: Text and image tokens.
+        way: How.
+        compiled: Whether the blocks are compiled.
+        keys: That a token sees where attention is local.
+
+    Returns:
+        None for what was not measured, or cannot be told by what was.
+    """
+    split = config.shard or config.context_parallel > 1
+    known = not split and not is_variant(config.adapter.kind)
+    least = RATES_TOKENS if compiled else _EAGER_TOKENS
+    if not known or transformer.inner_dim != RATES_WIDTH or config.batch_size * tokens < least:
+        return None
+    forward = count_forward(transformer, tokens, keys)
+    linear = 3 * forward.linear / LINEAR_RATE[compiled]
+    backward = _BACKWARD * forward.attention / _BACKWARD_RATE
+    once = forward.attention / ATTENTION_RATE
+    both = (2 + _BACKWARD) * forward.attention
+    match (*way, compiled, keys is not None):
+        case ("resident" | "offload", "full", True, False):
+            return linear + 2 * once + backward
+        case ("resident", "selective", True, False):
+            return linear + once + backward
+        case ("resident", "full", True, True):
+            return linear + both / _LOCAL_RATE
+        case ("resident", "full", False, False):
+            return linear + both / _EAGER_RATE
+    return None
 
 
 def round_pinned(num_bytes: int) -> int:
     """Return what pinning takes: torch's allocator rounds up to a power of two."""
     return 1 << max(num_bytes - 1, 0).bit_length()
+
+
+def _is_allowed(way: Way, config: TrainConfig, num_ranks: int) -> bool:
+    if way.tier == "streamed" and (num_ranks > 1 or way.checkpointing == "off"):
+        return False
+    if way.tier in QUANTIZED and config.shard:
+        return False
+    return way.tier in ("resident", "offload") or not is_variant(config.adapter.kind)
 
 
 def _count_weights(

@@ -1,11 +1,11 @@
 """Fitting a training step into memory: which way, and where the weights go."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from diffusers import FluxTransformer2DModel
 
-from urae.adapters.variants import is_variant
 from urae.backbones.flux import build_meta_transformer
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
 from urae.backbones.ranks import find_least
@@ -42,44 +42,16 @@ def choose_way(
         ModuleNotFoundError: If its library is not installed.
         MemoryError: If `auto` finds none that fits.
     """
-    ways = list_ways(config.memory, config.gradient_checkpointing)
-    if config.shard:
-        if config.memory in QUANTIZED:
-            raise ValueError(
-                f"--memory {config.memory} does not go with shard, which spreads the weights as "
-                "they are; leave one of the two out"
-            )
-        ways = [way for way in ways if way.tier not in QUANTIZED]
-    if is_variant(config.adapter.kind):
-        ways = [way for way in ways if way.tier in ("resident", "offload")]
-    if config.memory != "auto":
-        check_quantization(config.memory, device)
-        if config.memory == "streamed" and num_ranks > 1:
-            raise ValueError(
-                f"--memory streamed is for one process, this run has {num_ranks}; choose offload "
-                "or resident"
-            )
-    elif device.type != "cuda":
-        ways = [way for way in ways if way.tier == "resident"]
-    ways = [
-        way for way in ways if can_quantize(way.tier) and (num_ranks == 1 or way.tier != "streamed")
-    ]
+    ways = _list_possible(config, device, num_ranks)
     transformer = build_meta_transformer(inputs.model_path)
-    tokens = count_tokens(inputs.samples) // config.context_parallel
-    num_shards = count_local_ranks(num_ranks) if config.shard else 1
-    estimates = [estimate(transformer, config, tokens, way, num_shards) for way in ways]
+    tokens = count_tokens(inputs.samples)
+    estimates = estimate_ways(transformer, config, tokens, ways, num_ranks=num_ranks)
     device_bytes, host_bytes = free_bytes(device), free_host_bytes()
     if num_ranks > 1:  # all take the same way: they add up their gradients
         device_bytes, host_bytes = find_least((device_bytes, host_bytes), device)
     fitting = [each for each in estimates if fits(each, device_bytes, host_bytes)]
     if not fitting and config.memory == "auto" and device.type == "cuda":
-        least = min(estimates, key=lambda each: each.peak)
-        raise MemoryError(
-            f"{device_bytes / 2**30:.1f} GiB are free on the GPU and {host_bytes / 2**30:.1f} on "
-            f"the host, too little for this run: --memory {least.way.tier} takes "
-            f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; use --batch-size 1, or "
-            "features of a lower resolution"
-        )
+        raise _too_little(estimates, device_bytes, host_bytes)
     chosen = (fitting or estimates[-1:])[0]
     logger.info("%s: %.1f GiB at the peak", chosen.way, chosen.peak / 2**30)
     if chosen.way.tier in QUANTIZED and config.memory == "auto":
@@ -87,6 +59,48 @@ def choose_way(
             "the base is quantised to %s, an approximation: nothing exact fits", chosen.way.tier
         )
     return chosen.way
+
+
+def estimate_ways(
+    transformer: FluxTransformer2DModel,
+    config: TrainConfig,
+    tokens: int,
+    ways: Sequence[Way],
+    *,
+    num_ranks: int = 1,
+) -> list[Estimate]:
+    """Estimate what each way takes on one of the run's GPUs.
+
+    Args:
+        transformer: Its shape counts.
+        config: Of the run.
+        tokens: Text and image tokens of the largest sample, which the ranks of a context share.
+        ways: Which.
+        num_ranks: Processes of the run.
+    """
+    num_shards = count_local_ranks(num_ranks) if config.shard else 1
+    own_tokens = -(-tokens // config.context_parallel)
+    return [estimate(transformer, config, own_tokens, way, num_shards) for way in ways]
+
+
+def _list_possible(config: TrainConfig, device: torch.device, num_ranks: int) -> list[Way]:
+    """List the ways that this run can take on this machine, whatever is free."""
+    ways = list_ways(config, num_ranks)
+    if config.memory != "auto":
+        check_quantization(config.memory, device)
+    elif device.type != "cuda":
+        ways = [way for way in ways if way.tier == "resident"]
+    return [way for way in ways if can_quantize(way.tier)]
+
+
+def _too_little(estimates: Sequence[Estimate], device_bytes: int, host_bytes: int) -> MemoryError:
+    least = min(estimates, key=lambda each: each.peak)
+    return MemoryError(
+        f"{device_bytes / 2**30:.1f} GiB are free on the GPU and {host_bytes / 2**30:.1f} on "
+        f"the host, too little for this run: --memory {least.way.tier} takes "
+        f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; use --batch-size 1, or "
+        "features of a lower resolution"
+    )
 
 
 def fits(each: Estimate, device_bytes: int, host_bytes: int | None = None) -> bool:

@@ -1,40 +1,57 @@
 """What a training run will take: from the recipe and the features' headers, no weights loaded.
 
-`probe` then takes real steps of the largest bucket, to put beside the estimate.
+Where nothing is cached yet it is planned from the pictures. `probe` then takes real steps of the
+largest batch, to put beside the estimate.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-from urae.backbones.flux import PACKAGED, build_meta_models, pick_device
-from urae.backbones.free_memory import free_bytes
+from urae.backbones.flux import (
+    PACKAGED,
+    build_meta_models,
+    find_local,
+    pick_device,
+)
+from urae.backbones.free_memory import free_bytes, free_host_bytes
+from urae.features.buckets import covers, pick_bucket
 from urae.features.dataset import Sample
+from urae.features.images import ImageError, read_size
+from urae.features.location import is_url
 from urae.features.order import build_batches
-from urae.features.store import count_bytes, empty_prompt_path
-from urae.geometry import TOKEN_PIXELS, num_image_tokens
+from urae.features.shards import INDEX_NAME
+from urae.features.sources import NO_CAPTION, find_sources
+from urae.features.store import LATENT_SUFFIX, FeatureFile, count_bytes, empty_prompt_path
+from urae.generate.inputs import default_sampling
+from urae.geometry import PATCH, TOKEN_PIXELS, VAE_FACTOR, num_image_tokens
 from urae.local_attention import build_local_attention
 from urae.resolution import ResolutionPolicy, read_base_policy
-from urae.train.config import TrainConfig
+from urae.train.config import DataConfig, TrainConfig
 from urae.train.estimate import (
+    COMPILING_SECONDS,
     STATES,
     Estimate,
+    RunSeconds,
+    Way,
     count_adapter,
+    count_fewest_ranks,
     count_operations,
-    estimate,
+    estimate_seconds,
     list_ways,
 )
-from urae.train.inputs import open_sources, repeat_by_weight
+from urae.train.inputs import check_inputs, open_sources, repeat_by_weight
 from urae.train.loop import train
-from urae.train.memory import fits
+from urae.train.memory import choose_way, estimate_ways, fits
 from urae.train.output import StepReport
-from urae.train.recompute import count_tokens
+from urae.train.recompute import count_tokens, is_compiled, wants_compiled
 from urae.train.validate import hold_out
 
 _PROBE_STEPS = 3  # compiling comes in the first
+_NUMBER_BYTES = 2  # features are bfloat16, as cached on a GPU
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,8 @@ class Bucket:
     """An epoch; the last one may be smaller."""
     operations: float
     """Of a batch: multiplications and additions, counted."""
+    keys: float | None = None
+    """That an image token sees where attention is local."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class TrainPlan:
     num_epochs: float
     """How often each sample is trained on."""
     operations: float
-    """Of the whole run, counted."""
+    """Of the whole run, counted, in the way that was chosen."""
     estimates: tuple[Estimate, ...]
     """Of the ways that the recipe allows, in the order in which `auto` tries them."""
     gpu_bytes: int
@@ -74,21 +93,60 @@ class TrainPlan:
     checkpoint_bytes: int
     """Of the checkpoints that are kept."""
 
+    host_bytes: int | None = None
+    """Free on the host, where the GPU is this machine's; None where it is not known."""
+    seconds: Mapping[Way, RunSeconds] = field(default_factory=dict)
+    """On one H200, of the ways whose time was measured there."""
+    num_pictures: int | None = None
+    """That this is planned from, where nothing is cached yet."""
+    num_left_out: int = 0
+    """Pictures that would not be cached: too small, or not to be read."""
+
     @property
     def chosen(self) -> Estimate | None:
-        """The first that fits; None if none does. The host's memory is not looked at."""
-        return next((each for each in self.estimates if fits(each, self.gpu_bytes)), None)
+        """The first that fits; None if none does."""
+        return next((each for each in self.estimates if self.fits(each)), None)
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Tell whether there is room for a way."""
+        return fits(estimate, self.gpu_bytes, self.host_bytes)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What real steps took."""
+
+    reports: tuple[StepReport, ...]
+    """Of each; the first compiles, where blocks are compiled."""
+    estimate: Estimate
+    """Of the same batch in the same way."""
+    seconds: float
+    """Of all steps of the run, by its operations and the pace of the last one."""
+
+
+class _Data(NamedTuple):
+    """What a run would train on."""
+
+    samples: list[Sample]
+    text_tokens: int
+    num_bytes: int
+    """Of the features on the disk."""
+    num_pictures: int | None = None
+    """That are not cached yet; None where features are."""
+    num_left_out: int = 0
+    """Pictures that would not be cached."""
 
 
 def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPlan:
-    """Say what a run takes on one device.
+    """Say what a run takes on each of its devices.
 
     Args:
         config: Of the run.
         gpu_bytes: Of the GPU to plan for; by default what is free on this machine's.
 
     Raises:
-        ValueError: If the features do not suffice, or there is no GPU to plan for.
+        ValueError: If the features or pictures do not suffice, such a run cannot be, or there is no
+            GPU to plan for.
         FileNotFoundError: If the model is missing.
     """
     device = pick_device()
@@ -96,107 +154,234 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         raise ValueError(
             "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
         )
-    everything = [sample for part in open_sources(config) for sample in part.samples]
-    samples, held_out = hold_out(everything, config.num_validation, config.seed)
+    gpu, host = gpu_bytes, None
+    if gpu is None:
+        gpu, host = free_bytes(device), free_host_bytes()
+    num_ranks = count_fewest_ranks(config)
+    ways = list_ways(config, num_ranks)
     transformer: Any = build_meta_models(config.model)["transformer"]
-    ways = list_ways(config.memory, config.gradient_checkpointing)
-    tokens = count_tokens(samples)
-    estimates = tuple(estimate(transformer, config, tokens, way) for way in ways)
-    checkpointing = ways[0].checkpointing
-    buckets = _list_buckets(config, repeat_by_weight(samples), transformer, checkpointing)
-    num_batches = sum(bucket.num_batches for bucket in buckets)
-    num_taken = config.steps * config.gradient_accumulation
-    epoch = sum(bucket.operations * bucket.num_batches for bucket in buckets)
-    has_plain = config.ema_decay is not None or config.optimizer.name == "schedule-free"
-    factors = 2 if config.adapter.kind == "minor" else 1  # B0 and A0 beside B and A
-    copies = factors * (1 + has_plain) + STATES[config.optimizer.name]
-    trained = 4 * count_adapter(transformer, config.adapter)
+    data = _read_data(config, transformer)
+    samples, held_out = hold_out(data.samples, config.num_validation, config.seed)
+    tokens = data.text_tokens + max(num_image_tokens(*_size(sample)) for sample in samples)
+    estimates = estimate_ways(transformer, config, tokens, ways, num_ranks=num_ranks)
+    chosen = next((each for each in estimates if fits(each, gpu, host)), estimates[0])
+    buckets = _list_buckets(
+        config, repeat_by_weight(samples), data.text_tokens, transformer, chosen.way
+    )
+    num_epochs = _count_epochs(config, buckets)
+    seconds = {
+        way: _estimate_run(config, transformer, buckets, way, wants_compiled(config, way, samples))
+        for way in ways
+    }
     return TrainPlan(
         buckets,
         len(held_out),
-        num_taken / num_batches,
-        epoch * num_taken / num_batches,
-        estimates,
-        free_bytes(device) if gpu_bytes is None else gpu_bytes,
-        sum(count_bytes(file) for sample in everything for file in sample.files),
-        int(config.keep_checkpoints * copies * trained),
+        num_epochs,
+        _count_run(config, buckets),
+        tuple(estimates),
+        gpu,
+        data.num_bytes,
+        _count_checkpoints(config, transformer),
+        host,
+        {way: found for way, found in seconds.items() if found is not None},
+        data.num_pictures,
+        data.num_left_out,
     )
 
 
-def probe(config: TrainConfig) -> list[StepReport]:
-    """Take three steps on the largest pictures, in a folder that is deleted again.
+def probe(config: TrainConfig) -> Probe:
+    """Take three steps on the largest batch, in a folder that is deleted again.
+
+    They are taken as the run would take them on this machine: in the same way, compiled or not.
 
     Args:
         config: Of the run; what it measures and shows on the way is left out.
 
-    Returns:
-        What each step did; the first compiles, where blocks are compiled.
-
     Raises:
         As `train`.
     """
-    sources = open_sources(config)
-    everything = [sample for part in sources for sample in part.samples]
-    samples, _ = hold_out(everything, config.num_validation, config.seed)
-    largest = max(samples, key=lambda each: each.height * each.width)
-    number = next(n for n, part in enumerate(sources) if largest in part.samples)
-    alike = [
-        sample
-        for sample in samples
-        if (sample.height, sample.width) == (largest.height, largest.width)
-        and sample in sources[number].samples
-    ]
+    source, samples, batch_size = _find_largest_batch(config)
     reports: list[StepReport] = []
     with TemporaryDirectory() as folder:
+        config = replace(
+            config, output_dir=Path(folder) / "run", resume=False, overwrite=False, tracker=None
+        )
+        inputs, device = check_inputs(config), pick_device()
+        way = choose_way(config, inputs, device)
         data = Path(folder) / "data"
-        empty_prompt_path(data).parent.mkdir(parents=True)
-        tried = alike[: config.batch_size]
-        columns = {column for sample in tried for column in sample.embed_files}
-        weights = {
-            column: weight
-            for column, weight in (config.caption_weights or {}).items()
-            if column in columns
-        }
-        for sample in tried:
-            for file in sample.files:
-                (data / file.name).write_bytes(file.read_bytes())
-        if (empty_prompt := sources[0].empty_prompt) is not None:
-            empty_prompt_path(data).write_bytes(empty_prompt.read_bytes())
+        weights = _copy_features(config, samples, data)
+        # as many of each as make whole batches
+        weight = 1 if len(samples) == batch_size else batch_size
         trial = replace(
             config,
-            data_dir=data,
-            data=(),
-            resolution=config.sources[number].resolution,
-            caption_weights=weights if any(weights.values()) else None,
-            output_dir=Path(folder) / "run",
+            data_dir=None,
+            data=(DataConfig(data, source.resolution, weight),),
+            caption_weights=weights,
+            batch_size=batch_size,
             steps=_PROBE_STEPS,
             num_validation=0,
             preview_prompts=(),
-            tracker=None,
-            resume=False,
-            overwrite=False,
+            memory=way.tier,
+            gradient_checkpointing=way.checkpointing,
+            compile=is_compiled(config, way, inputs.samples, device),
         )
         train(trial, on_step=reports.append)
-    return reports
+    transformer: Any = build_meta_models(config.model)["transformer"]
+    (estimate,) = estimate_ways(transformer, trial, count_tokens(samples), [way])
+    text_tokens = samples[0].text_tokens
+    whole, step = (
+        _count_run(each, _list_buckets(each, taken, text_tokens, transformer, way))
+        for each, taken in ((config, inputs.samples), (replace(trial, steps=1), samples * weight))
+    )
+    return Probe(tuple(reports), estimate, reports[-1].seconds * whole / step)
+
+
+def _find_largest_batch(config: TrainConfig) -> tuple[DataConfig, list[Sample], int]:
+    """Find the samples of the run's largest batch, with their folder, and how many it has.
+
+    They may be fewer than the batch, where each of them comes several times in an epoch.
+    """
+    sources = open_sources(config)
+    everything = [sample for source in sources for sample in source.samples]
+    held = set(map(id, hold_out(everything, config.num_validation, config.seed)[1]))
+    groups = defaultdict(list)
+    for number, source in enumerate(sources):
+        for sample in source.samples:
+            if id(sample) not in held:
+                groups[number, *_size(sample)].append(sample)
+
+    def count_batch(samples: list[Sample]) -> int:
+        return min(config.batch_size, sum(sample.weight for sample in samples))
+
+    number, *_ = key = max(
+        groups, key=lambda key: (count_batch(groups[key]) * count_tokens(groups[key]), key)
+    )
+    batch_size = count_batch(groups[key])
+    return config.sources[number], groups[key][:batch_size], batch_size
+
+
+def _copy_features(
+    config: TrainConfig, samples: Sequence[Sample], data: Path
+) -> Mapping[str, float] | None:
+    """Copy some samples' features into a folder; return the caption weights that are left."""
+    empty_prompt_path(data).parent.mkdir(parents=True)
+    for sample in samples:
+        for file in sample.files:
+            (data / file.name).write_bytes(file.read_bytes())
+    if (empty_prompt := open_sources(config)[0].empty_prompt) is not None:
+        empty_prompt_path(data).write_bytes(empty_prompt.read_bytes())
+    columns = {column for sample in samples for column in sample.embed_files}
+    weights = {
+        column: weight
+        for column, weight in (config.caption_weights or {}).items()
+        if column in columns
+    }
+    return weights if any(weights.values()) else None
+
+
+def _read_data(config: TrainConfig, transformer: Any) -> _Data:
+    """List what a run trains on: features, or where a folder has none yet, what they would be."""
+    if all(_is_cached(source.dir) for source in config.sources):
+        samples = [sample for part in open_sources(config) for sample in part.samples]
+        size = sum(count_bytes(file) for sample in samples for file in sample.files)
+        return _Data(samples, samples[0].text_tokens, size)
+    found = [_list_pictures(source) for source in config.sources]
+    samples = [sample for part, _ in found for sample in part]
+    path = find_local(config.model) or Path(config.model)
+    text_tokens = default_sampling(transformer, path).max_sequence_length
+    channels = 2 * transformer.config.in_channels // PATCH**2  # mean and standard deviation
+    latents = sum(channels * each.height * each.width // VAE_FACTOR**2 for each in samples)
+    embeds = sum(len(each.embed_files) for each in samples) * (
+        text_tokens * transformer.config.joint_attention_dim
+        + transformer.config.pooled_projection_dim
+    )
+    num_bytes = _NUMBER_BYTES * (latents + embeds)
+    return _Data(samples, text_tokens, num_bytes, len(samples), sum(count for _, count in found))
+
+
+def _is_cached(location: Path | str) -> bool:
+    if is_url(location) or (Path(location) / INDEX_NAME).exists():
+        return True
+    return next(Path(location).glob(f"[!.]*{LATENT_SUFFIX}"), None) is not None
+
+
+def _list_pictures(source: DataConfig) -> tuple[list[Sample], int]:
+    """List the samples that `urae cache` would make, and count the pictures that it would not."""
+    samples = []
+    sources, skips = find_sources(Path(source.dir))
+    for each in sources:
+        try:
+            height, width = read_size(each.image)
+        except ImageError:
+            continue
+        bucket = pick_bucket(height, width, source.resolution)
+        if covers(height, width, bucket):
+            files: dict[str, FeatureFile] = {
+                column: each.embed_path(column) for column in each.captions
+            }
+            samples.append(Sample(each.stem, each.latent_path, files, *bucket, source.weight))
+    if not samples:
+        raise ValueError(
+            f"none of the {len(sources)} captioned pictures in {source.dir} fills resolution "
+            f"{source.resolution}, and nothing is enlarged; use larger ones, or a lower resolution"
+        )
+    uncaptioned = {Path(skip.file).stem for skip in skips if skip.reason == NO_CAPTION}
+    return samples, len(uncaptioned) + len(sources) - len(samples)
 
 
 def _list_buckets(
-    config: TrainConfig, samples: Sequence[Sample], transformer: Any, checkpointing: Any
+    config: TrainConfig, samples: Sequence[Sample], text_tokens: int, transformer: Any, way: Way
 ) -> tuple[Bucket, ...]:
-    sizes = [(sample.height, sample.width) for sample in samples]
+    """List the sizes of an epoch's samples, the largest first."""
+    sizes = list(map(_size, samples))
     batches = build_batches(sizes, config.batch_size, seed=config.seed, epoch=0)
-    num_batches = Counter(_size(samples[batch[0]]) for batch in batches)
-    num_samples = Counter(map(_size, samples))
+    num_batches = Counter(sizes[batch[0]] for batch in batches)
     policy = config.policy or read_base_policy(PACKAGED.get(config.model, config.model))
-    text_tokens = samples[0].text_tokens
     buckets = []
-    for (height, width), count in num_samples.items():
-        tokens = text_tokens + num_image_tokens(height, width)
-        keys = _count_keys(policy, text_tokens, height, width)
-        one = count_operations(transformer, tokens, checkpointing, keys=keys)
-        batch = one * count / num_batches[height, width]
-        buckets.append(Bucket(height, width, tokens, count, num_batches[height, width], batch))
+    for size, count in Counter(sizes).items():
+        tokens = text_tokens + num_image_tokens(*size)
+        keys = _count_keys(policy, text_tokens, *size)
+        one = count_operations(transformer, tokens, way.checkpointing, keys=keys)
+        batch = one * count / num_batches[size]
+        buckets.append(Bucket(*size, tokens, count, num_batches[size], batch, keys))
     return tuple(sorted(buckets, key=lambda bucket: -bucket.tokens))
+
+
+def _count_epochs(config: TrainConfig, buckets: Sequence[Bucket]) -> float:
+    num_batches = sum(bucket.num_batches for bucket in buckets)
+    return config.steps * config.gradient_accumulation / num_batches
+
+
+def _count_run(config: TrainConfig, buckets: Sequence[Bucket]) -> float:
+    """Count the operations of all steps."""
+    epoch = sum(bucket.operations * bucket.num_batches for bucket in buckets)
+    return epoch * _count_epochs(config, buckets)
+
+
+def _estimate_run(
+    config: TrainConfig, transformer: Any, buckets: Sequence[Bucket], way: Way, compiled: bool
+) -> RunSeconds | None:
+    """Estimate the time of a run on an H200; None where that of one of the sizes is not known."""
+    epoch = 0.0
+    for each in buckets:
+        one = estimate_seconds(
+            transformer, config, each.tokens, way, compiled=compiled, keys=each.keys
+        )
+        if one is None:
+            return None
+        epoch += one * each.num_samples
+    compiling = COMPILING_SECONDS * min(2, len(buckets)) if compiled else 0.0
+    steps = epoch * _count_epochs(config, buckets)
+    return RunSeconds(steps / config.steps, steps + compiling)
+
+
+def _count_checkpoints(config: TrainConfig, transformer: Any) -> int:
+    """Return the size of the checkpoints that are kept."""
+    has_plain = config.ema_decay is not None or config.optimizer.name == "schedule-free"
+    factors = 2 if config.adapter.kind == "minor" else 1  # B0 and A0 beside B and A
+    copies = factors * (1 + has_plain) + STATES[config.optimizer.name]
+    trained = 4 * count_adapter(transformer, config.adapter)
+    return int(config.keep_checkpoints * copies * trained)
 
 
 def _size(sample: Sample) -> tuple[int, int]:

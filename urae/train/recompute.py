@@ -17,7 +17,13 @@ from torch.utils.checkpoint import (
 )
 
 from urae.features.dataset import Sample
-from urae.generate.speed import keep_compiled, list_blocks, pays_to_compile, with_usual_strides
+from urae.generate.speed import (
+    can_compile,
+    is_long,
+    keep_compiled,
+    list_blocks,
+    with_usual_strides,
+)
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
 from urae.train.estimate import QUANTIZED, Way
@@ -45,6 +51,12 @@ def is_compiled(
         samples: Of the run; the largest counts.
         device: Where it trains.
     """
+    wanted = wants_compiled(config, way, samples)
+    return wanted and (config.compile is not None or can_compile(device))
+
+
+def wants_compiled(config: TrainConfig, way: Way, samples: Sequence[Sample]) -> bool:
+    """Tell the same of a GPU that is not here, on which blocks can be compiled."""
     if way.tier in QUANTIZED or (way.tier, way.checkpointing) == ("streamed", "selective"):
         return False
     if config.compile is not None:
@@ -53,7 +65,7 @@ def is_compiled(
         return False
     largest = max(samples, key=lambda sample: sample.height * sample.width)
     pictures = config.batch_size * config.gradient_accumulation
-    return pays_to_compile(device, largest.height, largest.width, config.steps, pictures)
+    return is_long(largest.height, largest.width, config.steps, pictures)
 
 
 def count_tokens(samples: Sequence[Sample]) -> int:
