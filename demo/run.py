@@ -3,8 +3,6 @@
 Every step is a command that you could type yourself, on FLUX.1 as on this model.
 """
 
-import csv
-import math
 import os
 import shlex
 import shutil
@@ -12,8 +10,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from PIL import Image
 from rich.console import Console
@@ -37,24 +36,6 @@ PROMPTS = (
 )
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class Improvement:
-    """How the loss on the same held-out samples and noises went."""
-
-    before: float
-    after: float
-    change: float
-    """Mean of the samples' differences."""
-    interval: float
-    """Half of its 95% interval, from the normal distribution."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.before:.3f} before, {self.after:.3f} after: {self.change:+.3f} "
-            f"\N{PLUS-MINUS SIGN} {self.interval:.3f}"
-        )
 
 
 def main() -> None:
@@ -87,13 +68,15 @@ def main() -> None:
     from sheets import draw_comparison
 
     from urae.train.chart import Curve, draw_curves, smooth
+    from urae.train.output import read_losses, read_validation
 
     draw_comparison(PROMPTS, columns, OUTPUT / "comparison.png")
-    losses = smooth(f"LoRA at {SIZE_2K} x {SIZE_2K}, each step", read_losses())
-    held_out = Curve("Held-out pictures, the same noises", read_held_out())
-    draw_curves([losses, held_out], OUTPUT / "loss.png")
-    improvement = read_improvement()
-    write_page(OUTPUT / "index.html", PROMPTS, columns, str(improvement), STEPS)
+    losses = smooth(f"LoRA at {SIZE_2K} x {SIZE_2K}, each step", read_losses(LORA))
+    validation = read_validation(LORA)
+    means = [(step, fmean(each)) for step, each in validation]
+    draw_curves([losses, Curve("Held-out pictures, the same noises", means)], OUTPUT / "loss.png")
+    improvement = describe_held_out(validation)
+    write_page(OUTPUT / "index.html", PROMPTS, columns, improvement, STEPS)
     explain(improvement, time.perf_counter() - began)
 
 
@@ -116,30 +99,16 @@ def generate(prompts: Path, name: str, size: int, *adapters: object) -> list[Ima
     return [Image.open(path) for path in sorted((PICTURES / name).glob("*.png"))]
 
 
-def read_losses() -> list[float]:
-    """Read the run's loss at each step."""
-    return [float(row["loss"]) for row in _read_csv("loss.csv")]
+def describe_held_out(validation: Sequence[tuple[int, Sequence[float]]]) -> str:
+    """Say how the loss on the same held-out samples and noises went, with its interval."""
+    from urae.study.statistics import compare
 
-
-def read_held_out() -> list[tuple[int, float]]:
-    """Read the steps at which the held-out samples were measured, and their mean loss."""
-    return [(int(row["step"]), float(row["loss"])) for row in _read_csv("validation.csv")]
-
-
-def read_improvement() -> Improvement:
-    """Read how the held-out samples' losses went, each compared with itself."""
-    first, *_, last = _read_csv("validation.csv")
-    names = [name for name in first if name.startswith("sample_")]
-    changes = [float(last[name]) - float(first[name]) for name in names]
-    mean = sum(changes) / len(changes)
-    variance = sum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
-    interval = 1.96 * math.sqrt(variance / len(changes))
-    return Improvement(float(first["loss"]), float(last["loss"]), mean, interval)
-
-
-def _read_csv(name: str) -> list[dict[str, str]]:
-    with (LORA / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    (_, first), *_, (_, last) = validation
+    change = compare(last, first)
+    return (
+        f"{fmean(first):.3f} before, {fmean(last):.3f} after: {change.mean:+.3f} "
+        f"({change.low:+.3f} to {change.high:+.3f})"
+    )
 
 
 def tell(heading: str) -> None:
@@ -147,7 +116,7 @@ def tell(heading: str) -> None:
     console.print(f"\n[bold]{heading}[/]")
 
 
-def explain(improvement: Improvement, seconds: float) -> None:
+def explain(improvement: str, seconds: float) -> None:
     """Print what is where, and what it shows."""
     tell(f"Done in {seconds:.0f} s. Open {OUTPUT / 'index.html'}, or look at:")
     rows = {
