@@ -160,7 +160,7 @@ def jobs(monkeypatch, tmp_path):
     from urae.study import StudyResult
     from urae.train import Pushed, StepReport, TrainResult
     from urae.train.estimate import TERMS, Estimate, Way
-    from urae.train.plan import TrainPlan
+    from urae.train.plan import Probe, TrainPlan
 
     calls = {}
 
@@ -185,7 +185,8 @@ def jobs(monkeypatch, tmp_path):
     terms = {name: 2**30 for name in (*TERMS, "host_bytes")}
     training = TrainPlan((), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 1, 1, 1)
     monkeypatch.setattr("urae.train.plan.plan_training", stand_in("plan", training))
-    monkeypatch.setattr("urae.train.plan.probe", stand_in("plan", [step]))
+    probed = Probe((step,), training.estimates[0], 1.0)
+    monkeypatch.setattr("urae.train.plan.probe", stand_in("plan", probed))
     study = StudyResult(1, 1, Path("a.md"))
     monkeypatch.setattr("urae.study.run_study", stand_in("study", study))
     monkeypatch.setattr("urae.web.serve", stand_in("web", None))
@@ -252,6 +253,7 @@ def test_options_in_prose_exist():
     for fields in (TrainConfig, StudyConfig):
         known |= {f"--{row[0]}".replace("_", "-") for row in describe_fields(fields)}
     known |= {"--help", "--name", "--check"}  # --name stands for any; --check is a benchmark's
+    known.add("--shutdown-timeout")  # torchrun's
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", prose(page)):
             for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", span):
@@ -317,7 +319,7 @@ def test_the_recipe_table_is_the_recipes():
     assert {row[0] for row in rows} == {path.name for path in (ROOT / "recipes").glob("*.toml")}
     for _, path, cells in rows:
         recipe = tomllib.loads((ROOT / path).read_text())
-        _, resolution, adapter, steps = (cell.strip() for cell in cells.split("|"))
+        _, resolution, adapter, steps, *_ = (cell.strip() for cell in cells.split("|"))
         assert int(resolution) == recipe["resolution"]
         assert int(steps.replace(",", "")) == recipe["steps"]
         kind = {"lora": "LoRA", "minor": "minor components"}[recipe["adapter"]["kind"]]

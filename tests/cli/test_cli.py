@@ -156,8 +156,10 @@ def test_messages_are_not_taken_for_markup(urae):
 
 
 def test_verbose_shows_where(urae):
-    with pytest.raises(ValueError, match="height 1000"):
-        urae("generate", "x", "--size", "1000", "--verbose")
+    code, told = urae("generate", "x", "--size", "1000", "--verbose")
+    assert code == 2
+    assert "Traceback" in told and "parse_size" in told
+    assert told.splitlines()[-1].startswith("error: height 1000 is not")
 
 
 def test_what_is_skipped_is_named(urae, tmp_path):
@@ -209,6 +211,8 @@ def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\n  two \n")
     assert _read_prompts(None, path) == ("one", "two")
+    path.write_bytes(b"\xef\xbb\xbfone\r\n")  # as Windows' Notepad may write it
+    assert _read_prompts(None, path) == ("one",)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         _read_prompts(None, path)

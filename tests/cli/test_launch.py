@@ -35,6 +35,14 @@ def test_more_gpus_than_there_are(monkeypatch, capsys):
     assert run_main(monkeypatch, "generate", "a", "--gpus", "0") == 2
 
 
+def test_no_gpu_at_all(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for gpus in ("1", "2"):
+        assert run_main(monkeypatch, "generate", "a", "--gpus", gpus) == 2
+        message = f"--gpus {gpus} needs CUDA GPUs and this host has none; leave it out"
+        assert message in capsys.readouterr().err
+
+
 def test_under_torchrun_its_processes_count(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert run_main(monkeypatch, "generate", "a", "--gpus", "4") == 2
@@ -98,9 +106,12 @@ def test_a_process_hands_its_error_over(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "urae-gpus")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     monkeypatch.setattr(os, "_exit", sys.exit)
-    assert run_main(monkeypatch, "generate", "a", "--size", "17") == 2
-    assert json.loads(path.read_text())["message"].startswith("height 17 is not a positive mult")
-    assert capsys.readouterr().err == ""
+    for options in ((), ("--verbose",)):
+        assert run_main(monkeypatch, "generate", "a", "--size", "17", *options) == 2
+        told = json.loads(path.read_text())["message"]
+        assert told.startswith("height 17 is not a positive mult")
+        path.unlink()
+        assert ("Traceback" in capsys.readouterr().err) == bool(options)
 
 
 # --- real processes -------------------------------------------------------------------------------

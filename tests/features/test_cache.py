@@ -348,7 +348,7 @@ def test_out_of_gpu_memory_says_what_to_try(folder, settings, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Encoders, "encode_image", fail)
-    with pytest.raises(MemoryError, match=r"encoding image_\d.jpg; try a lower --resolution"):
+    with pytest.raises(MemoryError, match=r"encoding image_\d.jpg \(.*\); try a lower --res"):
         cache(settings(folder))
 
 

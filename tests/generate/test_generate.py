@@ -1,15 +1,22 @@
 import json
+import os
 import shutil
+import weakref
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import urae
+from urae.backbones import vae
 from urae.backbones.flux import build_meta_models
+from urae.backbones.ranks import Ranks
 from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
 from urae.generate.chunks import token_chunks
@@ -91,6 +98,23 @@ def test_schnell_has_its_own_defaults(settings, bases):
     assert record["max_sequence_length"] == "256"
 
 
+def test_guidance_is_refused_where_there_is_none(settings, bases, no_weights):
+    schnell = str(bases["schnell"])
+    with pytest.raises(ValueError, match=r"guidance_scale 3.5 would do nothing, since .*schnell"):
+        generate(settings(model=schnell, guidance_scale=3.5))
+    with pytest.raises(AssertionError, match="weights were loaded"):  # nothing is wrong with 0
+        generate(settings(model=schnell, guidance_scale=0.0))
+
+
+def test_no_more_text_than_the_model_reads(settings, bases, no_weights):
+    for model, most in ((str(bases["schnell"]), 256), ("miniature-dev", 64)):
+        config = settings(model=model, max_sequence_length=most + 1)
+        with pytest.raises(ValueError, match=f"{most + 1} is more than the {most} T5 tokens that "):
+            generate(config)
+        with pytest.raises(AssertionError, match="weights were loaded"):
+            generate(replace(config, max_sequence_length=most))
+
+
 def test_several_prompts_and_images(settings):
     paths = generate(settings(prompts=("one", "two"), num_images=2, steps=1))
     names = ["0000-one-5.png", "0000-one-6.png", "0001-two-5.png", "0001-two-6.png"]
@@ -149,10 +173,21 @@ def test_a_base_alone_is_left_alone_at_its_native_size(settings, bases, load_pip
         assert json.loads(image.text["policy"])["native_sequence_length"] == 520
 
 
-def test_an_output_that_is_a_file(settings, no_weights, tmp_path):
+def test_an_output_that_cannot_be_a_folder(settings, no_weights, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(FileExistsError, match="is a file; name a folder"):
-        generate(settings())
+    for folder in ("out", "out/deeper/still"):
+        with pytest.raises(FileExistsError, match="/out is a file; name another with --output"):
+            generate(settings(output_dir=tmp_path / folder))
+
+
+def test_an_output_that_cannot_be_written(settings, no_weights, monkeypatch, tmp_path):
+    """As root, who runs tests in containers, everything can be."""
+    ask = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: ask(path, mode) and (mode == os.F_OK or path != tmp_path)
+    )
+    with pytest.raises(PermissionError, match=f"no permission in {tmp_path}; .* --output"):
+        generate(settings(output_dir=tmp_path / "not" / "there"))
 
 
 def test_an_existing_picture_is_kept(settings, no_weights, tmp_path):
@@ -206,6 +241,7 @@ def test_an_adapter_for_another_base(settings, no_weights, expected, bases, tmp_
         ({"max_sequence_length": 513}, "max_sequence_length 513 must be between 1 and 512"),
         ({"seed": -1}, "seed -1 must be"),
         ({"loras": (("a", float("nan")),)}, "weight nan of LoRA a must be"),
+        ({"parts": ("compile",), "memory": "8bit"}, "--part compile does not go with --memory 8b"),
     ],
 )
 def test_bad_values(settings, changes, message):
@@ -243,27 +279,85 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(job_module, "find_room", find_room)
 
 
-def fail_times(monkeypatch, count):
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def fail_times(monkeypatch, count, error=OUT_OF_MEMORY):
     """Let sampling run out of memory the first `count` times; return the tries."""
-    run, tries = job_module._sample, []
+    run, tries = job_module.sample, []
 
     def sample(pipe, *arguments):
         tries.append(hasattr(pipe.transformer.transformer_blocks[0], "_diffusers_hook"))
         if len(tries) <= count:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return run(pipe, *arguments)
 
-    monkeypatch.setattr(job_module, "_sample", sample)
+    monkeypatch.setattr(job_module, "sample", sample)
     return tries
 
 
 def test_out_of_gpu_memory_says_what_to_try(settings, monkeypatch, small_gpu, tmp_path):
     fail_times(monkeypatch, 9)
-    with pytest.raises(MemoryError, match=r"64 x 96 .* --memory resident; try --memory streamed"):
+    message = r"64 x 96 .* --memory resident \(CUDA out of memory\); try --memory streamed$"
+    with pytest.raises(MemoryError, match=message):
         generate(settings(memory="resident"))
-    with pytest.raises(MemoryError, match="with --memory streamed; try"):
+    with pytest.raises(MemoryError, match=r"with --memory streamed \(CUDA out of memory\); try"):
         generate(settings(memory="streamed"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might", "CUDA error: out of memory"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (
+            "[enforce fail] err == 0. DefaultCPUAllocator: not enough memory: 9 bytes. Error code",
+            "DefaultCPUAllocator: not enough memory: 9 bytes",
+        ),
+    ],
+)
+def test_memory_runs_out_in_other_forms(settings, monkeypatch, small_gpu, text, named):
+    fail_times(monkeypatch, 1, RuntimeError(text))
+    with pytest.raises(MemoryError) as found:
+        generate(settings(memory="resident"))
+    assert f"--memory resident ({named}); try --memory streamed" in str(found.value)
+    tries = fail_times(monkeypatch, 1, RuntimeError(text))
+    generate(settings())
+    assert tries == [False, True]
+
+
+def test_other_errors_are_not_about_memory(settings, monkeypatch, small_gpu):
+    fail_times(monkeypatch, 1, RuntimeError("CUDA error: misaligned address"))
+    with pytest.raises(RuntimeError, match=r"^CUDA error: misaligned address$"):
+        generate(settings())
+
+
+def test_what_fits_is_measured_after_the_failed_try_has_gone(settings, monkeypatch, small_gpu):
+    run, find, pipes, alive = job_module.sample, job_module.find_room, [], []
+
+    def sample(pipe, *arguments):
+        if not pipes:
+            pipes.append(weakref.ref(pipe.transformer))
+            raise OUT_OF_MEMORY.with_traceback(None)
+        return run(pipe, *arguments)
+
+    def find_room(*arguments):
+        alive.append([pipe() is not None for pipe in pipes])
+        return find(*arguments)
+
+    monkeypatch.setattr(job_module, "sample", sample)
+    monkeypatch.setattr(job_module, "find_room", find_room)
+    generate(settings())
+    assert alive == [[], [False]]
+
+
+def test_a_vae_without_room_names_the_tier_that_fits(settings, monkeypatch, small_gpu):
+    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 2**10)
+    with pytest.raises(MemoryError) as found:
+        generate(settings(height=256, width=256, steps=1, memory="resident"))
+    assert "with --memory resident (decoding 256 x 256 pixels takes at least " in str(found.value)
+    assert str(found.value).endswith(" at hand); try --memory streamed")
 
 
 def test_auto_tries_once_more_with_less(settings, monkeypatch, small_gpu, caplog, tmp_path):
@@ -272,7 +366,8 @@ def test_auto_tries_once_more_with_less(settings, monkeypatch, small_gpu, caplog
     (path,) = generate(settings())
     assert tries == [False, True]
     assert (
-        "did not suffice with --memory resident: trying once more with --memory str" in caplog.text
+        "did not suffice with --memory resident (CUDA out of memory): trying once more with "
+        "--memory streamed" in caplog.text
     )
     with Image.open(path) as found, Image.open(wanted) as image:
         assert found.tobytes() == image.tobytes()
@@ -281,7 +376,7 @@ def test_auto_tries_once_more_with_less(settings, monkeypatch, small_gpu, caplog
 
 def test_auto_tries_no_more_than_once(settings, monkeypatch, small_gpu, tmp_path):
     tries = fail_times(monkeypatch, 9)
-    with pytest.raises(MemoryError, match="--memory streamed; try a smaller --size"):
+    with pytest.raises(MemoryError, match=r"--memory streamed \(.*\); try a smaller --size"):
         generate(settings())
     assert tries == [False, True]
     assert not (tmp_path / "out").exists()
@@ -289,7 +384,7 @@ def test_auto_tries_no_more_than_once(settings, monkeypatch, small_gpu, tmp_path
 
 def test_pictures_that_were_made_before_are_kept(settings, monkeypatch, small_gpu):
     """Memory may run out in the middle of a job."""
-    run, seeds = job_module._sample, []
+    run, seeds = job_module.sample, []
 
     def sample(pipe, embeds, seed, *arguments):
         seeds.append(seed)
@@ -297,7 +392,7 @@ def test_pictures_that_were_made_before_are_kept(settings, monkeypatch, small_gp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(pipe, embeds, seed, *arguments)
 
-    monkeypatch.setattr(job_module, "_sample", sample)
+    monkeypatch.setattr(job_module, "sample", sample)
     progress = []
     paths = generate(settings(num_images=3, steps=1), on_progress=lambda p: progress.append(p))
     assert seeds == [5, 6, 6, 7]
@@ -439,11 +534,41 @@ def test_parts_are_checked_before_weights_load(settings, no_weights):
         generate(settings(parts=("8bit",), memory="8bit"))
 
 
+def test_named_compiling_keeps_quantised_tiers_out(settings, monkeypatch, no_weights):
+    lists = []
+
+    def find_room(_models, _request, tiers, _ranks):
+        lists.append(tiers)
+        return Room([], 0, 0)
+
+    monkeypatch.setattr(job_module, "find_room", find_room)
+    for parts in ((), ("compile",)):
+        with pytest.raises(AssertionError, match="weights were loaded"):
+            generate(settings(parts=parts))
+    assert [("8bit" in tiers, "streamed" in tiers) for tiers in lists] == [
+        (True, True), (False, True),
+    ]  # fmt: skip
+
+
+def test_attention_is_checked_before_weights_load(settings, monkeypatch, no_weights):
+    def set_backend(name):
+        monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", name)
+
+    set_backend(AttentionBackendName.FLASH)
+    with pytest.raises(ModuleNotFoundError, match="unset DIFFUSERS_ATTN_BACKEND"):
+        generate(settings())
+    set_backend(AttentionBackendName._NATIVE_MATH)
+    two = Ranks(torch.device("cpu"), 0, 2)
+    monkeypatch.setattr(job_module, "join_ranks", lambda _: nullcontext(two))
+    with pytest.raises(ValueError, match="_native_math does not go with several GPUs on one pict"):
+        generate(settings())
+
+
 def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_path):
     (whole,) = generate(settings(height=256, width=256, steps=1))
     plans = []
-    monkeypatch.setattr(job_module, "vae_bytes", lambda *_: 3 * 2**20)
-    run = job_module.vae.plan_decode
+    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 3 * 2**20)
+    run = vae.plan_decode
     monkeypatch.setattr(
         "urae.backbones.vae.plan_decode", lambda *a, **k: plans.append(run(*a, **k)) or plans[-1]
     )
@@ -451,7 +576,7 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
     assert [plan.whole for plan in plans] == [False]
     found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
     assert abs(found - wanted).max() <= 1  # on the edge between two 8-bit levels
-    monkeypatch.setattr(job_module, "vae_bytes", lambda *_: 2**10)
+    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 2**10)
     with pytest.raises(MemoryError, match="decoding 256 x 256 pixels takes at least"):
         generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()

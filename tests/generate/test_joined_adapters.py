@@ -191,12 +191,15 @@ def test_offloaded_layer_by_layer(adapted, draw, part):
     assert torch.equal(draw(pipe), draw(plain))
 
 
-def test_weights_of_another_dtype(adapted, draw, rel):
+def test_weights_of_another_dtype(adapted, draw, rel, caplog):
     pipe, plain = apply(adapted(), "merged-adapters"), adapted()
+    assert not caplog.text
     for each in (pipe, plain):
         each.to(dtype=torch.bfloat16)
     assert rel(draw(pipe), draw(plain)) < 0.05
     assert list(kinds(pipe)) == ["_OneProduct"]  # which merging would have lost
+    count = sum(kinds(pipe).values())
+    assert f"merged in none of {count} layers: in torch.bfloat16 it would not" in caplog.text
 
 
 @pytest.mark.slow

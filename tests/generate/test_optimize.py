@@ -2,13 +2,11 @@ import os
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import urae
-from urae.backbones.attention import pick_attention
-from urae.generate import attention, joined_adapters, parts, quantize
+from urae.generate import joined_adapters, optimize, parts, quantize
 from urae.generate.memory import stream_blocks
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
 from urae.generate.speed import default_cache_dir, keep_compiled
@@ -36,7 +34,7 @@ def names(resolved):
 
 
 def test_a_preset_and_parts_beside_it():
-    exact = ["attention-backend", "joined-adapters", "constants", "compile"]
+    exact = ["attention-backend", "joined-adapters", "constants", "compile", "striped-vae"]
     assert names(resolve_parts("exact")) == exact
     assert names(resolve_parts(None)) == []
     both = resolve_parts("exact", ["mag-cache=0.1", "fp8"])
@@ -218,6 +216,38 @@ def test_what_is_compiled_goes_to_the_users_cache_folder(monkeypatch, tmp_path):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
+def test_inputs_may_come_by_position(load_pipe):
+    """A stock transformer takes them either way; parts look for them by name."""
+    transformer = load_pipe().transformer
+    config, generator = transformer.config, torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 8, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+        "guidance": torch.tensor([3.5]),
+    }
+    (wanted,) = transformer(**inputs, return_dict=False)
+    pipe = load_pipe()
+    urae.optimize(pipe, parts=["merged-adapters"])
+    (found,) = pipe.transformer(*inputs.values(), return_dict=False)
+    assert torch.equal(found, wanted)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        pipe.transformer(*inputs.values(), None, None, None, True, False, "more")
+
+
+@pytest.mark.parametrize(("own", "wanted"), [("cuda:1", "cuda:1"), ("cpu", "mps"), ("meta", "mps")])
+def test_parts_are_for_the_device_of_the_pipe(load_pipe, own, wanted, monkeypatch):
+    pipe, devices = load_pipe(), []
+    monkeypatch.setattr(type(pipe.transformer), "device", property(lambda _: torch.device(own)))
+    monkeypatch.setattr(optimize, "pick_device", lambda: torch.device("mps"))
+    monkeypatch.setattr(optimize, "apply_parts", lambda *given: devices.append(given[-1]))
+    urae.optimize(pipe, speed=None)
+    assert devices == [torch.device(wanted)]
+
+
 # --- local attention ------------------------------------------------------------------------------
 
 
@@ -242,65 +272,6 @@ def test_local_attention_of_a_pipe_that_is_not_adapted(load_pipe, sample, caplog
     apply(pipe, "local-attention")
     assert "beyond the native size of an adapted pipeline" in caplog.text
     assert torch.equal(sample(pipe, 64, 64), wanted)
-
-
-# --- the attention backend ------------------------------------------------------------------------
-
-
-def choose(monkeypatch, pipe, sample, on_gpu=True):
-    """Let a CPU stand in for the GPU; return the shapes that were timed."""
-    shapes = []
-
-    def pick(candidates, shape, *_, backward):
-        assert not backward
-        shapes.append(shape)
-        return "_native_math"
-
-    monkeypatch.setattr(attention, "pick_attention", pick)
-    monkeypatch.setattr(attention, "_decides", lambda _: on_gpu)
-    apply(pipe, "attention-backend")
-    for _ in range(2):
-        sample(pipe, 64, 96)
-    return shapes
-
-
-def backends(pipe):
-    return {each._attention_backend for each in pipe.transformer.attn_processors.values()}
-
-
-def test_the_backend_is_timed_once_at_the_shape(adapted, sample, monkeypatch):
-    pipe = adapted()
-    assert choose(monkeypatch, pipe, sample) == [(1, 4 * 6 + 64, 2, 32)]
-    assert backends(pipe) == {AttentionBackendName._NATIVE_MATH}
-    urae.restore(pipe)
-    assert backends(pipe) == {None}
-
-
-def test_a_backend_of_the_user_or_of_local_attention_is_kept(adapted, sample, monkeypatch):
-    pipe = adapted()
-    for processor in pipe.transformer.attn_processors.values():
-        processor._attention_backend = AttentionBackendName.NATIVE
-    assert choose(monkeypatch, pipe, sample) == []
-    urae.restore(pipe)
-    assert backends(pipe) == {AttentionBackendName.NATIVE}
-    local = adapted(policy=urae.ResolutionPolicy(attention="local"))
-    assert choose(monkeypatch, local, sample) == []
-    assert choose(monkeypatch, adapted(), sample, on_gpu=False) == []
-
-
-def test_a_backend_with_wrong_outputs_is_named():
-    def attend(query, key, value):
-        return value * torch.nan
-
-    with pytest.raises(FloatingPointError, match=r"right outputs .*broken: outputs are"):
-        pick_attention({"broken": attend}, (1, 8, 2, 4), torch.float32, CPU, backward=False)
-
-
-def test_packages_that_are_installed_are_candidates(monkeypatch):
-    monkeypatch.setattr(attention, "find_spec", lambda name: name == "flash_attn" or None)
-    assert attention.list_candidates()[-1] == "flash"
-    monkeypatch.setattr(attention, "find_spec", lambda _: None)
-    assert "flash" not in attention.list_candidates()
 
 
 # --- quantised weights ----------------------------------------------------------------------------

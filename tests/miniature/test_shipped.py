@@ -124,8 +124,8 @@ def test_it_draws_what_captions_say(pipe):
 def test_schnell_does_in_four_steps():
     schnell = FluxPipeline.from_pretrained(PACKAGED["miniature-schnell"], dtype=torch.float32)
     schnell.set_progress_bar_config(disable=True)
-    found = summarize(check(schnell, side=256, count=12, steps=4, guidance_scale=0.0), 12)
-    assert found["share"] >= 8 / 12 and found["background"] == found["texture"] == 1
+    found = summarize(check(schnell, side=256, count=6, steps=4, guidance_scale=0.0), 6)
+    assert found["share"] >= 4 / 6 and found["background"] == found["texture"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,13 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,9 @@ from safetensors.torch import load_file
 from urae.cli.main import main
 from urae.train import TrainConfig, train
 from urae.train import loader as loader_module
-from urae.train.checkpoint import find_checkpoints, find_damage
+from urae.train.checkpoint import find_checkpoints, find_damage, save_checkpoint
+from urae.train.guards import catch_stop
+from urae.train.ranks import MAX_WAIT_MINUTES
 
 FILES = ["pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -138,19 +144,47 @@ def test_a_torn_row_of_the_curve_does_not_stay(interrupted):
 # --- a full disk ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_no_space_at_any_write_of_a_checkpoint(settings, whole, monkeypatch, number):
-    """The disk fills at the first, second, ... flush after the step 1 is saved."""
-    fsync, config, count = os.fsync, settings(checkpoint_every=1), []
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("urae.train.checkpoint.RETRY_SECONDS", 0.01)
+
+
+def fill_disk(monkeypatch, output_dir, number, times, act=lambda: None) -> None:
+    """Let the disk be full at a flush after the step 1 is saved, so many times."""
+    fsync, count, failures = os.fsync, [], []
 
     def fill(descriptor):
-        if (config.output_dir / "checkpoint-000001").exists():
+        if (output_dir / "checkpoint-000001").exists():
             count.append(descriptor)
-            if len(count) > number + 1:  # the first is of the folder itself
+            if len(count) > number + 1 and len(failures) < times:  # the first is of the folder
+                failures.append(descriptor)
+                act()
                 raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fill)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_run_waits_for_space(settings, whole, monkeypatch, caplog, impatient, number):
+    """The disk fills at the first, second, ... flush after the step 1 is saved."""
+    config = settings(checkpoint_every=1)
+    fill_disk(monkeypatch, config.output_dir, number, times=3)
+    assert same(train(config).adapter_path, whole)
+    (warning,) = (text for text in caplog.messages if "no space left" in text)
+    assert "; the run is paused: free some and it goes on by itself, or stop it" in warning
+    assert steps_of(config.output_dir) == [2, 3, 4]
+    assert not list(config.output_dir.glob(".*"))
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_stop_ends_the_pause(settings, whole, monkeypatch, number):
+    config = settings(checkpoint_every=1)
+
+    def stop():
+        signal.raise_signal(signal.SIGTERM)
+
+    fill_disk(monkeypatch, config.output_dir, number, times=1, act=stop)
     with pytest.raises(
         OSError,
         match=r"of step \d could not be written \(No space left .* that of step \d is whole",
@@ -163,6 +197,53 @@ def test_no_space_at_any_write_of_a_checkpoint(settings, whole, monkeypatch, num
     assert same(train(replace(config, resume=True)).adapter_path, whole)
 
 
+def test_a_signal_ends_the_pause_at_once(tmp_path):
+    """As it comes while the run waits half a minute for space."""
+
+    def fill(folder):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    save = partial(
+        save_checkpoint, tmp_path, 2, write_weights=fill, optimizer=None, record={}, keep=3
+    )
+    began = time.monotonic()
+    with catch_stop() as stop:
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(OSError, match=r"quota exceeded\); there is none before it"):
+            save(stop=stop)
+        timer.join()
+    assert 0.2 < time.monotonic() - began < 5
+
+
+def test_several_processes_do_not_wait_for_long(tmp_path, monkeypatch, caplog):
+    """The others wait in a collective for this one, ten minutes at most."""
+    tries = []
+
+    def fill(folder):
+        tries.append(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    clock, monotonic = [0.0], "urae.train.checkpoint.time.monotonic"
+    monkeypatch.setattr(monotonic, lambda: clock[0])
+    monkeypatch.setattr("time.sleep", lambda s: clock.append(clock.pop() + s))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(
+            tmp_path,
+            1,
+            write_weights=fill,
+            optimizer=None,
+            record={},
+            keep=1,
+            stop=threading.Event(),
+        )
+    assert clock[0] < MAX_WAIT_MINUTES * 60 * 0.6
+    assert len(tries) > 9
+    assert "free some, within 5 minutes and it goes on" in caplog.text
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
@@ -171,13 +252,19 @@ def small_disk(tmp_path):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not permitted")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed test holds files
 
 
-def test_a_disk_that_is_really_full(settings, whole, small_disk):
+def test_a_disk_that_is_really_full(settings, whole, small_disk, impatient, monkeypatch):
     config = settings(output_dir=small_disk / "run", checkpoint_every=1)
     filler = small_disk / "filler"
-    failures = []
+    warnings = []
+
+    def free(text):
+        warnings.append(text)
+        filler.unlink()  # what the run waits for
+
+    monkeypatch.setattr("urae.train.checkpoint.logger.warning", free)
     for room in range(0, 120, 8):  # in KiB; a checkpoint has about 100
         shutil.rmtree(config.output_dir, ignore_errors=True)
         filler.unlink(missing_ok=True)
@@ -186,14 +273,13 @@ def test_a_disk_that_is_really_full(settings, whole, small_disk):
         filler.write_bytes(bytes(max(0, free - room * 1024)))
         try:
             train(replace(config, steps=2, resume=True))
-        except OSError as error:
+        except OSError as error:  # there was no room for something else
             assert error.errno == errno.ENOSPC
-            failures.append(str(error))
         checkpoints = find_checkpoints(config.output_dir)
         assert [find_damage(checkpoint) for checkpoint in checkpoints] == [None] * len(checkpoints)
         assert checkpoints[0].step == 1
-    assert sum("that of step 1 is whole: free some space" in text for text in failures) > 3
-    filler.unlink()
+    assert sum("checkpoint of step 2 finds no space left in" in text for text in warnings) > 3
+    filler.unlink(missing_ok=True)
     assert same(train(replace(config, resume=True)).adapter_path, whole)
 
 

@@ -1,7 +1,5 @@
 import csv
-import errno
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -302,27 +300,6 @@ def test_resuming_needs_the_same_settings(settings):
     with pytest.raises(ValueError, match="was made on another base"):
         other = str(settings().model).replace("base_dev", "base_schnell")
         train(settings(model=other, steps=2, resume=True))
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch):
-    fsync, saved = os.fsync, []
-
-    def fill(descriptor):
-        if saved:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fill)
-    with pytest.raises(OSError, match="checkpoint of step 2 could not be written"):
-        train(
-            settings(checkpoint_every=1),
-            on_step=lambda report: report.step == 2 and saved.append(1),
-        )
-    checkpoints = find_checkpoints(settings().output_dir)
-    assert [checkpoint.step for checkpoint in checkpoints] == [1]
-    assert not list(settings().output_dir.glob(".*"))
-    monkeypatch.undo()
-    assert train(settings(resume=True)).finished
 
 
 def test_a_stop_saves_and_leaves_measuring_for_later(settings, monkeypatch):

@@ -6,7 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,9 +29,44 @@ _CHECK_TOKENS = 1536
 _MAX_ERROR = 0.03  # bfloat16's own rounding gives about 0.005 in gradients
 
 
-def backend(name: str) -> Attend:
-    """Return one of diffusers' attentions as a function of query, key and value."""
+def find_lack(name: str) -> str | None:
+    """Say what one of diffusers' attentions needs and this machine lacks, if anything."""
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+    except RuntimeError as reason:  # a package is missing, too old, or not for this build of torch
+        return str(reason)
+    return None
 
+
+def check_backend(name: str) -> None:
+    """Refuse one of diffusers' attentions whose package cannot be used here.
+
+    Raises:
+        ModuleNotFoundError: If it is missing, too old, or does not go with this build of torch.
+    """
+    if lack := find_lack(name):
+        raise ModuleNotFoundError(
+            f"{lack} That is, pip install it (one that is installed may be for another build of "
+            "torch), or unset DIFFUSERS_ATTN_BACKEND"
+        )
+
+
+def check_active_backend() -> None:
+    """Refuse an attention of the user's choice that cannot run here; needs no weights.
+
+    Raises:
+        ModuleNotFoundError: As `check_backend`.
+    """
+    check_backend(_AttentionBackendRegistry.get_active_backend()[0])
+
+
+def backend(name: str) -> Attend:
+    """Return one of diffusers' attentions as a function of query, key and value.
+
+    Raises:
+        ModuleNotFoundError: As `check_backend`.
+    """
+    check_backend(name)
     member = AttentionBackendName(name)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -46,8 +86,8 @@ def pick_attention(
 ) -> str:
     """Return the name of the fastest attention whose gradients, or outputs, are right.
 
-    Each is checked against float32 on up to 1,536 tokens, then timed at the full shape, where its
-    numbers must be finite.
+    Each is checked against float32 on up to 1,536 tokens of one sample, whose scores are small,
+    then timed at the full shape, where its numbers must be finite.
 
     Args:
         candidates: By name.
@@ -59,8 +99,8 @@ def pick_attention(
     Raises:
         FloatingPointError: If all are wrong; says how for each.
     """
-    batch, tokens, heads, head_dim = shape
-    small = (batch, min(tokens, _CHECK_TOKENS), heads, head_dim)
+    _, tokens, heads, head_dim = shape
+    small = (1, min(tokens, _CHECK_TOKENS), heads, head_dim)
     what = "gradients" if backward else "outputs"
     faults, seconds = {}, {}
     for name, attend in candidates.items():
@@ -76,7 +116,7 @@ def pick_attention(
                 faults[name] = f"{what} are not finite at {tokens} tokens"
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as reason:  # this device or build of torch has no such kernel
+        except (RuntimeError, ValueError) as reason:  # no such kernel for this device or dtype
             faults[name] = str(reason).splitlines()[0]
     for name, fault in faults.items():
         logger.info("attention %s is left out: %s", name, fault)

@@ -75,7 +75,7 @@ def share_forwards(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Non
     """
     processors = list(transformer.attn_processors.values())
     for processor in processors:
-        _check_backend(processor._attention_backend)
+        check_backend_can_share(processor._attention_backend)
     degree = mesh["ulysses"].size()
     parts = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
     config = ParallelConfig(context_parallel_config=parts)
@@ -99,7 +99,15 @@ def supports_context_parallel(backend: str) -> bool:
     return supports
 
 
-def _check_backend(backend: str | None) -> None:
+def check_backend_can_share(backend: str | None = None) -> None:
+    """Refuse an attention that does not see other ranks' keys; needs no weights.
+
+    Args:
+        backend: One of diffusers' names; None for the process's own.
+
+    Raises:
+        ValueError: If it would leave them out.
+    """
     name = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
     if not supports_context_parallel(name):
         raise ValueError(

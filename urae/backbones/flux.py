@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from urae.backbones.free_memory import is_out_of_memory, name_shortage
 from urae.backbones.model_folder import check_model
 from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
@@ -75,7 +76,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def explain_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turn running out of GPU memory into an error that says what to do.
+    """Turn running out of memory, a GPU's or the host's, into an error that says what to do.
 
     Args:
         what: What needs the memory, for "does not suffice for ...".
@@ -86,8 +87,13 @@ def explain_memory(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"the GPU's memory does not suffice for {what}; try {remedy}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = name_shortage(error)
+        raise MemoryError(
+            f"memory does not suffice for {what} ({shortage}); try {remedy}"
+        ) from error
 
 
 def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool = False) -> Path:

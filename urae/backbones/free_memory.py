@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 
 import psutil
 import torch
@@ -9,6 +10,12 @@ import torch
 USABLE = 0.9
 """Of what is free, for what allocators lose between blocks."""
 _VAE_BYTES = 7 * 2**30
+_SHORTAGES = (  # of what torch raises as a plain RuntimeError
+    "out of memory",  # cudaHostAlloc too, which pins
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -51,3 +58,16 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory, a device's or the host's, has run out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORTAGES)
+
+
+def name_shortage(error: BaseException) -> str:
+    """Return the part of an error's text that says what memory was too short for."""
+    parts = re.split(r"; |\. |\n", str(error) or type(error).__name__)
+    return next((part for part in parts if any(text in part for text in _SHORTAGES)), parts[0])

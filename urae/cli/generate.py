@@ -43,9 +43,9 @@ MODELS = ", ".join([*_NAMED_MODELS, "a hub id, a folder or a file"])
 _ADAPTERS = ", ".join([*PACKAGED_ADAPTERS, "a file, a folder or owner/repo/file"])
 
 _PARTS = (
-    "attention-backend, joined-adapters, merged-adapters, constants, compile (exact); fp8, 8bit, "
-    "4bit, local-attention, progressive, first-block-cache, mag-cache, taylorseer-cache "
-    "(approximate); repeatable"
+    "attention-backend, joined-adapters, merged-adapters, constants, compile, striped-vae "
+    "(exact); fp8, 8bit, 4bit, local-attention, progressive, first-block-cache, mag-cache, "
+    "taylorseer-cache, tiled-vae (approximate); repeatable"
 )
 
 
@@ -169,7 +169,7 @@ def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM first
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 text ({error})") from error
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())

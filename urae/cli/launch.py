@@ -30,10 +30,15 @@ def wants_launch(gpus: int) -> bool:
                 "started on this host; leave it out"
             )
         return False
-    if gpus > 1:
-        from urae.backbones.ranks import check_gpus
+    from torch.cuda import device_count
 
-        check_gpus(gpus)
+    from urae.backbones.ranks import check_gpus
+
+    if not device_count():
+        raise ValueError(
+            f"--gpus {gpus} needs CUDA GPUs and this host has none; leave it out to run without"
+        )
+    check_gpus(gpus)
     return gpus > 1
 
 

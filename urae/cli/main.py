@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -82,7 +83,7 @@ def main() -> None:
 
 def _fail(error: BaseException, code: int) -> None:
     if logging.getLogger("urae").isEnabledFor(logging.INFO):
-        raise error
+        traceback.print_exception(error)
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror

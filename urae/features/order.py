@@ -17,6 +17,8 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 _LEVELS_PER_OCTAVE = 8  # batches within 9% of each other cost alike
 _RUN_MULTIPLE = 8  # steps of 2, 4 or 8 batches fill a run without a rest
+_MANY_BATCHES = 2048  # of fewer, runs of 64 would mix the sizes too little
+_RUN_MULTIPLE_OF_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def build_batches(
     if len(set(levels.values())) == 1:
         return tuple(batches)
     batches.sort(key=levels.__getitem__)  # stable: those alike stay shuffled
-    length = _RUN_MULTIPLE * math.ceil(math.sqrt(len(batches)) / _RUN_MULTIPLE)
+    multiple = _RUN_MULTIPLE_OF_MANY if len(batches) >= _MANY_BATCHES else _RUN_MULTIPLE
+    length = multiple * math.ceil(math.sqrt(len(batches)) / multiple)
     runs = [batches[start : start + length] for start in range(0, len(batches), length)]
     shuffler.shuffle(runs)
     return tuple(batch for run in runs for batch in run)

@@ -1,6 +1,8 @@
-"""Attention for generation: the fastest right one, timed once at the shape at hand."""
+"""Attention for generation: the fastest right one, timed once at each shape."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,18 +11,21 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
-from urae.backbones.attention import CANDIDATES, backend, pick_attention
+from urae.backbones.attention import CANDIDATES, Shape, backend, find_lack, pick_attention
 from urae.backbones.context_parallel import find_degree, supports_context_parallel
 from urae.resolution import find_policy
+
+logger = logging.getLogger(__name__)
 
 # those of diffusers that other packages bring, by package
 _INSTALLED = {"flash_attn": "flash", "flash_attn_interface": "_flash_3"}
 
 
 def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], None]:
-    """Let the first forward on a GPU choose an exact attention backend; elsewhere torch decides.
+    """Let forwards on a GPU choose an exact attention backend; elsewhere torch decides.
 
-    A backend that the user has set is kept, and so is that of local attention.
+    Each shape is timed once in a process: a picture of another size, the later steps of a
+    progressive one. A backend that the user has set is kept, and so is that of local attention.
 
     Args:
         transformer: A stock FLUX transformer, adapted or not.
@@ -29,41 +34,63 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
         What undoes it.
     """
     processors = list(transformer.attn_processors.values())
-    chosen: list[AttentionBackendName] = []
+    chosen: AttentionBackendName | None = None
     positions = find_policy(transformer)
     is_local = positions is not None and positions.policy.attention == "local"
 
+    def set_all(name: AttentionBackendName | None) -> None:
+        nonlocal chosen
+        for processor in processors:  # set_attention_backend would set it for the whole process
+            processor._attention_backend = name
+        chosen = name
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def choose(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        hook.remove()
+        taken = any(each._attention_backend not in (None, chosen) for each in processors)
+        if taken or is_local:
+            return
         tokens = kwargs["hidden_states"]
-        taken = any(processor._attention_backend is not None for processor in processors)
-        if taken or is_local or not _decides(tokens.device):
+        if not _decides(tokens.device):
+            set_all(None)
             return
         length = tokens.shape[1] + kwargs["encoder_hidden_states"].shape[1]
         config, degree = transformer.config, find_degree(transformer)
         heads = config.num_attention_heads // degree  # of all tokens
         shape = (len(tokens), length, heads, config.attention_head_dim)
-        names = [n for n in list_candidates() if degree == 1 or supports_context_parallel(n)]
-        candidates = {name: backend(name) for name in names}
-        name = pick_attention(candidates, shape, tokens.dtype, tokens.device, backward=False)
-        chosen.append(AttentionBackendName(name))
-        for processor in processors:  # set_attention_backend would set it for the whole process
-            processor._attention_backend = chosen[0]
+        names = (n for n in list_candidates() if degree == 1 or supports_context_parallel(n))
+        set_all(_find_fastest(tuple(names), shape, tokens.dtype, tokens.device))
 
     def undo() -> None:
         hook.remove()
         for processor in processors:
-            if processor._attention_backend in chosen:
+            if processor._attention_backend == chosen:
                 processor._attention_backend = None
 
     hook = transformer.register_forward_pre_hook(choose, with_kwargs=True)
     return undo
 
 
-def list_candidates() -> list[str]:
-    """Name torch's exact attentions, and those that are installed here."""
-    return [*CANDIDATES, *(name for package, name in _INSTALLED.items() if find_spec(package))]
+@cache
+def list_candidates() -> tuple[str, ...]:
+    """Name torch's exact attentions, and those of packages that can be used here."""
+    names = [*CANDIDATES]
+    for package, name in _INSTALLED.items():
+        if not find_spec(package):
+            continue
+        if lack := find_lack(name):
+            logger.warning("%s is installed and not used: %s", package, lack)
+        else:
+            names.append(name)
+    return tuple(names)
+
+
+@cache
+def _find_fastest(
+    names: tuple[str, ...], shape: Shape, dtype: torch.dtype, device: torch.device
+) -> AttentionBackendName:
+    """Time backends once in this process for each shape, dtype and device."""
+    candidates = {name: backend(name) for name in names}
+    return AttentionBackendName(pick_attention(candidates, shape, dtype, device, backward=False))
 
 
 def _decides(device: torch.device) -> bool:

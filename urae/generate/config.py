@@ -6,6 +6,7 @@ from pathlib import Path
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.config import check_types
+from urae.generate.estimate import QUANTIZED
 from urae.generate.memory import Memory
 from urae.generate.parts import Speed, resolve_parts
 from urae.generate.progressive import check_halves
@@ -60,6 +61,11 @@ class GenerateConfig:
         parts = resolve_parts(self.speed, self.parts)
         if any(part.name == "progressive" for part in parts):
             check_halves(self.height, self.width)
+        if self.memory in QUANTIZED and "compile" in self.parts:
+            raise ValueError(
+                f"--part compile does not go with --memory {self.memory}, whose blocks are never "
+                "compiled; leave one of them out"
+            )
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; each must have some text")
         for name in ("steps", "num_images"):

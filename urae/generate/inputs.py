@@ -1,5 +1,6 @@
 """What a job reads, checked before any weights load."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
+from urae.generate.config import GenerateConfig
 
 _NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
@@ -37,15 +39,57 @@ def default_sampling(transformer: FluxTransformer2DModel, model_path: Path) -> S
     return Sampling(4, 0.0, min(MAX_UNGUIDED_TEXT_TOKENS, length))
 
 
-def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse to replace pictures unasked.
+def choose_sampling(
+    config: GenerateConfig, transformer: FluxTransformer2DModel, model_path: Path
+) -> Sampling:
+    """Fill in a model's own defaults where a job says nothing.
+
+    Args:
+        config: Of the job.
+        transformer: As in `default_sampling`.
+        model_path: As in `default_sampling`.
 
     Raises:
-        FileExistsError: If one is there, or their folder is a file.
+        ValueError: If the job asks for guidance or a text length that the model has not.
+    """
+    own = default_sampling(transformer, model_path)
+    steps, guidance, length = config.steps, config.guidance_scale, config.max_sequence_length
+    if guidance and not transformer.config.guidance_embeds:
+        raise ValueError(
+            f"guidance_scale {guidance} would do nothing, since {config.model} has no distilled "
+            "guidance; leave it out"
+        )
+    most = read_text_tokens(model_path)
+    if length is not None and length > most:
+        raise ValueError(
+            f"max_sequence_length {length} is more than the {most} T5 tokens that {config.model} "
+            f"reads; leave it out, or give {most} at most"
+        )
+    return Sampling(
+        own.steps if steps is None else steps,
+        own.guidance_scale if guidance is None else guidance,
+        own.max_sequence_length if length is None else length,
+    )
+
+
+def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse to replace pictures unasked, and a folder that could not be written.
+
+    Raises:
+        FileExistsError: If a picture is there, or a file in their folder's place or above it.
+        PermissionError: If the folder cannot be written or made.
     """
     folder = paths[0].parent
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file; name a folder with --output")
+    place = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
+    if not place.is_dir():
+        raise FileExistsError(
+            f"output {folder} cannot be a folder: {place} is a file; name another with --output"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output {folder} cannot be written: no permission in {place}; name another folder "
+            "with --output"
+        )
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(

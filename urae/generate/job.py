@@ -2,12 +2,13 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from traceback import clear_frames
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -17,18 +18,25 @@ from torch.distributed import ProcessGroup
 from urae import __version__
 from urae.adapters.adapt import adapt
 from urae.adapters.files import resolve_adapter
-from urae.backbones import vae
-from urae.backbones.context_parallel import build_mesh, context_parallel
+from urae.backbones.context_parallel import (
+    build_mesh,
+    check_backend_can_share,
+    context_parallel,
+)
 from urae.backbones.flux import (
     build_meta_models,
-    build_meta_transformer,
     encode_prompts,
     fetch_model,
     load_pipeline,
     pick_device,
     pick_dtype,
 )
-from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
+from urae.backbones.free_memory import (
+    free_bytes,
+    is_out_of_memory,
+    name_shortage,
+    release_memory,
+)
 from urae.backbones.ranks import Ranks, explain_lost_rank, join_ranks
 from urae.generate.chunks import token_chunks
 from urae.generate.config import GenerateConfig
@@ -39,7 +47,7 @@ from urae.generate.estimate import (
     count_bytes,
     stream_text,
 )
-from urae.generate.inputs import Sampling, check_adapters, check_outputs, default_sampling
+from urae.generate.inputs import Sampling, check_adapters, check_outputs, choose_sampling
 from urae.generate.memory import (
     find_room,
     leave_quantized_out,
@@ -48,10 +56,11 @@ from urae.generate.memory import (
     place,
     stream_layers,
 )
-from urae.generate.optimize import apply_parts, choose_parts
+from urae.generate.optimize import apply_parts, check_machine, choose_parts
 from urae.generate.parts import EXACT, Part, find_bits
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
+from urae.generate.sample import PromptEmbeds, decode, sample
 from urae.generate.speed import pays_to_compile
 from urae.generate.spread import Spread, choose_spread, find_degrees
 from urae.geometry import num_image_tokens
@@ -59,7 +68,6 @@ from urae.resolution import find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
-_SMALLER = "a smaller --size"
 _AGAIN = "start all of them again with --overwrite"
 
 
@@ -73,15 +81,6 @@ class Progress:
     step: int
     """Denoising steps done on this picture."""
     num_steps: int
-
-
-class PromptEmbeds(NamedTuple):
-    """A prompt as the transformer reads it, by the pipeline's names."""
-
-    prompt_embeds: torch.Tensor
-    """T5 features, 1 x L x D."""
-    pooled_prompt_embeds: torch.Tensor
-    """CLIP features, 1 x P."""
 
 
 def generate(
@@ -100,13 +99,15 @@ def generate(
         The files, in order, those of all processes.
 
     Raises:
-        ValueError: If an adapter is damaged or for another base, or the pictures leave GPUs idle;
-            before weights load.
+        ValueError: If an adapter is damaged or for another base, the model has no such guidance or
+            text length, or the pictures leave GPUs idle; before weights load.
         FileNotFoundError: If the model, an adapter or a LoRA is missing.
-        FileExistsError: If a picture of that name exists and `overwrite` is off.
+        FileExistsError: If a picture of that name exists and `overwrite` is off, or the folder
+            cannot be one.
+        PermissionError: If the folder cannot be written.
         ModuleNotFoundError: If the library of a quantised tier is not installed.
-        MemoryError: If the device's memory does not suffice; says which `memory` to try. With
-            `auto` on one GPU that is after one more try with less.
+        MemoryError: If the device's or the host's memory does not suffice; says which `memory` to
+            try. With `auto` on one GPU that is after one more try with less.
         ConnectionError: If another process is lost.
     """
     with explain_lost_rank(_AGAIN), join_ranks(pick_device()) as ranks:
@@ -120,141 +121,189 @@ def _generate(
 ) -> list[Path]:
     drawn = random.SystemRandom().randrange(2**32)
     seed = ranks.agree(drawn) if config.seed is None else config.seed
-    jobs = list_pictures(config.prompts, config.num_images, seed, config.output_dir)
-    check_outputs([job.path for job in jobs], config.overwrite)
-    model_path = fetch_model(config.model)
-    sampling, adapter_bytes = _check_inputs(config, model_path)
+    pictures = list_pictures(config.prompts, config.num_images, seed, config.output_dir)
+    paths = [picture.path for picture in pictures]
+    check_outputs(paths, config.overwrite)
     device = ranks.device
-    pays = pays_to_compile(
-        device, config.height, config.width, sampling.steps, len(jobs) / ranks.count
-    )
-    compiled = pays or "compile" in config.parts
-    parts = choose_parts(config.speed, config.parts, compiled=compiled)
+    check_machine(config.parts, device)
+    model_path = fetch_model(config.model)
     meta = build_meta_models(model_path)
-    spread = Spread(len(jobs), 1)
+    adapter_bytes = check_adapters(config.adapters, config.loras, meta["transformer"])
+    sampling = choose_sampling(config, meta["transformer"], model_path)
+    pays = pays_to_compile(
+        device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
+    )
+    parts = choose_parts(config.speed, config.parts, compiled=pays)
+    spread = Spread(len(pictures), 1)
     if ranks.count > 1:
         degrees = find_degrees(config, sampling, parts, meta["transformer"], model_path)
-        spread = choose_spread(len(jobs), ranks.count, degrees)
+        spread = choose_spread(len(pictures), ranks.count, degrees)
+    if spread.num_shared:
+        check_backend_can_share()
     request = Request(
-        config.height, config.width, sampling.max_sequence_length, adapter_bytes, compiled,
-        spread.least_degree,
+        config.height, config.width, sampling.max_sequence_length, adapter_bytes,
+        _is_compiled(parts), spread.least_degree, bits=find_bits(parts),
     )  # fmt: skip
-    tiers = list_tiers(config.memory, model_path)
+    tiers = _list_tiers(config, model_path, parts, device)
+    tier = find_room(meta, request, tiers, ranks).choose(config.memory)
+    check_quantization(tier, device)
+    job = _Job(config, pictures, sampling, parts, ranks, spread, on_progress)
+    for may_retry in (config.memory == "auto" and ranks.count == 1, False):
+        try:
+            job.run(tier)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = f"{name_held(tier, device)} ({name_shortage(error)})"
+            clear_frames(error.__traceback__)  # which keep what the failed try held
+            release_memory(device)
+            # of this rank alone: the others may wait for something else
+            leaner = find_room(meta, request, tiers, Ranks(device)).find_fallback(tier)
+            if not may_retry or leaner is None:
+                remedy = "a smaller --size" if leaner is None else f"--memory {leaner}"
+                raise MemoryError(
+                    f"memory does not suffice for {config.width} x {config.height} pixels with "
+                    f"{failed}; try {remedy}"
+                ) from error
+        logger.warning(
+            "memory did not suffice with %s: trying once more with --memory %s", failed, leaner
+        )
+        tier = leaner
+    return paths
+
+
+def _list_tiers(
+    config: GenerateConfig, model_path: Path, parts: Sequence[Part], device: torch.device
+) -> Sequence[Tier]:
+    """List the tiers to choose from: with some parts that are named no quantised one."""
+    tiers: Sequence[Tier] = list_tiers(config.memory, model_path)
     if (bits := find_bits(parts)) is not None:
         check_quantization(bits, device, asked="--part")
         tiers = leave_quantized_out(tiers, config.memory, bits)
-    room = find_room(meta, request, tiers, ranks)
-    tier, written = room.choose(config.memory), list[Path]()
-    check_quantization(tier, device)
-    try:
-        _run(config, jobs, sampling, tier, parts, ranks, spread, written, on_progress)
-        return [job.path for job in jobs]
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        fallback = room.find_fallback(tier)
-        failed = name_held(tier, device)
-        if config.memory != "auto" or fallback is None or ranks.count > 1:
-            remedy = _SMALLER if fallback is None else f"--memory {fallback}"
-            _explain(error, config, failed, remedy)
-    # out of the handler, whose traceback keeps what the failed try held
-    logger.warning(
-        "the GPU's memory did not suffice with %s: trying once more with --memory %s",
-        failed, fallback,
-    )  # fmt: skip
-    release_memory(device)
-    try:
-        _run(config, jobs, sampling, fallback, parts, ranks, spread, written, on_progress)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        _explain(error, config, name_held(fallback, device), _SMALLER)
-    return [job.path for job in jobs]
+    if "compile" in config.parts:
+        tiers = [tier for tier in tiers if tier not in QUANTIZED]
+    return tiers
 
 
-def _run(
-    config: GenerateConfig,
-    jobs: Sequence[Picture],
-    sampling: Sampling,
-    tier: Tier,
-    parts: Sequence[Part],
-    ranks: Ranks,
-    spread: Spread,
-    written: list[Path],
-    on_progress: Callable[[Progress], None] | None,
-) -> None:
-    """Load the model on one tier, and make this rank's pictures that are not written yet."""
-    device = ranks.device
-    mesh = build_mesh(spread.degree, device) if spread.num_shared else None
-    shared, whole = spread.list_shared(ranks.rank), spread.list_whole(ranks.rank)
-    todo = [number for number in (*shared, *whole) if jobs[number].path not in written]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    inexact = [str(part) for part in parts if part.name not in EXACT]
-    if tier in QUANTIZED:
-        inexact.append(f"weights in {tier}")
-        parts = [part for part in parts if part.name != "compile"]
-    if inexact:
-        logger.warning("%s: the pictures are approximations", ", ".join(inexact))
-    dtype = pick_dtype(device)
-    quantization = build_quantization(tier, dtype)
-    pipe = load_pipeline(config.model, dtype=dtype, quantization=quantization)
-    pipe.set_progress_bar_config(disable=True)
-    if config.adapters or config.policy or _is_beyond_native(pipe, config, sampling):
-        adapt(pipe, config.adapters, policy=config.policy)
-    _load_loras(pipe, config.loras)
-    prompts = tuple(jobs[number].prompt for number in todo)
-    embeds = _encode_prompts(pipe, prompts, sampling.max_sequence_length, device, tier)
-    compiled = any(part.name == "compile" for part in parts)  # what fuses an MLP by itself
-    chunks = nullcontext() if compiled else token_chunks(pipe.transformer)
-    with chunks, ExitStack() as sharing:
-        apply_parts(pipe, parts, device)
-        place(pipe, tier, device)
-        group = None
-        if mesh is not None:
-            sharing.enter_context(context_parallel(pipe.transformer, mesh))
-            group = mesh.get_group("ulysses")
-        for number in todo:
-            if number not in shared:  # they come first
-                sharing.close()
-                group = None
+@dataclass(frozen=True)
+class _Job:
+    """What is to be made by this rank, and how; a second try goes on where the first has ended."""
 
-            def report(
-                _: Any, step: int, __: Any, values: dict[str, Any], number: int = number
-            ) -> dict[str, Any]:
-                if on_progress is not None:
-                    on_progress(Progress(number + 1, len(jobs), step + 1, sampling.steps))
-                return values
+    config: GenerateConfig
+    pictures: Sequence[Picture]
+    """Of all ranks."""
+    sampling: Sampling
+    parts: Sequence[Part]
+    ranks: Ranks
+    spread: Spread
+    on_progress: Callable[[Progress], None] | None
+    written: list[Path] = field(default_factory=list)
 
-            job = jobs[number]
-            image = _sample(
-                pipe, embeds[job.prompt], job.seed, config, sampling, device, report, group
-            )
-            if group is not None and group.rank() > 0:
-                continue  # one of the group writes it
-            record = _describe(pipe, config, sampling, job.prompt, job.seed)
-            names = [str(part) for part in parts]
-            how = {"memory": tier, "compiled": compiled}
-            record |= {**how, "speed": config.speed, "parts": names}
-            record["gpus"] = 1 if group is None else group.size()
-            save_picture(job.path, image, record)
-            written.append(job.path)
-    ranks.wait()
+    def run(self, tier: Tier) -> None:
+        """Load the model on a tier, and make this rank's pictures that are not written yet."""
+        device, rank = self.ranks.device, self.ranks.rank
+        mesh = build_mesh(self.spread.degree, device) if self.spread.num_shared else None
+        shared, whole = self.spread.list_shared(rank), self.spread.list_whole(rank)
+        todo = [n for n in (*shared, *whole) if self.pictures[n].path not in self.written]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        parts = self.list_parts(tier)
+        pipe = self.load(tier)
+        prompts = tuple(self.pictures[number].prompt for number in todo)
+        embeds = _encode_prompts(pipe, prompts, self.sampling.max_sequence_length, device, tier)
+        # compiling fuses an MLP by itself
+        chunks = nullcontext() if _is_compiled(parts) else token_chunks(pipe.transformer)
+        with chunks, ExitStack() as sharing:
+            apply_parts(pipe, parts, device)
+            place(pipe, tier, device)
+            group = None
+            if mesh is not None:
+                sharing.enter_context(context_parallel(pipe.transformer, mesh))
+                group = mesh.get_group("ulysses")
+            for number in todo:
+                if number not in shared:  # they come first
+                    sharing.close()
+                    group = None
+                image = self.make(pipe, embeds, number, group)
+                if group is not None and group.rank() > 0:
+                    continue  # one of the group writes it
+                path = self.pictures[number].path
+                num_gpus = 1 if group is None else group.size()
+                save_picture(path, image, self.describe(pipe, number, tier, num_gpus))
+                self.written.append(path)
+        self.ranks.wait()
+
+    def list_parts(self, tier: Tier) -> list[Part]:
+        """List what makes it faster on a tier: quantised blocks are not compiled."""
+        return [part for part in self.parts if part.name != "compile" or tier not in QUANTIZED]
+
+    def load(self, tier: Tier) -> FluxPipeline:
+        """Load the model with its adapters, on the CPU."""
+        config = self.config
+        inexact = [str(part) for part in self.parts if part.name not in EXACT]
+        if tier in QUANTIZED:
+            inexact.append(f"weights in {tier}")
+        if inexact:
+            logger.warning("%s: the pictures are approximations", ", ".join(inexact))
+        dtype = pick_dtype(self.ranks.device)
+        quantization = build_quantization(tier, dtype)
+        pipe = load_pipeline(config.model, dtype=dtype, quantization=quantization)
+        pipe.set_progress_bar_config(disable=True)
+        if config.adapters or config.policy or _is_beyond_native(pipe, config, self.sampling):
+            adapt(pipe, config.adapters, policy=config.policy)
+        _load_loras(pipe, config.loras)
+        return pipe
+
+    def make(
+        self,
+        pipe: FluxPipeline,
+        embeds: Mapping[str, PromptEmbeds],
+        number: int,
+        group: ProcessGroup | None,
+    ) -> Image.Image:
+        """Make a picture, alone or with the others of a group."""
+        picture, height, width = self.pictures[number], self.config.height, self.config.width
+
+        def report(step: int) -> None:
+            if self.on_progress is not None:
+                self.on_progress(
+                    Progress(number + 1, len(self.pictures), step, self.sampling.steps)
+                )
+
+        tokens = sample(
+            pipe, embeds[picture.prompt], picture.seed, height, width, self.sampling, report
+        )
+        return decode(pipe, tokens, height, width, self.ranks.device, group)
+
+    def describe(
+        self, pipe: FluxPipeline, number: int, tier: Tier, num_gpus: int
+    ) -> dict[str, Any]:
+        """Say how a picture was made, for its PNG."""
+        config, parts = self.config, self.list_parts(tier)
+        positions = find_policy(pipe.transformer)
+        libraries = ("torch", "diffusers", "peft", "transformers")
+        return {
+            "prompt": self.pictures[number].prompt,
+            "seed": self.pictures[number].seed,
+            "width": config.width,
+            "height": config.height,
+            "model": config.model,
+            "adapters": list(config.adapters),
+            "loras": [list(lora) for lora in config.loras],
+            "policy": None if positions is None else asdict(positions.policy),
+            **asdict(self.sampling),
+            "versions": {"urae": __version__, **{name: version(name) for name in libraries}},
+            "memory": tier,
+            "compiled": _is_compiled(parts),
+            "speed": config.speed,
+            "parts": [str(part) for part in parts],
+            "gpus": num_gpus,
+        }
 
 
-def _check_inputs(config: GenerateConfig, path: Path) -> tuple[Sampling, int]:
-    """Check adapters against the model's shape, and fill in the model's own defaults.
-
-    Returns:
-        How to sample, and the adapters' size in bytes.
-    """
-    meta = build_meta_transformer(path)
-    adapter_bytes = check_adapters(config.adapters, config.loras, meta)
-    own = default_sampling(meta, path)
-    sampling = Sampling(
-        own.steps if config.steps is None else config.steps,
-        own.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-        own.max_sequence_length
-        if config.max_sequence_length is None
-        else config.max_sequence_length,
-    )
-    return sampling, adapter_bytes
+def _is_compiled(parts: Sequence[Part]) -> bool:
+    return any(part.name == "compile" for part in parts)
 
 
 def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig, sampling: Sampling) -> bool:
@@ -305,91 +354,3 @@ def _encode_prompts(
     pipe.register_modules(text_encoder=None, text_encoder_2=None)
     release_memory(device)
     return embeds
-
-
-@torch.no_grad()
-def _sample(
-    pipe: FluxPipeline,
-    embeds: PromptEmbeds,
-    seed: int,
-    config: GenerateConfig,
-    sampling: Sampling,
-    device: torch.device,
-    on_step_end: Callable[..., dict[str, Any]],
-    group: ProcessGroup | None = None,
-) -> Image.Image:
-    latents = pipe(
-        **embeds._asdict(),
-        height=config.height,
-        width=config.width,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    ).images
-    return decode(pipe, latents, config.height, config.width, device, group)
-
-
-def decode(
-    pipe: FluxPipeline,
-    tokens: torch.Tensor,
-    height: int,
-    width: int,
-    device: torch.device,
-    group: ProcessGroup | None = None,
-) -> Image.Image:
-    """Decode packed latents into a picture, exactly, in stripes where memory is short.
-
-    Args:
-        pipe: Its VAE decodes.
-        tokens: 1 x image tokens x 64.
-        height: In pixels.
-        width: In pixels.
-        device: Where the VAE runs.
-        group: Ranks that have the same latents, and share the work.
-
-    Raises:
-        MemoryError: If there is no way within what is free.
-    """
-    latents = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    latents = latents.to(device, pipe.vae.dtype)
-    max_bytes = vae_bytes(device, free_bytes(device))
-    pixels = vae.decode(pipe.vae, latents, max_bytes=max_bytes, group=group)
-    pipe.maybe_free_model_hooks()
-    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-    return image
-
-
-def _describe(
-    pipe: FluxPipeline, config: GenerateConfig, sampling: Sampling, prompt: str, seed: int
-) -> dict[str, Any]:
-    positions = find_policy(pipe.transformer)
-    return {
-        "prompt": prompt,
-        "seed": seed,
-        "width": config.width,
-        "height": config.height,
-        "model": config.model,
-        "adapters": list(config.adapters),
-        "loras": [list(lora) for lora in config.loras],
-        "policy": None if positions is None else asdict(positions.policy),
-        **asdict(sampling),
-        "versions": {
-            "urae": __version__,
-            **{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")},
-        },
-    }
-
-
-def _explain(error: BaseException, config: GenerateConfig, failed: str, remedy: str) -> NoReturn:
-    """Raise an error that says what was held and what fits; the VAE's own says so already."""
-    if not isinstance(error, torch.OutOfMemoryError):
-        raise error
-    raise MemoryError(
-        f"the GPU's memory does not suffice for {config.width} x {config.height} pixels with "
-        f"{failed}; try {remedy}"
-    ) from error

@@ -120,11 +120,15 @@ class _JoinedAdapters:
         self._layers = [m for m in self._transformer.modules() if isinstance(m, LoraLayer)]
         self._state = self._read(scale)
         self._held = [weight for layer in self._layers for weight in _list_weights(layer)]
-        count = 0
-        for layer in self._layers:
-            if _is_plain(layer, self._transformer.dtype):
-                count += _join_layer(layer, scale, self._merge)
-        if self._merge and self._layers:
+        plain = [layer for layer in self._layers if _is_plain(layer, self._transformer.dtype)]
+        count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
+        if self._merge and plain and not count:
+            logger.warning(
+                "adapters are merged in none of %d layers: in %s it would not be exact; they are "
+                "joined, as by joined-adapters",
+                len(plain), self._transformer.dtype,
+            )  # fmt: skip
+        elif self._merge and self._layers:
             logger.info("adapters merged in %d of %d layers", count, len(self._layers))
 
     def release(self) -> None:

@@ -1,5 +1,6 @@
 """Make a pipeline faster, part by part, and undo it."""
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -7,9 +8,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import nn
 
 from urae.adapters.adapt import transformer_of
+from urae.backbones.attention import check_active_backend
 from urae.backbones.flux import pick_device
 from urae.generate.attention import use_fastest_attention
 from urae.generate.constants import keep_constants
@@ -27,8 +30,9 @@ from urae.generate.parts import (
 from urae.generate.progressive import Progressive
 from urae.generate.quantize import quantize_blocks
 from urae.generate.schedule import Schedule
-from urae.generate.speed import can_compile, compile_blocks
+from urae.generate.speed import can_compile, check_compiler, compile_blocks
 from urae.generate.step_cache import StepCache, StepCacheKind
+from urae.generate.vae_parts import decode_in_stripes, decode_tiled
 from urae.resolution import change_policy, find_policy
 from urae.undo import keep_undo, undo
 
@@ -36,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 Pipe = TypeVar("Pipe")
 Undo = Callable[[], None]
+
+_FORWARD = inspect.signature(FluxTransformer2DModel.forward)
 
 
 def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] = ()) -> Pipe:
@@ -56,10 +62,31 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     Raises:
         ValueError: If a part is unknown or does not go with another, or with the pipe. Nothing is
             optimized then.
+        ModuleNotFoundError: If the package of the attention backend cannot be used here.
     """
-    device = pick_device()
-    apply_parts(pipe, choose_parts(speed, parts, compiled=can_compile(device)), device)
+    device: Any = transformer_of(pipe).device
+    if device.type in ("cpu", "meta"):  # not where it will run, if there is a GPU
+        device = pick_device()
+    check_machine(parts, device)
+    compiled = speed is not None and can_compile(device)
+    apply_parts(pipe, choose_parts(speed, parts, compiled=compiled), device)
     return pipe
+
+
+def check_machine(parts: Sequence[str], device: torch.device) -> None:
+    """Refuse what this machine is not installed for; needs no weights.
+
+    Args:
+        parts: Those that are named.
+        device: Where the pipe will run.
+
+    Raises:
+        ValueError: If blocks are to be compiled, and a compiler is missing.
+        ModuleNotFoundError: If the package of the attention backend cannot be used here.
+    """
+    check_active_backend()
+    if "compile" in parts:
+        check_compiler(device)
 
 
 def choose_parts(speed: Speed | None, parts: Sequence[str], *, compiled: bool) -> tuple[Part, ...]:
@@ -110,7 +137,21 @@ def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:
         if any(part.name in SCHEDULED for part in parts):
             stack.callback(schedule.attach(transformer).remove)
         stack.callback(check_finite(transformer, parts))
+        # first of all that are there by now, which look for inputs by name
+        hook = transformer.register_forward_pre_hook(_name_inputs, prepend=True, with_kwargs=True)
+        stack.callback(hook.remove)
         keep_undo(transformer, stack.pop_all())
+
+
+def _name_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hand a forward's inputs on by name, however they were given (a forward pre-hook)."""
+    if not args:
+        return None
+    named = dict(_FORWARD.bind(module, *args, **kwargs).arguments)
+    del named["self"]
+    return (), named
 
 
 def _apply(
@@ -133,6 +174,9 @@ def _apply(
             return Progressive(pipe, schedule, part.strength).attach(pipe.transformer)
         case "compile":
             return compile_blocks(pipe.transformer)
+        case "striped-vae" | "tiled-vae":
+            decode = decode_in_stripes if part.name == "striped-vae" else decode_tiled
+            return decode(pipe.vae) if pipe.vae is not None else lambda: None
         case _:
             return _cache_steps(part.name, part, pipe, schedule, parts)
 

@@ -23,6 +23,8 @@ PartName = Literal[
     "constants",
     "progressive",
     "compile",
+    "striped-vae",
+    "tiled-vae",
     "first-block-cache",
     "mag-cache",
     "taylorseer-cache",
@@ -35,6 +37,7 @@ EXACT: tuple[PartName, ...] = (
     "merged-adapters",
     "constants",
     "compile",
+    "striped-vae",
 )
 """Parts that change nothing but the rounding."""
 _PAYING = tuple(name for name in EXACT if name != "merged-adapters")
@@ -58,6 +61,7 @@ _EXCLUSIVE: tuple[tuple[PartName, ...], ...] = (
     get_args(Bits),
     ("first-block-cache", "mag-cache", "taylorseer-cache"),
     ("joined-adapters", "merged-adapters"),
+    ("striped-vae", "tiled-vae"),
 )
 _STRENGTHS: Mapping[str, float] = {
     **{str(name): strength for name, strength in DEFAULT_STRENGTH.items()},

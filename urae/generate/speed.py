@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
 _PAYS_FROM_TOKEN_STEPS = 1_600_000
 _HOOK = "urae_compiled_forward"
+_VARIANTS = 2  # of a block: for the first size, and for any
 _TOKENS = ("hidden_states", "encoder_hidden_states")  # what the transformer hands its blocks
 _COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -53,10 +54,33 @@ def can_compile(device: torch.device) -> bool:
     """Tell whether blocks can be compiled where they run: on a GPU, with a compiler."""
     if device.type != "cuda":
         return False
-    if not has_triton() or not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        logger.info("blocks are not compiled: that needs Triton and a C compiler")
-        return False
-    return True
+    if lack := _find_lack(device):
+        logger.warning("the blocks are not compiled, and slower for it: that needs %s", lack)
+    return lack is None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile blocks where that cannot be done; needs no weights.
+
+    Raises:
+        ValueError: If what generates or compiles their code is missing.
+    """
+    if lack := _find_lack(device):
+        raise ValueError(
+            f"compiled blocks need {lack}, which this machine lacks; install it (compilers come "
+            "with apt-get install build-essential), or leave out compile"
+        )
+
+
+def _find_lack(device: torch.device) -> str | None:
+    """Say what compiling for a device needs and this machine lacks, if anything."""
+    if device.type == "cuda":
+        if not has_triton():
+            return "Triton and a GPU of compute capability 7.0 or more"
+        language, names = "C", [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    else:
+        language, names = "C++", [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
+    return None if any(map(shutil.which, names)) else f"a {language} compiler"
 
 
 def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
@@ -76,11 +100,10 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
     """
     check_not_offloaded(transformer)
     keep_compiled()
-    registries = [
-        HookRegistry.check_if_exists_or_initialize(block) for block in list_blocks(transformer)
-    ]
+    blocks = list_blocks(transformer)
+    registries = [HookRegistry.check_if_exists_or_initialize(block) for block in blocks]
     for registry in registries:
-        registry.register_hook(_CompiledForward(), _HOOK)
+        registry.register_hook(_CompiledForward(_VARIANTS * len(blocks)), _HOOK)
 
     def undo() -> None:
         for registry in registries:
@@ -139,10 +162,18 @@ def fingerprint(tensor: Tensor) -> tuple[int, int, torch.dtype]:
 class _CompiledForward(ModelHook):  # type: ignore[misc]
     """Puts a compiled forward in the place of a block's own."""
 
+    def __init__(self, num_variants: int) -> None:
+        super().__init__()
+        # where LoRAs have another rank in each block, each is a variant of the one code: beyond
+        # torch's limit of 8 blocks would run uncompiled, and only torch's log would say so
+        limit = max(num_variants, torch._dynamo.config.recompile_limit)
+        self.limited = torch._dynamo.config.patch(recompile_limit=limit)
+
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.compiled = torch.compile(module.forward)
         return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         usual = {name: with_usual_strides(kwargs[name]) for name in _TOKENS if name in kwargs}
-        return self.compiled(*args, **{**kwargs, **usual})
+        with self.limited:
+            return self.compiled(*args, **{**kwargs, **usual})

@@ -1,8 +1,11 @@
 """What trains: a LoRA or a variant of it from zero, or the minor components of base and LoRA."""
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -37,6 +40,8 @@ from urae.storage import write_tensors
 from urae.train.config import AdapterConfig
 
 _MINOR_NAME, _NAME = "urae_4k", "urae_2k"
+_BLOCK = re.compile(r"^(\w+)\.\d+\.")
+_NUM_SAMPLED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class TrainingAdapter:
     """B0 and A0 of a minor adapter, float32 on the CPU."""
     parameters: list[nn.Parameter]
     metadata: Mapping[str, str]
+    base_hashes: Mapping[str, str]
+    """Of the base's weights, as `fingerprint_base` has them."""
 
     @property
     def origin_hash(self) -> str:
@@ -101,6 +108,7 @@ def attach_for_training(
         device: Where minor components are found; by default where the transformer is.
     """
     device = device or next(transformer.parameters()).device
+    base_hashes = fingerprint_base(transformer)
     names = find_attention_linears(transformer)
     weights = open_original_weights(transformer, names)
     updates = compute_updates(
@@ -120,7 +128,7 @@ def attach_for_training(
         peft_config = given.config if given else build_peft_config(config.kind, config.rank, names)
         weights_given = None if given is None else given.state
         parameters = attach_variant(transformer, _NAME, peft_config, weights_given, seed=seed)
-        return TrainingAdapter(transformer, _NAME, None, parameters, metadata)
+        return TrainingAdapter(transformer, _NAME, None, parameters, metadata, base_hashes)
     initial = None
     if start is not None:
         layers = start.layers
@@ -146,7 +154,25 @@ def attach_for_training(
         for up in parameters[1::2]:  # A and B of each layer in turn
             up.requires_grad_(False)
         parameters = parameters[::2]
-    return TrainingAdapter(transformer, name, initial, parameters, metadata)
+    return TrainingAdapter(transformer, name, initial, parameters, metadata, base_hashes)
+
+
+def fingerprint_base(transformer: nn.Module) -> dict[str, str]:
+    """Identify a base by a few rows of each of its weights, cheaply.
+
+    The same for a base held in bfloat16 and in float32: numbers count as bfloat16 has them.
+
+    Returns:
+        SHA-256 by layer, 64 hex digits; those of one name in all blocks together, such as
+        `transformer_blocks.*.ff.net.2`.
+    """
+    digests: dict[str, Any] = {}
+    for name, weight in transformer.named_parameters():
+        layer = _BLOCK.sub(r"\1.*.", name).rpartition(".")[0]
+        stride = max(1, len(weight) // _NUM_SAMPLED_ROWS)
+        rows = weight.detach()[::stride].bfloat16().float().cpu().contiguous()
+        digests.setdefault(layer, hashlib.sha256()).update(rows.numpy().tobytes())
+    return {layer: digest.hexdigest() for layer, digest in digests.items()}
 
 
 def check_start(start: AdapterFile, config: AdapterConfig) -> None:

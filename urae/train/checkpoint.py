@@ -8,19 +8,31 @@ seed and the number of batches alone, so there is no random state to save.
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from urae.adapters.files import LORA_FILE_NAME, read_adapter
 from urae.storage import read_tensors, write_atomic, write_tensors
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 30.0
+"""How long after it was found full a disk is tried again."""
+MAX_PAUSE_SECONDS = 300.0
+"""For how long if the run has several processes: half of what the others wait for this one."""
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 PLAIN_FILE = "plain_lora_weights.safetensors"
@@ -87,6 +99,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
     keep: int,
+    stop: Event | None = None,
 ) -> Checkpoint:
     """Write a checkpoint beside its place, move it there, then delete the oldest beyond `keep`.
 
@@ -99,44 +112,116 @@ def save_checkpoint(
         optimizer: Its state is saved with full precision.
         record: The run's config and what else must fit on resuming; JSON.
         keep: Checkpoints to keep, this one included.
+        stop: While the disk is full the run pauses, until this is set. None: it does not pause.
 
     Raises:
+        FloatingPointError: If weights or optimizer hold NaN or infinity; earlier checkpoints stay.
         OSError: If the disk is full or not writable; earlier checkpoints stay as they are.
     """
     final = output_dir / f"checkpoint-{step:06d}"
     partial = output_dir / _PARTIAL.format(final.name)
     if final.is_dir():
         return Checkpoint(final, step)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+
+    def fill() -> None:
         partial.mkdir(parents=True)
         write_weights(partial)
         tensors, plain = _flatten(optimizer.state_dict())
         write_tensors(partial / OPTIMIZER_FILE, tensors, {"urae.optimizer": json.dumps(plain)})
+        _check_finite(partial, output_dir, step)
         files = {path.name: _digest_file(path) for path in sorted(partial.iterdir())}
         state = {"step": step, "files": files, **record}
         state["sha256"] = _digest_record(state)
         write_atomic(partial / STATE_FILE, json.dumps(state, indent=1).encode())
         _sync_folder(partial)
-        partial.rename(final)
-        _sync_folder(output_dir)
-    except OSError as error:
+
+    def write() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            error.errno,
-            f"checkpoint of step {step} could not be written ({reason}); {_remedy(output_dir)}",
-            str(final),
-        ) from error
+        try:
+            if not final.is_dir():  # as it is after a try that failed in the very last flush
+                fill()
+                partial.rename(final)
+            _sync_folder(output_dir)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(
+                error.errno,
+                f"checkpoint of step {step} could not be written ({reason}); {_remedy(output_dir)}",
+                str(final),
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    _write_once_there_is_room(write, output_dir, step, stop)
     for checkpoint in find_checkpoints(output_dir)[:-keep]:
         checkpoint.discard()
     return Checkpoint(final, step)
+
+
+def _write_once_there_is_room(
+    write: Callable[[], None], output_dir: Path, step: int, stop: Event | None
+) -> None:
+    """Try to write, on a full disk again and again; say so once."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    deadline = time.monotonic() + (MAX_PAUSE_SECONDS if several else math.inf)
+    paused = False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not is_full or stop is None or time.monotonic() > deadline:
+                raise
+            if not (paused or stop.is_set()):
+                limit = f", within {MAX_PAUSE_SECONDS / 60:g} minutes" if several else ""
+                logger.warning(
+                    f"checkpoint of step {step} finds no space left in {output_dir}; the run is "
+                    f"paused: free some{limit} and it goes on by itself, or stop it with Ctrl-C"
+                )
+            paused = True
+            _sleep(RETRY_SECONDS, stop)
+            if stop.is_set():
+                raise
+
+
+def _sleep(seconds: float, stop: Event) -> None:
+    """Wait; not by `stop.wait`, which a signal that sets it at the wrong moment would block."""
+    end = time.monotonic() + seconds
+    while not stop.is_set() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 0.5))
 
 
 def _remedy(output_dir: Path) -> str:
     if before := find_checkpoints(output_dir):
         return f"that of step {before[-1].step} is whole: free some space, then go on with --resume"
     return "there is none before it: free some space, then start again"
+
+
+def _check_finite(folder: Path, output_dir: Path, step: int) -> None:
+    name = _find_not_finite(folder)
+    if name is None:
+        return
+    whole = (each for each in reversed(find_checkpoints(output_dir)) if find_damage(each) is None)
+    remedy = "none is before it: start again with a lower --optimizer.lr"
+    if (good := next(whole, None)) is not None:
+        remedy = (
+            f"that of step {good.step} is the last good one: begin another --output from it with a "
+            f"lower --optimizer.lr (--adapter.init {good.path}), or --resume if the machine was at "
+            "fault"
+        )
+    raise FloatingPointError(
+        f"checkpoint of step {step} would hold NaN or infinity ({name}) and is not saved; {remedy}"
+    )
+
+
+def _find_not_finite(folder: Path) -> str | None:
+    """Name the first file in a folder that holds NaN or infinity."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            read_tensors(path)
+        except ValueError:
+            return path.name
+    return None
 
 
 def load_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -153,10 +238,10 @@ def load_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: Checkpoint) -> str | None:
-    """Compare each file of a checkpoint with its checksum.
+    """Compare each file of a checkpoint with its checksum, and look for NaN and infinity.
 
     Returns:
-        The first file that is not as it was written and why, None if all are.
+        The first file that is not as it was written, or of no use, and why; None if all are good.
     """
     try:
         record = load_record(checkpoint)
@@ -172,6 +257,8 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
             return f"{name}: {error.strerror}"
         if found != wanted:
             return f"{name}: checksum differs"
+    if (useless := _find_not_finite(checkpoint.path)) is not None:
+        return f"{useless}: it holds NaN or infinity"
     return None
 
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -33,7 +34,13 @@ from urae.train.memory import choose_way, is_placed_first, place
 from urae.train.mesh import build_mesh, check_mesh, distribute
 from urae.train.monitor import Monitor
 from urae.train.optimizer import PACKAGES
-from urae.train.output import StepReport, check_same_policy, prepare_output, warn_of_other_steps
+from urae.train.output import (
+    StepReport,
+    check_same_policy,
+    hold_output,
+    prepare_output,
+    warn_of_other_steps,
+)
 from urae.train.preview import Previewer
 from urae.train.ranks import MAX_WAIT_MINUTES, check_alike, warn_of_other_batch
 from urae.train.recompute import count_tokens, is_compiled, set_checkpointing
@@ -78,7 +85,9 @@ def train(
         OSError: If a checkpoint cannot be written; earlier ones stay whole.
     """
     with explain_lost_rank(_AGAIN):
-        return _Run(config, _build_accelerator(config)).train(on_step)
+        accelerator = _build_accelerator(config)
+        with hold_output(config.output_dir) if accelerator.is_main_process else nullcontext():
+            return _Run(config, accelerator).train(on_step)
 
 
 class _Run:
@@ -138,7 +147,7 @@ class _Run:
                         on_step(report)
                 finished = state.step == config.steps
                 if finished or gradients.stopping or state.step % config.checkpoint_every == 0:
-                    self._save()  # before measuring, which may take longer than there is
+                    self._save(stop)  # before measuring, which may take longer than there is
                 if gradients.stopping and not finished:
                     break  # what is due is measured when the run goes on
                 with self._saved_on_failure():
@@ -192,7 +201,8 @@ class _Run:
             num_ranks=self.mesh.num_data_ranks,
         )
 
-    def _save(self) -> None:
+    def _save(self, stop: Event | None = None) -> None:
+        """Save a checkpoint; where the disk is full wait for room, until `stop` is set."""
         if not self.accelerator.is_main_process:
             return
         record = {
@@ -201,7 +211,7 @@ class _Run:
             "config": flatten(asdict(self.config)),
             "policy": self.policy.to_json(),
         }
-        self.state.save(self.config, self.metadata, record)
+        self.state.save(self.config, self.metadata, record, stop)
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:

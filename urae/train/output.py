@@ -5,7 +5,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from urae.adapters.files import LORA_FILE_NAME
 from urae.config import flatten
+from urae.features.claims import Claims
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.checkpoint import (
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 LOSS_FILE = "loss.csv"
 VALIDATION_FILE = "validation.csv"
 PREVIEW_DIR = "previews"
+LOCK_FILE = ".run.lock"
 
 _LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
 
@@ -165,6 +168,27 @@ def check_same_policy(start: Start, policy: ResolutionPolicy) -> None:
         )
 
 
+def check_same_base(start: Start, base_hashes: Mapping[str, str]) -> None:
+    """Refuse to resume on a base of other weights than a run began with.
+
+    Args:
+        start: Of the run.
+        base_hashes: Of the base now, by layer.
+
+    Raises:
+        ValueError: Names the layers that differ.
+    """
+    before = start.record.get("base_hashes", base_hashes)  # older checkpoints have none
+    names = sorted(before.keys() | base_hashes.keys())
+    changed = [name for name in names if before.get(name) != base_hashes.get(name)]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(
+            f"the run began on a base with other weights of {', '.join(changed[:3])}{more}; resume "
+            "with the base that it began with (--model)"
+        )
+
+
 def warn_of_other_steps(config: TrainConfig, start: Start) -> None:
     """Say so if a resumed run's learning rate falls over more or fewer steps than it began to."""
     before = start.record.get("config", {}).get("steps", config.steps)
@@ -174,6 +198,42 @@ def warn_of_other_steps(config: TrainConfig, start: Start) -> None:
             f"learning rate is that of the {config.optimizer.schedule} schedule over "
             f"{config.steps} steps, before it was that over {before}"
         )
+
+
+@contextmanager
+def hold_output(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder, on any machine, for the length of a `with` block.
+
+    The folder is made, and goes again if it is empty at the end. The kernel lets go of it when the
+    process ends, however it ends.
+
+    Raises:
+        FileExistsError: If another run is going on in it.
+    """
+    is_new = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / LOCK_FILE
+    with Claims(path) as claims, ExitStack() as stack:
+        try:
+            granted = stack.enter_context(claims.claim(LOCK_FILE, wait=False))
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(
+                f"{output_dir} cannot be locked ({error.strerror}); see to it that no other run "
+                "uses it"
+            )
+            granted = True
+        if not (granted and path.exists()):  # or it was the lock of a run that has just ended
+            raise FileExistsError(
+                f"{output_dir} is in use by another run; wait until it ends, stop it, or choose "
+                "another --output"
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # it holds the run
+                    output_dir.rmdir()
 
 
 def prepare_output(output_dir: Path, start: Start) -> None:

@@ -16,8 +16,8 @@ from urae.backbones.flux import (
 )
 from urae.features.encoders import Encoders
 from urae.generate.inputs import default_sampling
-from urae.generate.job import decode
 from urae.generate.picture import picture_path, save_picture
+from urae.generate.sample import PromptEmbeds, decode, sample
 from urae.resolution import ResolutionPolicy, build_scheduler
 from urae.train.config import TrainConfig
 from urae.train.output import PREVIEW_DIR
@@ -82,18 +82,9 @@ class Previewer:
 
     def _draw(self, transformer: FluxTransformer2DModel, preview: Preview) -> Image.Image:
         device = transformer.device
-        prompt_embeds, pooled_prompt_embeds = self.embeds[preview.prompt]
+        embeds = PromptEmbeds(*(each.to(device) for each in self.embeds[preview.prompt]))
         self.pipe.register_modules(transformer=transformer)
-        tokens = self.pipe(
-            prompt_embeds=prompt_embeds.to(device),
-            pooled_prompt_embeds=pooled_prompt_embeds.to(device),
-            height=self.side,
-            width=self.side,
-            num_inference_steps=self.sampling.steps,
-            guidance_scale=self.sampling.guidance_scale,
-            generator=torch.Generator().manual_seed(preview.seed),
-            output_type="latent",
-        ).images
+        tokens = sample(self.pipe, embeds, preview.seed, self.side, self.side, self.sampling)
         self.pipe.register_modules(vae=self.vae.to(device))
         try:
             return decode(self.pipe, tokens, self.side, self.side, device)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from urae.train.optimizer import (
     read_lr,
     weights_to_use,
 )
+from urae.train.output import check_same_base
 
 
 @dataclass
@@ -70,7 +72,11 @@ class TrainingState:
         return path
 
     def save(
-        self, config: TrainConfig, metadata: Mapping[str, str], record: dict[str, Any]
+        self,
+        config: TrainConfig,
+        metadata: Mapping[str, str],
+        record: dict[str, Any],
+        stop: Event | None = None,
     ) -> None:
         """Save a checkpoint, unless that of this step is there.
 
@@ -78,6 +84,10 @@ class TrainingState:
             config: Says where, and how many are kept.
             metadata: Of the adapter's files.
             record: What else must fit on resuming.
+            stop: Ends the pause that the run makes while the disk is full; None: it makes none.
+
+        Raises:
+            FloatingPointError, OSError: As `save_checkpoint`.
         """
 
         def write_weights(folder: Path) -> None:
@@ -91,13 +101,23 @@ class TrainingState:
             self.step,
             write_weights=write_weights,
             optimizer=self.optimizer,
-            record={"num_batches": self.num_batches, **record},
+            record={
+                "num_batches": self.num_batches,
+                "base_hashes": self.adapter.base_hashes,
+                **record,
+            },
             keep=config.keep_checkpoints,
+            stop=stop,
         )
 
 
 def build_state(adapter: TrainingAdapter, config: TrainConfig, inputs: Inputs) -> TrainingState:
-    """Build the state that a run starts with, fresh or from its checkpoint."""
+    """Build the state that a run starts with, fresh or from its checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint was made on a base of other weights, or is damaged.
+    """
+    check_same_base(inputs.start, adapter.base_hashes)
     optimizer = build_optimizer(adapter.parameters, config.optimizer)
     start = inputs.start
     if start.checkpoint is not None:
