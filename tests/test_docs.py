@@ -160,7 +160,8 @@ def jobs(monkeypatch, tmp_path):
     from urae.study import StudyResult
     from urae.train import Pushed, StepReport, TrainResult
     from urae.train.estimate import TERMS, Estimate, Way
-    from urae.train.plan import Probe, TrainPlan
+    from urae.train.plan import TrainPlan
+    from urae.train.probe import Probe
 
     calls = {}
 
@@ -186,7 +187,7 @@ def jobs(monkeypatch, tmp_path):
     training = TrainPlan((), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 1, 1, 1)
     monkeypatch.setattr("urae.train.plan.plan_training", stand_in("plan", training))
     probed = Probe((step,), training.estimates[0], 1.0)
-    monkeypatch.setattr("urae.train.plan.probe", stand_in("plan", probed))
+    monkeypatch.setattr("urae.train.probe.probe", stand_in("plan", probed))
     study = StudyResult(1, 1, Path("a.md"))
     monkeypatch.setattr("urae.study.run_study", stand_in("study", study))
     monkeypatch.setattr("urae.web.serve", stand_in("web", None))

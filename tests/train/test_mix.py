@@ -16,7 +16,8 @@ from urae.features.order import Order
 from urae.resolution import ResolutionPositions, read_base_policy
 from urae.train import DataConfig, TrainConfig, train
 from urae.train.inputs import check_inputs, open_sources
-from urae.train.plan import plan_training, probe
+from urae.train.plan import plan_training
+from urae.train.probe import probe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -16,9 +16,11 @@ from urae.geometry import num_image_tokens
 from urae.resolution import ResolutionPolicy
 from urae.train import AdapterConfig, StepReport
 from urae.train import plan as plan_module
+from urae.train import probe as probe_module
 from urae.train.config import DataConfig
 from urae.train.estimate import TIERS, Way
-from urae.train.plan import plan_training, probe
+from urae.train.plan import plan_training
+from urae.train.probe import probe
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -85,16 +87,16 @@ def trials(monkeypatch):
             report = StepReport(step, 0.1, 1.0, 1e-4, 2.0, 0.0, (None,), 32, 32, None)
             on_step(report)
 
-    monkeypatch.setattr(plan_module, "train", record)
+    monkeypatch.setattr(probe_module, "train", record)
     return configs
 
 
 def test_the_probe_runs_as_the_run_would(settings, trials, monkeypatch):
     """The whole run pays for compiling, three steps would not."""
     way, pays = Way("offload", "selective"), []
-    monkeypatch.setattr(plan_module, "choose_way", lambda *_: way)
+    monkeypatch.setattr(probe_module, "choose_way", lambda *_: way)
     monkeypatch.setattr(
-        plan_module, "is_compiled", lambda config, *_: pays.append(config.steps) or True
+        probe_module, "is_compiled", lambda config, *_: pays.append(config.steps) or True
     )
     found = probe(settings(steps=2000, gradient_checkpointing="auto"))
     (trial,) = trials
@@ -118,8 +120,10 @@ def test_the_probe_takes_the_largest_batch(settings, trials, tmp_path):
 
 
 def count_batch_tokens(config):
-    _, samples, batch_size = plan_module._find_largest_batch(config)
-    return batch_size * (samples[0].text_tokens + num_image_tokens(*plan_module._size(samples[0])))
+    _, samples, batch_size = probe_module._find_largest_batch(config)
+    return batch_size * (
+        samples[0].text_tokens + num_image_tokens(*plan_module.size_of(samples[0]))
+    )
 
 
 def test_a_batch_of_one_picture_several_times(settings, trials):

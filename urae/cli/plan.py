@@ -13,7 +13,8 @@ from urae.cli.train import Data, format_seconds, read_recipe
 if TYPE_CHECKING:
     from urae.generate.estimate import Stage
     from urae.generate.plan import Plan
-    from urae.train.plan import Probe, TrainPlan
+    from urae.train.plan import TrainPlan
+    from urae.train.probe import Probe
 
 
 class Bits(StrEnum):
@@ -145,13 +146,14 @@ def train_command(
     """Print what `urae train` would take; fields of the recipe are overridden in the same way."""
     config = read_recipe(recipe, context.args, {"data_dir": data, "output_dir": Path("plan")})
     from urae.generate.plan import parse_bytes
-    from urae.train import plan
+    from urae.train import plan as planning
+    from urae.train import probe as probing
 
-    found = plan.plan_training(config, None if gpu is None else parse_bytes(gpu))
+    found = planning.plan_training(config, None if gpu is None else parse_bytes(gpu))
     _show_training(found, config.steps)
     if probe:
         quiet_progress_bars()
-        _show_probe(plan.probe(config), config.steps)
+        _show_probe(probing.probe(config), config.steps)
 
 
 def _show_training(plan: "TrainPlan", steps: int) -> None:

@@ -1,14 +1,12 @@
 """What a training run will take: from the recipe and the features' headers, no weights loaded.
 
-Where nothing is cached yet it is planned from the pictures. `probe` then takes real steps of the
-largest batch, to put beside the estimate.
+Where nothing is cached yet it is planned from the pictures.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from urae.backbones.flux import (
@@ -25,7 +23,7 @@ from urae.features.location import is_url
 from urae.features.order import build_batches
 from urae.features.shards import INDEX_NAME
 from urae.features.sources import NO_CAPTION, find_sources
-from urae.features.store import LATENT_SUFFIX, FeatureFile, count_bytes, empty_prompt_path
+from urae.features.store import LATENT_SUFFIX, FeatureFile, count_bytes
 from urae.generate.inputs import default_sampling
 from urae.geometry import PATCH, TOKEN_PIXELS, VAE_FACTOR, num_image_tokens
 from urae.local_attention import build_local_attention
@@ -43,14 +41,11 @@ from urae.train.estimate import (
     estimate_seconds,
     list_ways,
 )
-from urae.train.inputs import check_inputs, open_sources, repeat_by_weight
-from urae.train.loop import train
-from urae.train.memory import choose_way, estimate_ways, fits
-from urae.train.output import StepReport
-from urae.train.recompute import count_tokens, is_compiled, wants_compiled
+from urae.train.inputs import open_sources, repeat_by_weight
+from urae.train.memory import estimate_ways, fits
+from urae.train.recompute import wants_compiled
 from urae.train.validate import hold_out
 
-_PROBE_STEPS = 3  # compiling comes in the first
 _NUMBER_BYTES = 2  # features are bfloat16, as cached on a GPU
 
 
@@ -112,18 +107,6 @@ class TrainPlan:
         return fits(estimate, self.gpu_bytes, self.host_bytes)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What real steps took."""
-
-    reports: tuple[StepReport, ...]
-    """Of each; the first compiles, where blocks are compiled."""
-    estimate: Estimate
-    """Of the same batch in the same way."""
-    seconds: float
-    """Of all steps of the run, by its operations and the pace of the last one."""
-
-
 class _Data(NamedTuple):
     """What a run would train on."""
 
@@ -162,10 +145,10 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
     transformer: Any = build_meta_models(config.model)["transformer"]
     data = _read_data(config, transformer)
     samples, held_out = hold_out(data.samples, config.num_validation, config.seed)
-    tokens = data.text_tokens + max(num_image_tokens(*_size(sample)) for sample in samples)
+    tokens = data.text_tokens + max(num_image_tokens(*size_of(sample)) for sample in samples)
     estimates = estimate_ways(transformer, config, tokens, ways, num_ranks=num_ranks)
     chosen = next((each for each in estimates if fits(each, gpu, host)), estimates[0])
-    buckets = _list_buckets(
+    buckets = list_buckets(
         config, repeat_by_weight(samples), data.text_tokens, transformer, chosen.way
     )
     num_epochs = _count_epochs(config, buckets)
@@ -177,7 +160,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         buckets,
         len(held_out),
         num_epochs,
-        _count_run(config, buckets),
+        count_run(config, buckets),
         tuple(estimates),
         gpu,
         data.num_bytes,
@@ -187,96 +170,6 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         data.num_pictures,
         data.num_left_out,
     )
-
-
-def probe(config: TrainConfig) -> Probe:
-    """Take three steps on the largest batch, in a folder that is deleted again.
-
-    They are taken as the run would take them on this machine: in the same way, compiled or not.
-
-    Args:
-        config: Of the run; what it measures and shows on the way is left out.
-
-    Raises:
-        As `train`.
-    """
-    source, samples, batch_size = _find_largest_batch(config)
-    reports: list[StepReport] = []
-    with TemporaryDirectory() as folder:
-        config = replace(
-            config, output_dir=Path(folder) / "run", resume=False, overwrite=False, tracker=None
-        )
-        inputs, device = check_inputs(config), pick_device()
-        way = choose_way(config, inputs, device)
-        data = Path(folder) / "data"
-        weights = _copy_features(config, samples, data)
-        # as many of each as make whole batches
-        weight = 1 if len(samples) == batch_size else batch_size
-        trial = replace(
-            config,
-            data_dir=None,
-            data=(DataConfig(data, source.resolution, weight),),
-            caption_weights=weights,
-            batch_size=batch_size,
-            steps=_PROBE_STEPS,
-            num_validation=0,
-            preview_prompts=(),
-            memory=way.tier,
-            gradient_checkpointing=way.checkpointing,
-            compile=is_compiled(config, way, inputs.samples, device),
-        )
-        train(trial, on_step=reports.append)
-    transformer: Any = build_meta_models(config.model)["transformer"]
-    (estimate,) = estimate_ways(transformer, trial, count_tokens(samples), [way])
-    text_tokens = samples[0].text_tokens
-    whole, step = (
-        _count_run(each, _list_buckets(each, taken, text_tokens, transformer, way))
-        for each, taken in ((config, inputs.samples), (replace(trial, steps=1), samples * weight))
-    )
-    return Probe(tuple(reports), estimate, reports[-1].seconds * whole / step)
-
-
-def _find_largest_batch(config: TrainConfig) -> tuple[DataConfig, list[Sample], int]:
-    """Find the samples of the run's largest batch, with their folder, and how many it has.
-
-    They may be fewer than the batch, where each of them comes several times in an epoch.
-    """
-    sources = open_sources(config)
-    everything = [sample for source in sources for sample in source.samples]
-    held = set(map(id, hold_out(everything, config.num_validation, config.seed)[1]))
-    groups = defaultdict(list)
-    for number, source in enumerate(sources):
-        for sample in source.samples:
-            if id(sample) not in held:
-                groups[number, *_size(sample)].append(sample)
-
-    def count_batch(samples: list[Sample]) -> int:
-        return min(config.batch_size, sum(sample.weight for sample in samples))
-
-    number, *_ = key = max(
-        groups, key=lambda key: (count_batch(groups[key]) * count_tokens(groups[key]), key)
-    )
-    batch_size = count_batch(groups[key])
-    return config.sources[number], groups[key][:batch_size], batch_size
-
-
-def _copy_features(
-    config: TrainConfig, samples: Sequence[Sample], data: Path
-) -> Mapping[str, float] | None:
-    """Copy some samples' features into a folder; return the caption weights that are left."""
-    empty_prompt_path(data).parent.mkdir(parents=True)
-    for sample in samples:
-        for file in sample.files:
-            (data / file.name).write_bytes(file.read_bytes())
-    if (empty_prompt := open_sources(config)[0].empty_prompt) is not None:
-        empty_prompt_path(data).write_bytes(empty_prompt.read_bytes())
-    columns = {column for sample in samples for column in sample.embed_files}
-    weights = {
-        column: weight
-        for column, weight in (config.caption_weights or {}).items()
-        if column in columns
-    }
-    return weights if any(weights.values()) else None
 
 
 def _read_data(config: TrainConfig, transformer: Any) -> _Data:
@@ -329,11 +222,11 @@ def _list_pictures(source: DataConfig) -> tuple[list[Sample], int]:
     return samples, len(uncaptioned) + len(sources) - len(samples)
 
 
-def _list_buckets(
+def list_buckets(
     config: TrainConfig, samples: Sequence[Sample], text_tokens: int, transformer: Any, way: Way
 ) -> tuple[Bucket, ...]:
     """List the sizes of an epoch's samples, the largest first."""
-    sizes = list(map(_size, samples))
+    sizes = list(map(size_of, samples))
     batches = build_batches(sizes, config.batch_size, seed=config.seed, epoch=0)
     num_batches = Counter(sizes[batch[0]] for batch in batches)
     policy = config.policy or read_base_policy(PACKAGED.get(config.model, config.model))
@@ -352,7 +245,7 @@ def _count_epochs(config: TrainConfig, buckets: Sequence[Bucket]) -> float:
     return config.steps * config.gradient_accumulation / num_batches
 
 
-def _count_run(config: TrainConfig, buckets: Sequence[Bucket]) -> float:
+def count_run(config: TrainConfig, buckets: Sequence[Bucket]) -> float:
     """Count the operations of all steps."""
     epoch = sum(bucket.operations * bucket.num_batches for bucket in buckets)
     return epoch * _count_epochs(config, buckets)
@@ -384,7 +277,8 @@ def _count_checkpoints(config: TrainConfig, transformer: Any) -> int:
     return int(config.keep_checkpoints * copies * trained)
 
 
-def _size(sample: Sample) -> tuple[int, int]:
+def size_of(sample: Sample) -> tuple[int, int]:
+    """Return height and width in pixels."""
     return sample.height, sample.width
 
 
