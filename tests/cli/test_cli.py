@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from urae.adapters.files import read_adapter
 from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS
-from urae.cli.generate import _read_prompts, _split_weight
+from urae.cli.generate import _read_prompts, split_weight
 from urae.cli.main import app, main
 from urae.generate.parts import PartName
 
@@ -201,10 +201,10 @@ def test_where_options_of_a_run_go(urae, arguments, message):
 
 def test_weights_of_loras(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _split_weight("a.safetensors:0.8") == ("a.safetensors", 0.8)
-    assert _split_weight("a.safetensors") == ("a.safetensors", 1.0)
-    assert _split_weight("hf://owner/repo/a.safetensors") == ("hf://owner/repo/a.safetensors", 1.0)
-    assert _split_weight("hf://o/r/a.safetensors:-1") == ("hf://o/r/a.safetensors", -1.0)
+    assert split_weight("a.safetensors:0.8") == ("a.safetensors", 0.8)
+    assert split_weight("a.safetensors") == ("a.safetensors", 1.0)
+    assert split_weight("hf://owner/repo/a.safetensors") == ("hf://owner/repo/a.safetensors", 1.0)
+    assert split_weight("hf://o/r/a.safetensors:-1") == ("hf://o/r/a.safetensors", -1.0)
 
 
 def test_prompt_files(tmp_path):

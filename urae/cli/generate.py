@@ -126,7 +126,7 @@ def generate_command(
         height=height,
         width=width,
         adapters=own or tuple(adapter or ()),
-        loras=tuple(_split_weight(text) for text in lora or ()),
+        loras=tuple(split_weight(text) for text in lora or ()),
         steps=steps,
         guidance_scale=guidance,
         max_sequence_length=max_sequence_length,
@@ -178,7 +178,8 @@ def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
     return lines
 
 
-def _split_weight(text: str) -> tuple[str, float]:
+def split_weight(text: str) -> tuple[str, float]:
+    """Read FILE or FILE:WEIGHT of a LoRA; without a weight it is 1."""
     source, colon, weight = text.rpartition(":")
     try:
         return (source, float(weight)) if colon and not Path(text).exists() else (text, 1.0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from urae.cli.generate import MODELS, Memory, _split_weight
+from urae.cli.generate import MODELS, Memory, split_weight
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
 from urae.cli.train import Data, format_seconds, read_recipe
 
@@ -81,7 +81,7 @@ def generate_command(
             memory=memory.value,
             gpu_bytes=None if gpu is None else parse_bytes(gpu),
             gpus=gpus,
-            loras=tuple(_split_weight(text) for text in lora or ()),
+            loras=tuple(split_weight(text) for text in lora or ()),
             max_sequence_length=max_sequence_length,
             num_images=num_images,
             part=None if part is None else part.value,

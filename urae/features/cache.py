@@ -49,7 +49,7 @@ class CacheConfig:
     data_dir: Path
     """Folder of images with their captions; the features are written beside them."""
     model: str
-    """`flux-dev`, `flux-schnell`, `flux-krea`, a hub id, a local folder or a single file."""
+    """Base: a name as flux-dev or miniature-dev, a hub id, a folder or a .safetensors file."""
     resolution: int
     """Side in pixels of the square whose tokens are every picture's budget; a multiple of 16."""
     max_sequence_length: int | None = None

@@ -32,7 +32,7 @@ class PlanConfig:
     """What to plan for."""
 
     model: str = "flux-dev"
-    """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
+    """Base: a name as flux-dev or miniature-dev, a hub id, a folder or a .safetensors file."""
     height: int = 1024
     """Pixels, a multiple of 16."""
     width: int = 1024

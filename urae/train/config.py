@@ -148,7 +148,7 @@ class TrainConfig:
     __pydantic_config__ = _STRICT
 
     model: str
-    """Base: flux-dev, flux-schnell, flux-krea, a hub id, a folder or a .safetensors file."""
+    """Base: a name as flux-dev or miniature-dev, a hub id, a folder or a .safetensors file."""
     data_dir: Annotated[Path | str | None, BeforeValidator(_as_location)]
     """Features of `urae cache`: their folder, or a folder or URL of shards of `urae pack`; None if
     `data` names several."""
