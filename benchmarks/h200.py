@@ -163,7 +163,7 @@ def run_part(bench: Bench, name: str, command: str) -> None:
         "part": name,
         "shape": bench.shape,
         "machine": describe_machine(),
-        "commit": os.environ.get("URAE_BENCHMARK_COMMIT") or find_commit(),
+        "commit": find_commit(),
         "command": command,
         "part_seconds": seconds,
         "result": result,

@@ -2,9 +2,9 @@
 
     python benchmarks/speed_quality.py --adapter my_2k.safetensors --adapter my_4k --side 1024
 
-Pictures of held-out captions are checked against them, with and without each candidate, a part of
-`urae.optimize` at a strength. A part enters a preset when the 95% interval of the difference lies
-inside that preset's bar. PSNR to the exact picture and the distance of spectra are told beside.
+Pictures of held-out captions are checked against them, with and without each candidate: a part of
+`urae.optimize` at a strength, or several joined by `+`. It enters a preset when the 95% interval of
+the difference lies inside that preset's bar. PSNR to the exact picture and the distance of spectra are told beside.
 
 Each candidate writes its own JSON after every batch, and a run that was broken off goes on from
 there; `results.md` is made anew from what is there. Exact pictures are kept beside, as PNG.
@@ -35,7 +35,7 @@ from torch import Tensor
 import urae
 from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
 from urae.evaluate.spectrum import compare_spectra, radial_spectrum
-from urae.generate.parts import BARS, Part
+from urae.generate.parts import BARS, resolve_parts
 from urae.miniature.check import check_scene
 from urae.miniature.photograph import decode_picture, encode_picture
 from urae.miniature.score import default_sampling, draw_scenes, held_out_scenes
@@ -101,7 +101,7 @@ def measure(pipe: FluxPipeline, study: Study, name: str, pool: ProcessPoolExecut
     if done == len(jobs):
         return
     print(f"== {name}, {done} of {len(jobs)} done", flush=True)
-    urae.optimize(pipe, parts=[] if name == EXACT else [name])
+    urae.optimize(pipe, parts=[] if name == EXACT else name.split("+"))
     draw(pipe, study, jobs[: study.batch], warm_up=True)  # compiles; MagCache measures its ratios
     waiting: deque[Future[Any]] = deque()
     for start in range(done, len(jobs), study.batch):
@@ -274,7 +274,7 @@ def list_candidates(names: Sequence[str], on_gpu: bool) -> Iterator[str]:
     yield EXACT
     for name in names or (*(ON_GPU if on_gpu else ()), *CANDIDATES):
         if name != EXACT:
-            yield str(Part.parse(name))
+            yield "+".join(map(str, resolve_parts(None, name.split("+"))))
 
 
 def parse_arguments() -> argparse.Namespace:

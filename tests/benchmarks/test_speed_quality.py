@@ -52,8 +52,10 @@ def run(bases, expected, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own
 def test_candidates_against_exact_and_on_from_where_a_run_broke_off(run, tmp_path, monkeypatch):
-    found = run("progressive=0.5", "taylorseer-cache=1")
-    assert set(found) == {EXACT, "progressive=0.5", "taylorseer-cache=1"}
+    both = "progressive=0.5+taylorseer-cache=1"
+    found = run("progressive=0.5", "taylorseer-cache=1", both)
+    assert set(found) == {EXACT, "progressive=0.5", "taylorseer-cache=1", both}
+    assert found[both]["psnr"] == found["progressive=0.5"]["psnr"]
     assert all(len(each["passed"]) == len(each["psnr"]) == 4 for each in found.values())
     assert found[EXACT]["psnr"] == found["taylorseer-cache=1"]["psnr"] == [99.0] * 4
     assert max(found["progressive=0.5"]["psnr"]) < 50
@@ -106,5 +108,7 @@ def test_candidates_by_machine():
     assert "fp8" not in list_candidates([], on_gpu=False)
     assert list(list_candidates([EXACT], on_gpu=False)) == [EXACT]
     assert list(list_candidates(["mag-cache"], on_gpu=False)) == [EXACT, "mag-cache=0.06"]
+    joined = list_candidates(["taylorseer-cache=3+fp8"], on_gpu=True)
+    assert list(joined) == [EXACT, "fp8+taylorseer-cache=3"]
     with pytest.raises(ValueError, match="part 'magic' is unknown"):
         list(list_candidates(["magic"], on_gpu=False))

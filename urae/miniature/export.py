@@ -95,8 +95,9 @@ def export_adapters(
 ) -> list[Path]:
     """Write the adapters of finished runs under the names that they ship by, and a model card.
 
-    The numbers stay in float32: the 4K adapter's own B0 and A0 are those of base and 2K LoRA as
-    they were, to the bit.
+    They ship in float16, as the bases do in bfloat16. A 4K adapter's B0 and A0 are those of base
+    and 2K LoRA as its run had them: train it over the 2K LoRA that this wrote, or loading finds
+    another LoRA and computes them anew.
 
     Args:
         run_dirs: Of the 2K LoRA, then of the minor components over it, if they are to ship.
@@ -124,7 +125,8 @@ def export_adapters(
         metadata = {**run.metadata, "urae.commit": commit}
         if run.config.adapter.over:
             metadata["urae.over"] = ships[0][0]
-        write_tensors(output_dir / file, run.tensors, metadata)
+        tensors = {key: tensor.to(torch.float16) for key, tensor in run.tensors.items()}
+        write_tensors(output_dir / file, tensors, metadata)
         card += _describe_adapter(run, metadata, name, file)
     write_atomic(output_dir / "README.md", card.encode())
     return [output_dir / file for _, file in ships]
