@@ -86,7 +86,7 @@ def test_it_is_small_and_says_what_it_comes_from():
 def test_adapters_say_what_they_come_from(name, pipe):
     adapter = read_adapter(name)
     assert adapter.path.stat().st_size < MAX_ADAPTER_BYTES
-    assert {pair.down.dtype for pair in adapter.layers.values()} == {torch.float32}
+    assert {pair.down.dtype for pair in adapter.layers.values()} == {torch.float16}
     check_fits(adapter, transformer_of(pipe))
     assert adapter.policy is not None
     assert adapter.policy.native_sequence_length == POLICY.native_sequence_length
@@ -107,7 +107,7 @@ def test_adapters_say_what_they_come_from(name, pipe):
 
 
 def test_the_4k_adapter_is_over_the_2k_adapter(pipe):
-    """Its own B0 and A0 are taken: those of this base and this LoRA, to the bit."""
+    """Its own B0 and A0 are taken, which are those of this base and this LoRA."""
     lora, minor = (read_adapter(name) for name in FILES)
     assert minor.kind == "minor"
     assert minor.metadata["urae.over"] == "miniature-2k"
