@@ -4,7 +4,8 @@
 
 Pictures of held-out captions are checked against them, with and without each candidate: a part of
 `urae.optimize` at a strength, or several joined by `+`. It enters a preset when the 95% interval of
-the difference lies inside that preset's bar. PSNR to the exact picture and the distance of spectra are told beside.
+the difference lies inside that preset's bar. PSNR to the exact picture and the distance of spectra
+are told beside.
 
 Each candidate writes its own JSON after every batch, and a run that was broken off goes on from
 there; `results.md` is made anew from what is there. Exact pictures are kept beside, as PNG.

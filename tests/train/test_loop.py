@@ -331,6 +331,23 @@ def test_a_step_that_cannot_be_logged_is_kept(settings, monkeypatch):
     assert find_checkpoints(settings().output_dir)[-1].step == 3
 
 
+@pytest.mark.parametrize(("every", "said"), [(2, "checkpoint-000002 is saved: go on"), (9, "anew")])
+def test_a_gpu_that_fails_loses_no_checkpoint(settings, monkeypatch, every, said):
+    compute = loop_module.Stepper.compute_gradients
+
+    def fail(self, stop):
+        if self.state.step == 3:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nmore of it")
+        return compute(self, stop)
+
+    monkeypatch.setattr(loop_module.Stepper, "compute_gradients", fail)
+    with pytest.raises(
+        OSError, match=rf"failed at step 4 \(CUDA error: an illegal memory access\).*{said}"
+    ):
+        train(settings(checkpoint_every=every))
+    assert [each.step for each in find_checkpoints(settings().output_dir)] == [2] * (every == 2)
+
+
 def test_a_tracker_that_fails_is_told_once(settings, monkeypatch, caplog):
     pytest.importorskip("tensorboard")
 
@@ -358,6 +375,8 @@ def test_a_signal_saves_first(settings, bases, tmp_path, number):
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.2)
     process.send_signal(number)
+    time.sleep(0.02)
+    process.send_signal(number)  # as `timeout` does, to a process and to its group
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped at step" in errors

@@ -20,7 +20,7 @@ from urae.backbones.flux import load_transformer
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train import AdapterConfig
 from urae.train.adapter import attach_for_training
-from urae.train.attention import right_attention
+from urae.train.attention import choose_attention, use_attention
 from urae.train.estimate import Way
 from urae.train.host import HostKeeper
 from urae.train.recompute import set_checkpointing
@@ -264,5 +264,7 @@ def test_a_missing_kernel_is_left_out(caplog):
 
 def test_on_a_cpu_torch_decides():
     before = _AttentionBackendRegistry.get_active_backend()
-    with right_attention(CPU, torch.float32, heads=2, head_dim=8, tokens=48):
+    chosen = choose_attention(CPU, torch.float32, heads=2, head_dim=8, tokens=48)
+    assert chosen is None
+    with use_attention(chosen):
         assert _AttentionBackendRegistry.get_active_backend() == before

@@ -60,6 +60,7 @@ def test_what_is_recorded(settings):
     session = {"started_at", "chosen", "devices", "versions"}
     assert second["earlier"] == [{name: first[name] for name in session}]
     assert second["chosen"]["memory"] == "resident" and second["chosen"]["compile"] is False
+    assert second["chosen"]["attention"] == "native"  # on a CPU
     assert second["data"]["hash"] == first["data"]["hash"]
 
 

@@ -1,7 +1,6 @@
 """The attention that trains: the fastest whose gradients are right here."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -13,8 +12,7 @@ from diffusers.models.attention_dispatch import (
 from urae.backbones.attention import CANDIDATES, backend, pick_attention
 
 
-@contextmanager
-def right_attention(
+def choose_attention(
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -22,10 +20,10 @@ def right_attention(
     head_dim: int,
     tokens: int,
     context_parallel: int = 1,
-) -> Iterator[None]:
-    """Train with the fastest attention whose gradients are right, for sequences of this shape.
+) -> str | None:
+    """Name the fastest attention whose gradients are right, for sequences of this shape.
 
-    A backend that `DIFFUSERS_ATTN_BACKEND` names is checked and kept. On a CPU torch decides.
+    A backend that `DIFFUSERS_ATTN_BACKEND` names is checked and kept.
 
     Args:
         device: Where training runs.
@@ -35,19 +33,25 @@ def right_attention(
         tokens: Of the longest sequence, text and image.
         context_parallel: Ranks that share them; each has all tokens of a part of the heads.
 
+    Returns:
+        One of diffusers' backends; None on a CPU, where torch decides.
+
     Raises:
         FloatingPointError: If no backend gives right gradients.
     """
     if device.type != "cuda":
-        yield
-        return
+        return None
     wanted = _AttentionBackendRegistry.get_active_backend()[0]
     names = CANDIDATES if wanted == AttentionBackendName.NATIVE else (wanted.value,)
     possible = names if context_parallel == 1 else filter(_can_be_split, names)
     candidates = {name: backend(name) for name in possible}
     shape = (1, tokens, heads // context_parallel, head_dim)
-    with attention_backend(pick_attention(candidates, shape, dtype, device)):
-        yield
+    return pick_attention(candidates, shape, dtype, device)
+
+
+def use_attention(name: str | None) -> AbstractContextManager[None]:
+    """Attend as `choose_attention` says."""
+    return nullcontext() if name is None else attention_backend(name)
 
 
 def _can_be_split(name: str) -> bool:

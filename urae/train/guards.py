@@ -3,22 +3,36 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+_ONE_REQUEST_SECONDS = 1.0
 
 
 @contextlib.contextmanager
 def catch_stop() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual."""
+    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
+
+    What stops a job often signals it twice at once, by itself and with its process group, as
+    `timeout` does and launchers that hand a terminal's Ctrl-C on: that is one request.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked_at = 0.0
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal asked_at
+        now = time.monotonic()
+        if not stop.is_set():
+            asked_at = now
+            stop.set()
+        elif now - asked_at > _ONE_REQUEST_SECONDS:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, request)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import FluxTransformer2DModel
@@ -24,7 +25,7 @@ from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
 from urae.resolution import ResolutionPolicy, apply_policy, read_base_policy
 from urae.train.adapter import TrainingAdapter, attach_for_training
-from urae.train.attention import right_attention
+from urae.train.attention import choose_attention, use_attention
 from urae.train.checkpoint import check_same_origin, find_checkpoints
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
@@ -82,7 +83,7 @@ def train(
             the state before it is saved.
         MemoryError: If the GPU's memory does not suffice for a step.
         ConnectionError: If another process of the run is lost.
-        OSError: If a checkpoint cannot be written; earlier ones stay whole.
+        OSError: If a checkpoint cannot be written, or the GPU fails; earlier checkpoints stay.
     """
     with explain_lost_rank(_AGAIN):
         accelerator = _build_accelerator(config)
@@ -110,6 +111,7 @@ class _Run:
         self.way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
         self.compiled = is_compiled(config, self.way, inputs.samples, mesh.device)
         self.transformer, self.adapter = self._build_model()
+        self.attention = self._choose_attention()
         self.state = build_state(self.adapter, config, inputs)
         self.metadata = _describe_adapter(config, inputs, policy)
         self.batches_per_step = config.gradient_accumulation * mesh.num_data_ranks
@@ -134,7 +136,7 @@ class _Run:
             loader,
             self.batches_per_step,
         )
-        with _enough_memory(), self._right_attention(), loader, catch_stop() as stop:
+        with _enough_memory(), use_attention(self.attention), loader, catch_stop() as stop:
             with self._saved_on_failure():
                 self.monitor.catch_up(state)
             while state.step < config.steps:
@@ -179,15 +181,17 @@ class _Run:
         set_checkpointing(transformer, self.way, device, compiled=self.compiled)
         return transformer.train(), adapter
 
-    def _right_attention(self) -> AbstractContextManager[None]:
-        return right_attention(
-            self.mesh.device,
-            self.transformer.dtype,
-            heads=self.transformer.config.num_attention_heads,
-            head_dim=self.transformer.config.attention_head_dim,
-            tokens=count_tokens(self.inputs.samples),
-            context_parallel=self.config.context_parallel,
-        )
+    def _choose_attention(self) -> str | None:
+        shape = self.transformer.config
+        with _enough_memory():
+            return choose_attention(
+                self.mesh.device,
+                self.transformer.dtype,
+                heads=shape.num_attention_heads,
+                head_dim=shape.attention_head_dim,
+                tokens=count_tokens(self.inputs.samples),
+                context_parallel=self.config.context_parallel,
+            )
 
     def _build_loader(self) -> Loader:
         steps = self.config.steps - self.state.step
@@ -217,9 +221,22 @@ class _Run:
     def _saved_on_failure(self) -> Iterator[None]:
         try:
             yield
+        except torch.AcceleratorError as error:  # nothing on the device can be read any more
+            raise OSError(self._describe_failure(error)) from error
         except Exception:
             self._save()
             raise
+
+    def _describe_failure(self, error: torch.AcceleratorError) -> str:
+        checkpoints = find_checkpoints(self.config.output_dir)
+        rest = "nothing was saved yet: start anew"
+        if checkpoints:
+            rest = f"{checkpoints[-1].path} is saved: go on with --resume"
+        return (
+            f"the GPU failed at step {self.state.step + 1} ({str(error).splitlines()[0]}); {rest}; "
+            f"if it fails again, with another attention than {self.attention}, named by "
+            "DIFFUSERS_ATTN_BACKEND (_native_flash, _native_cudnn)"
+        )
 
     def _describe_choices(self) -> dict[str, str | bool]:
         """Say what was decided where the recipe leaves it to the machine."""
@@ -227,6 +244,7 @@ class _Run:
             "memory": self.way.tier,
             "gradient_checkpointing": self.way.checkpointing,
             "compile": self.compiled,
+            "attention": self.attention or "native",
         }
 
 
