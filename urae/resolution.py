@@ -179,6 +179,7 @@ class ResolutionPositions(nn.Module):
         self.policy = policy
         self.rope = type(stock)(theta=stock.theta, axes_dim=stock.axes_dim)
         self.adapter_names: tuple[str, ...] = ()
+        self.resting: tuple[str, ...] = ()  # of them, those left out for now on purpose
         self.adapter_sources: tuple[str, ...] = ()
         self.local = local
         self.hooks: list[RemovableHandle] = []
@@ -224,7 +225,8 @@ class ResolutionPositions(nn.Module):
         if not self.adapter_names:
             return
         active = _active_adapters(module)
-        inactive = tuple(name for name in self.adapter_names if name not in active)
+        wanted = [name for name in self.adapter_names if name not in self.resting]
+        inactive = tuple(name for name in wanted if name not in active)
         if inactive and inactive != self._warned_about:
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "

@@ -1,8 +1,11 @@
+import warnings
+
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 
 import urae
+from urae.adapters.attach import active_adapters
 from urae.generate.config import GenerateConfig
 from urae.generate.memory import stream_blocks
 from urae.generate.progressive import enlarge, shrink, small_noise_level
@@ -159,11 +162,47 @@ def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):
     assert keys > (no_keys or 0)
 
 
-def test_streamed_weights(adapted, draw):
+@pytest.mark.parametrize(("native", "early"), [(32, ["own", "urae_2k"]), (4608, ["own"])])
+@pytest.mark.parametrize("parts", [(), ("joined-adapters", "constants")])
+def test_adapters_for_the_whole_size_rest_in_early_steps(
+    load_pipe, expected, draw, native, early, parts
+):
+    files = [expected / "dev_2k_lora.safetensors", expected / "dev_4k_minor.safetensors"]
+    policy = urae.ResolutionPolicy(native_sequence_length=native)
+    pipe = load_pipe()
+    own = {"transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 64),
+           "transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(64, 2)}  # fmt: skip
+    pipe.transformer.load_lora_adapter(own, prefix=None, adapter_name="own")
+    urae.adapt(pipe, files, policy=policy)
+    active = active_adapters(pipe.transformer)
+    seen = []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda *_: seen.append(active_adapters(pipe.transformer))
+    )
+    progressive(pipe, 0.5, *parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that the policy's adapters are not active
+        latents, _ = draw(pipe)
+    assert seen == [early] * 3 + [active] * 3
+    assert torch.equal(draw(pipe)[0], latents)
+
+    def stop(_pipe, step, _timestep, _inputs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, callback_on_step_end=stop)
+    urae.optimize(pipe, speed=None)
+    assert active_adapters(pipe.transformer) == active
+
+
+@pytest.mark.parametrize("parts", [(), ("joined-adapters",)])
+def test_streamed_weights(adapted, draw, parts, caplog):
     wanted, _ = draw(progressive(adapted(), 0.5))
-    pipe = progressive(adapted(), 0.5)
+    pipe = progressive(adapted(), 0.5, *parts)
     stream_blocks(pipe.transformer, CPU)
-    assert torch.equal(draw(pipe)[0], wanted)
+    found = [draw(pipe)[0] for _ in range(2)]
+    assert all(torch.allclose(each, wanted, atol=1e-5) for each in found)
+    assert not caplog.records
 
 
 def test_where_it_cannot_be_right(adapted, draw):

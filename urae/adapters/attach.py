@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from urae.adapters.files import LowRank
@@ -148,9 +149,14 @@ def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     if not getattr(transformer, "peft_config", None):
         transformer.unload_lora()
         return
+    activate(transformer, active)
+
+
+def activate(transformer: nn.Module, names: Sequence[str]) -> None:
+    """Let these adapters take part in a forward and no others; what trains stays as it is."""
     for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer._active_adapter = active
+        if isinstance(layer, BaseTunerLayer):
+            layer._active_adapter = list(names)
 
 
 def read_update(transformer: FluxTransformer2DModel, name: str) -> Update:

@@ -30,6 +30,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from urae.generate.speed import fingerprint, list_blocks
+from urae.resolution import find_policy
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +106,18 @@ class _JoinedAdapters:
         scale = (kwargs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
         if self._read(scale) == self._state:
             return
+        were_joined = any(isinstance(layer, _OneProduct | _Merged) for layer in self._layers)
         self.release()
         if not _is_offloaded(self._transformer):
             self.join(scale)
             return
-        logger.warning(
-            "adapters have changed in an offloaded transformer: they are computed one by one; call "
-            "urae.restore, urae.adapt and urae.optimize before offloading to join them again"
-        )
+        positions = find_policy(self._transformer)
+        if were_joined and not (positions and positions.resting):  # or it is no change to stay
+            logger.warning(
+                "adapters have changed in an offloaded transformer: they are computed one by one; "
+                "call urae.restore, urae.adapt and urae.optimize before offloading to join them "
+                "again"
+            )
         self._state = self._read(scale)
 
     def join(self, scale: float = 1.0) -> None:

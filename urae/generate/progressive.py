@@ -19,6 +19,10 @@ noise of level s around U of the small picture. So when the full size takes over
 enlarged and noised to the level at hand, by the very noise that the pipeline drew: nothing is drawn
 anew, and one seed gives one picture. Finer detail is left to the full-size steps, which is why the
 share of early ones matters.
+
+An adapter for the whole size rests in early steps, as in the reference's coarse-to-fine pipelines,
+which load the 4K adapter when the high stage begins: the last of several, and all of them where the
+small picture is within the base's native size.
 """
 
 from collections.abc import Callable
@@ -30,10 +34,11 @@ from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from urae.adapters.attach import activate, active_adapters
 from urae.generate.schedule import Schedule
 from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
 from urae.local_attention import find_grid
-from urae.resolution import widen_ids
+from urae.resolution import find_policy, widen_ids
 
 
 class Progressive:
@@ -60,6 +65,7 @@ class Progressive:
         self._ids = torch.empty(0)
         self._small_ids = torch.empty(0)
         self._grid = (0, 0)
+        self._active: list[str] = []  # adapters, before some rested
 
     def attach(self, transformer: nn.Module) -> Callable[[], None]:
         """Switch it on; returns what switches it off."""
@@ -72,6 +78,7 @@ class Progressive:
         def detach() -> None:
             for hook in hooks:
                 hook.remove()
+            self._wake(transformer)
 
         return detach
 
@@ -82,13 +89,15 @@ class Progressive:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Show the transformer the small picture at its own noise level."""
         self._early = None
         if self._schedule.index >= self._num_early:
+            self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])
+        self._rest(module, kwargs["encoder_hidden_states"].shape[1] + len(self._small_ids))
         tokens, timestep, sigma = kwargs["hidden_states"], kwargs["timestep"], self._schedule.sigma
         rows, columns = self._grid
         latents = unpack(tokens.float(), 2 * rows, 2 * columns)
@@ -115,6 +124,23 @@ class Progressive:
         if isinstance(output, tuple):
             return (velocity, *output[1:])
         return type(output)(sample=velocity)
+
+    def _rest(self, transformer: nn.Module, tokens: int) -> None:
+        """Leave out adapters for larger pictures than one of so many tokens, text included."""
+        positions = find_policy(transformer)
+        if positions is None or positions.resting:
+            return
+        names = positions.adapter_names
+        is_native = tokens <= positions.policy.native_sequence_length
+        positions.resting = names if is_native else names[1:][-1:]
+        self._active = active_adapters(transformer)
+        activate(transformer, [each for each in self._active if each not in positions.resting])
+
+    def _wake(self, transformer: nn.Module) -> None:
+        positions = find_policy(transformer)
+        if positions is not None and positions.resting:
+            positions.resting = ()
+            activate(transformer, self._active)
 
     def _follow_size(self, image_ids: Tensor) -> None:
         """Make position ids of the small picture, once a picture."""
