@@ -69,7 +69,8 @@ def draw(question: Question, summary: Summary, path: Path) -> None:
                 axes.set_ylabel(label)
             if row == len(_METRICS) - 1:
                 axes.set_xlabel(question.x)
-    grid[0][0].set_ylim(bottom=0)
+    scores = grid[0][0]
+    scores.set_ylim(0, min(1.0, scores.get_ylim()[1]))  # a share, however wide its interval
     handles = _find_handles(grid)
     labels = [line for line in lines if line in handles]
     figure.legend(

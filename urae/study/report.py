@@ -225,10 +225,13 @@ def _describe_run(rows: Sequence[Row], num_cells: int) -> str:
 
     cells = len({tuple(row.cell.factors.items()) for row in rows})
     seeds = len({row.cell.seed for row in rows})
-    unfinished = "" if len(rows) == num_cells else f" Unfinished: {len(rows)} of {num_cells} runs."
+    notes = "" if len(rows) == num_cells else f" Unfinished: {len(rows)} of {num_cells} runs."
+    parts = (part for row in rows if row.cell.training for part in row.cell.training.parts)
+    if any(part.data.source == "clean" for part in parts):
+        notes = f" Clean renders take the teacher's place.{notes}"
     return (
         f"{_count(cells, 'cell')}, {_count(seeds, 'seed')}, on {name('device')} in "
-        f"{name('dtype')}, torch {name('torch')}, commit {name('commit')}.{unfinished}"
+        f"{name('dtype')}, torch {name('torch')}, commit {name('commit')}.{notes}"
     )
 
 
