@@ -131,10 +131,14 @@ def write_scaling(found: dict[str, Any], folder: Path) -> list[str]:
 def table_two_gpus(result: dict[str, Any]) -> list[str]:
     """List seconds of one forward on one GPU and on two, and how many times faster two are."""
     rows = [
-        [f"{side}^2", entry["one"], entry["two"], entry["one"] / entry["two"], entry["difference"]]
+        [
+            *(f"{side}^2", entry["one"], entry["two"], entry["one"] / entry["two"]),
+            *(entry["difference"], entry["rounding"]),
+        ]
         for side, entry in result.items()
     ]
     header = ["one forward, 2K LoRA", "one GPU, s", "two, s", "times faster", "relative difference"]
+    header += ["of one GPU, compiled or not"]
     must, target = TWO_GPUS
     return [*table(header, rows), "", f"At 4096^2 {must} times is a must, {target} the target."]
 
