@@ -12,7 +12,10 @@ _ONE_REQUEST_SECONDS = 1.0
 
 @contextlib.contextmanager
 def catch_stop() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a flag; a second one acts as usual.
+
+    SIGHUP is what a terminal leaves behind when it is closed or its connection is lost; what runs
+    under `nohup` ignores it, here too.
 
     What stops a job often signals it twice at once, by itself and with its process group, as
     `timeout` does and launchers that hand a terminal's Ctrl-C on: that is one request.
@@ -21,7 +24,11 @@ def catch_stop() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
     asked_at = 0.0
 
     def request(number: int, frame: FrameType | None) -> None:
