@@ -19,7 +19,7 @@ from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwat
 from report import table
 from torch import Tensor
 
-from urae.backbones.flux import pick_device, pick_dtype
+from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids
 from urae.local_attention import LocalAttention, build_local_attention

@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from urae.adapters.attach import attach_trainable
 from urae.adapters.files import LowRank
-from urae.backbones.flux import pick_device, pick_dtype, predict_velocity
+from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.flux import predict_velocity
 from urae.backbones.random_flux import build_meta_flux
 from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.geometry import TOKEN_PIXELS

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import urae
-from urae.backbones.flux import load_pipeline, pick_device
+from urae.backbones.devices import pick_device
+from urae.backbones.flux import load_pipeline
 from urae.flow import add_noise, flow_loss
 from urae.miniature.export import unpack_pipelines
 from urae.miniature.flow import CaptionedTransformer

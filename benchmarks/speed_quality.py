@@ -34,7 +34,8 @@ from report import table
 from torch import Tensor
 
 import urae
-from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
+from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.flux import load_pipeline
 from urae.evaluate.spectrum import compare_spectra, radial_spectrum
 from urae.generate.parts import BARS, resolve_parts
 from urae.miniature.check import check_scene

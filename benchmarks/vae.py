@@ -13,7 +13,7 @@ from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwat
 from report import table
 from torch import Tensor
 
-from urae.backbones.flux import pick_device, pick_dtype
+from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.random_flux import build_meta_flux
 from urae.backbones.vae import decode, encode
 from urae.backbones.vae_plan import plan_decode, plan_encode

@@ -179,7 +179,8 @@ class ResolutionPositions(nn.Module):
         self.policy = policy
         self.rope = type(stock)(theta=stock.theta, axes_dim=stock.axes_dim)
         self.adapter_names: tuple[str, ...] = ()
-        self.resting: tuple[str, ...] = ()  # of them, those left out for now on purpose
+        self.adapters_4k: tuple[str, ...] = ()  # of them, those for the largest pictures
+        self.is_resting = False  # whether some are left out for now on purpose
         self.adapter_sources: tuple[str, ...] = ()
         self.local = local
         self.hooks: list[RemovableHandle] = []
@@ -222,11 +223,10 @@ class ResolutionPositions(nn.Module):
         return (), arguments
 
     def _warn_of_inactive(self, module: Any) -> None:
-        if not self.adapter_names:
+        if not self.adapter_names or self.is_resting:
             return
         active = _active_adapters(module)
-        wanted = [name for name in self.adapter_names if name not in self.resting]
-        inactive = tuple(name for name in wanted if name not in active)
+        inactive = tuple(name for name in self.adapter_names if name not in active)
         if inactive and inactive != self._warned_about:
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "
@@ -308,6 +308,7 @@ def change_policy(module: nn.Module, policy: ResolutionPolicy) -> None:
     assert before is not None
     after = apply_policy(module, policy, before.adapter_names)
     after.adapter_sources = before.adapter_sources
+    after.adapters_4k = before.adapters_4k
 
 
 def find_policy(module: nn.Module) -> ResolutionPositions | None:

@@ -1,6 +1,7 @@
 """Files read whole and checked, written whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -53,6 +54,12 @@ def _open_whole(path: Path) -> Iterator[Any]:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); copy or download it again"
         ) from error
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_tensors(

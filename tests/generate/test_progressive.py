@@ -185,14 +185,56 @@ def test_adapters_for_the_whole_size_rest_in_early_steps(
         latents, _ = draw(pipe)
     assert seen == [early] * 3 + [active] * 3
     assert torch.equal(draw(pipe)[0], latents)
+    break_off(draw, pipe)
+    urae.optimize(pipe, speed=None)
+    assert active_adapters(pipe.transformer) == active
 
-    def stop(_pipe, step, _timestep, _inputs):
+
+def break_off(draw, pipe, **options):
+    def stop(_pipe, _step, _timestep, _inputs):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw(pipe, callback_on_step_end=stop)
-    urae.optimize(pipe, speed=None)
-    assert active_adapters(pipe.transformer) == active
+        draw(pipe, callback_on_step_end=stop, **options)
+
+
+@pytest.fixture
+def both(load_pipe, expected):
+    """A pipe with both adapters, to which half of 128 x 128 is native."""
+    files = [expected / "dev_2k_lora.safetensors", expected / "dev_4k_minor.safetensors"]
+    policy = urae.ResolutionPolicy(native_sequence_length=80)
+    return lambda: urae.adapt(load_pipe(), files, policy=policy)
+
+
+def test_a_picture_that_was_broken_off_leaves_nothing_behind(both, draw):
+    pipe = progressive(both(), 0.5, "joined-adapters")
+    wanted, _ = draw(pipe, side=256)
+    break_off(draw, pipe)  # where all adapters rest
+    assert torch.equal(draw(pipe, side=256)[0], wanted)
+
+
+def test_adapters_that_are_chosen_meanwhile_stay(both, draw):
+    pipe = progressive(both(), 0.5)
+    break_off(draw, pipe, side=256)
+    pipe.transformer.set_adapter(["urae_4k"])
+    with pytest.warns(UserWarning, match="its adapter urae_2k is not active"):
+        draw(pipe, side=256)
+    assert active_adapters(pipe.transformer) == ["urae_4k"]
+
+
+def test_only_4k_adapters_rest_beside_others(load_pipe, expected, draw):
+    """Another one after the 2K LoRA acts in all steps, as a 4K adapter that goes alone does."""
+    policy = urae.ResolutionPolicy(native_sequence_length=32)
+    lora = expected / "dev_2k_lora.safetensors"
+    alone = expected / "dev_4k_lora_conversion.safetensors"
+    for files, names in (([lora, lora], ["urae_2k", "style"]), ([alone], ["only"])):
+        pipe = urae.adapt(load_pipe(), files, policy=policy, adapter_names=names)
+        seen = []
+        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda *_, pipe=pipe, seen=seen: seen.append(active_adapters(pipe.transformer))
+        )
+        draw(progressive(pipe, 0.5))
+        assert seen == [names] * 6
 
 
 @pytest.mark.parametrize("parts", [(), ("joined-adapters",)])

@@ -348,6 +348,29 @@ def test_a_gpu_that_fails_loses_no_checkpoint(settings, monkeypatch, every, said
     assert [each.step for each in find_checkpoints(settings().output_dir)] == [2] * (every == 2)
 
 
+def test_a_gpu_out_of_memory_in_other_words_saves(settings, monkeypatch):
+    compute, advance = loop_module.Stepper.compute_gradients, loop_module.Stepper.advance
+
+    def run_out(self, stop):
+        if self.state.step == 3:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return compute(self, stop)
+
+    def fail(self, gradients):
+        if self.state.step == 3:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access")
+        return advance(self, gradients)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module.Stepper, "compute_gradients", run_out)
+        with pytest.raises(MemoryError, match="does not suffice for this step"):
+            train(settings(checkpoint_every=9))
+    assert find_checkpoints(settings().output_dir)[-1].step == 3
+    monkeypatch.setattr(loop_module.Stepper, "advance", fail)
+    with pytest.raises(OSError, match="checkpoint-000003 is saved"):
+        train(settings(checkpoint_every=9, resume=True))
+
+
 def test_a_tracker_that_fails_is_told_once(settings, monkeypatch, caplog):
     pytest.importorskip("tensorboard")
 
@@ -375,8 +398,6 @@ def test_a_signal_saves_first(settings, bases, tmp_path, number):
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.2)
     process.send_signal(number)
-    time.sleep(0.02)
-    process.send_signal(number)  # as `timeout` does, to a process and to its group
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped at step" in errors

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import attention_backend
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -20,7 +20,7 @@ from urae.backbones.flux import load_transformer
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train import AdapterConfig
 from urae.train.adapter import attach_for_training
-from urae.train.attention import choose_attention, use_attention
+from urae.train.attention import choose_attention
 from urae.train.estimate import Way
 from urae.train.host import HostKeeper
 from urae.train.recompute import set_checkpointing
@@ -262,9 +262,17 @@ def test_a_missing_kernel_is_left_out(caplog):
     assert "attention _native_cudnn is left out: No viable backend" in caplog.text
 
 
+def test_a_crash_of_the_device_is_no_missing_kernel(monkeypatch):
+    def crash(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with")
+
+    monkeypatch.setattr("urae.backbones.attention._synchronize", crash)
+    with pytest.raises(OSError, match=r"attention it crashed on cpu \(CUDA error: an illegal mem"):
+        pick_attention({"it": crash}, SHAPE, torch.bfloat16, CPU)
+
+
 def test_on_a_cpu_torch_decides():
-    before = _AttentionBackendRegistry.get_active_backend()
-    chosen = choose_attention(CPU, torch.float32, heads=2, head_dim=8, tokens=48)
-    assert chosen is None
-    with use_attention(chosen):
-        assert _AttentionBackendRegistry.get_active_backend() == before
+    shape = {"heads": 2, "head_dim": 8, "tokens": 48}
+    assert choose_attention(CPU, torch.float32, **shape) == "native"
+    with attention_backend("_native_math"):  # as DIFFUSERS_ATTN_BACKEND has it
+        assert choose_attention(CPU, torch.float32, **shape) == "_native_math"

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from urae.backbones.flux import load_transformer
+from urae.storage import digest_file
 from urae.train import TrainConfig, train
 from urae.train.adapter import fingerprint_base
-from urae.train.checkpoint import Checkpoint, _digest_file, _digest_record, find_checkpoints
+from urae.train.checkpoint import Checkpoint, _digest_record, find_checkpoints
 from urae.train.state import TrainingState
 
 
@@ -87,7 +88,7 @@ def rewrite(checkpoint: Checkpoint, name: str | None = None, value: float = 0, *
     record = json.loads(path.read_text()) | changes
     record = {key: value for key, value in record.items() if value is not None}
     if name is not None:
-        record["files"][name] = _digest_file(checkpoint.path / name)
+        record["files"][name] = digest_file(checkpoint.path / name)
     del record["sha256"]
     path.write_text(json.dumps(record | {"sha256": _digest_record(record)}))
 

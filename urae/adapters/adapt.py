@@ -11,7 +11,7 @@ from torch import nn
 from urae.adapters.attach import Update, attach, detach, read_update
 from urae.adapters.files import AdapterFile, check_fits, read_adapter
 from urae.adapters.initial import check_order, compute_updates
-from urae.backbones.flux import pick_device
+from urae.backbones.devices import pick_device
 from urae.backbones.weights import open_original_weights
 from urae.resolution import (
     ResolutionPolicy,
@@ -84,6 +84,9 @@ def adapt(
     _replace_adapters(pipe, transformer, dict(zip(names, updates, strict=True)))
     positions = apply_policy(transformer, policy, tuple(names))
     positions.adapter_sources = tuple(str(source) for source in sources)
+    positions.adapters_4k = tuple(
+        name for name, file in zip(names, files, strict=True) if _is_4k(file)
+    )
     _set_policy(pipe, policy)
     _owners[transformer] = ref(pipe)
     logger.info("adapted with %s, %s", names or "no adapter", policy)
@@ -151,12 +154,15 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
         return names
     names = []
     for file in files:
-        is_4k = file.kind == "minor" or "4k" in file.path.name.lower()
-        name, count = "urae_4k" if is_4k else "urae_2k", 2
+        name, count = "urae_4k" if _is_4k(file) else "urae_2k", 2
         while name in names:
             name, count = f"{name.split('-')[0]}-{count}", count + 1
         names.append(name)
     return names
+
+
+def _is_4k(file: AdapterFile) -> bool:
+    return file.kind == "minor" or "4k" in file.path.name.lower()
 
 
 def _find_inherited(

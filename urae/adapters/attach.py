@@ -149,14 +149,39 @@ def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     if not getattr(transformer, "peft_config", None):
         transformer.unload_lora()
         return
-    activate(transformer, active)
-
-
-def activate(transformer: nn.Module, names: Sequence[str]) -> None:
-    """Let these adapters take part in a forward and no others; what trains stays as it is."""
     for layer in transformer.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer._active_adapter = list(names)
+        if isinstance(layer, LoraLayer):
+            layer._active_adapter = active
+
+
+class Rest:
+    """Some adapters left out of a transformer's forwards, until `end`; what trains stays as it is.
+
+    Args:
+        transformer: With any adapters of peft.
+        names: Of those to leave out.
+    """
+
+    def __init__(self, transformer: nn.Module, names: Sequence[str]) -> None:
+        self._layers = []
+        for layer in transformer.modules():
+            if isinstance(layer, BaseTunerLayer):
+                before = layer._active_adapter
+                during = [name for name in layer.active_adapters if name not in names]
+                if len(during) < len(layer.active_adapters):
+                    layer._active_adapter = during
+                    self._layers.append((layer, before, during))
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody has chosen other adapters since."""
+        return all(layer._active_adapter is during for layer, _, during in self._layers)
+
+    def end(self) -> None:
+        """Let them take part again, but in layers for which others have been chosen since."""
+        for layer, before, during in self._layers:
+            if layer._active_adapter is during:
+                layer._active_adapter = before
 
 
 def read_update(transformer: FluxTransformer2DModel, name: str) -> Update:

@@ -11,7 +11,8 @@ from torch import Tensor
 from urae.adapters.files import AdapterFile, LowRank, check_fits, read_adapter, write_lora
 from urae.adapters.initial import OpenWeights, Progress, compute_updates, stack_updates
 from urae.adapters.kohya import BLOCKS, MLP_RATIO
-from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model, pick_device
+from urae.backbones.devices import pick_device
+from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model
 from urae.backbones.weights import open_weight_files
 from urae.config import check_types
 from urae.storage import write_tensors

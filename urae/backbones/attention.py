@@ -98,6 +98,7 @@ def pick_attention(
 
     Raises:
         FloatingPointError: If all are wrong; says how for each.
+        OSError: If one crashes the device, which ends what this process can do on it.
     """
     _, tokens, heads, head_dim = shape
     small = (1, min(tokens, _CHECK_TOKENS), heads, head_dim)
@@ -117,6 +118,7 @@ def pick_attention(
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as reason:  # no such kernel for this device or dtype
+            _check_alive(device, name, reason)
             faults[name] = str(reason).splitlines()[0]
     for name, fault in faults.items():
         logger.info("attention %s is left out: %s", name, fault)
@@ -183,6 +185,21 @@ def _time(
         _synchronize(device)
         seconds = time.perf_counter() - began
     return seconds, all(bool(each.isfinite().all()) for each in numbers)
+
+
+def _check_alive(device: torch.device, name: str, reason: Exception) -> None:
+    try:
+        _synchronize(device)
+    except RuntimeError as error:
+        raise OSError(
+            f"attention {name} crashed on {device} ({name_crash(error)}); name another by "
+            "DIFFUSERS_ATTN_BACKEND (_native_flash, _native_cudnn)"
+        ) from reason
+
+
+def name_crash(error: RuntimeError) -> str:
+    """Return the first line of what CUDA says; the others are advice for its own developers."""
+    return str(error).partition("\n")[0]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -4,8 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +30,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from urae.backbones.free_memory import is_out_of_memory, name_shortage
 from urae.backbones.model_folder import check_model
 from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
@@ -60,40 +58,6 @@ TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 1 << 16
-
-
-def pick_device() -> torch.device:
-    """Return the best device of this machine: CUDA, Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype that weights are loaded in: bfloat16 on a GPU, float32 on the CPU."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-@contextmanager
-def explain_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turn running out of memory, a GPU's or the host's, into an error that says what to do.
-
-    Args:
-        what: What needs the memory, for "does not suffice for ...".
-        remedy: What to do, for "try ...".
-
-    Raises:
-        MemoryError: In place of torch's own error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        shortage = name_shortage(error)
-        raise MemoryError(
-            f"memory does not suffice for {what} ({shortage}); try {remedy}"
-        ) from error
 
 
 def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool = False) -> Path:

@@ -1,8 +1,10 @@
-"""What memory is free, and what the VAE may take of it."""
+"""What memory is free, what the VAE may take of it, and what to say when it runs out."""
 
 import gc
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -71,3 +73,25 @@ def name_shortage(error: BaseException) -> str:
     """Return the part of an error's text that says what memory was too short for."""
     parts = re.split(r"; |\. |\n", str(error) or type(error).__name__)
     return next((part for part in parts if any(text in part for text in _SHORTAGES)), parts[0])
+
+
+@contextmanager
+def explain_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory, a GPU's or the host's, into an error that says what to do.
+
+    Args:
+        what: What needs the memory, for "does not suffice for ...".
+        remedy: What to do, for "try ...".
+
+    Raises:
+        MemoryError: In place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = name_shortage(error)
+        raise MemoryError(
+            f"memory does not suffice for {what} ({shortage}); try {remedy}"
+        ) from error

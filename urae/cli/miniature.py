@@ -93,7 +93,7 @@ def data_command(
     """Write captioned pictures to train an adapter on."""
     import os
 
-    from urae.backbones.flux import pick_device, pick_dtype
+    from urae.backbones.devices import pick_device, pick_dtype
     from urae.miniature.sources import write_folder
     from urae.miniature.stages import load_stage
     from urae.miniature.synthetic import write_synthetic

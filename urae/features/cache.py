@@ -5,12 +5,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from urae.backbones.flux import (
-    MAX_TEXT_TOKENS,
-    explain_memory,
-    fetch_model,
-    read_text_tokens,
-)
+from urae.backbones.devices import name_dtype
+from urae.backbones.flux import MAX_TEXT_TOKENS, fetch_model, read_text_tokens
+from urae.backbones.free_memory import explain_memory
 from urae.config import check_types
 from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
@@ -29,7 +26,6 @@ from urae.features.store import (
     find_status,
     fingerprint_encoders,
     latent_path,
-    name_dtype,
     split_embed_name,
     write_features,
 )

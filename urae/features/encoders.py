@@ -13,13 +13,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from urae.backbones.flux import (
-    TEXT_COMPONENTS,
-    encode_prompts,
-    load_pipeline,
-    pick_device,
-    pick_dtype,
-)
+from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.flux import TEXT_COMPONENTS, encode_prompts, load_pipeline
 from urae.backbones.free_memory import free_bytes, vae_bytes
 from urae.backbones.vae import encode
 

@@ -277,11 +277,6 @@ def digest(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
-def name_dtype(dtype: torch.dtype) -> str:
-    """Spell a dtype for the metadata: `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _corrupt(file: FeatureFile, reason: str) -> ValueError:
     return ValueError(
         f"feature file {file} cannot be used: {reason}; delete it and run `urae cache` again"

@@ -23,14 +23,8 @@ from urae.backbones.context_parallel import (
     check_backend_can_share,
     context_parallel,
 )
-from urae.backbones.flux import (
-    build_meta_models,
-    encode_prompts,
-    fetch_model,
-    load_pipeline,
-    pick_device,
-    pick_dtype,
-)
+from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.flux import build_meta_models, encode_prompts, fetch_model, load_pipeline
 from urae.backbones.free_memory import (
     free_bytes,
     is_out_of_memory,

@@ -98,6 +98,7 @@ class _JoinedAdapters:
         self._layers: list[Any] = []
         self._held: list[Tensor] = []  # so that no other tensor takes their place in memory
         self._state: list[Any] = []
+        self._has_warned = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -112,7 +113,9 @@ class _JoinedAdapters:
             self.join(scale)
             return
         positions = find_policy(self._transformer)
-        if were_joined and not (positions and positions.resting):  # or it is no change to stay
+        if positions is not None and positions.is_resting:  # which nobody can do before offloading
+            logger.info("some adapters rest: in an offloaded transformer all go one by one now")
+        elif were_joined:
             logger.warning(
                 "adapters have changed in an offloaded transformer: they are computed one by one; "
                 "call urae.restore, urae.adapt and urae.optimize before offloading to join them "
@@ -127,13 +130,14 @@ class _JoinedAdapters:
         self._held = [weight for layer in self._layers for weight in _list_weights(layer)]
         plain = [layer for layer in self._layers if _is_plain(layer, self._transformer.dtype)]
         count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
-        if self._merge and plain and not count:
+        if self._merge and plain and not count and not self._has_warned:
+            self._has_warned = True
             logger.warning(
                 "adapters are merged in none of %d layers: in %s it would not be exact; they are "
                 "joined, as by joined-adapters",
                 len(plain), self._transformer.dtype,
             )  # fmt: skip
-        elif self._merge and self._layers:
+        elif self._merge and count:
             logger.info("adapters merged in %d of %d layers", count, len(self._layers))
 
     def release(self) -> None:

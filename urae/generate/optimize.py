@@ -13,7 +13,7 @@ from torch import nn
 
 from urae.adapters.adapt import transformer_of
 from urae.backbones.attention import check_active_backend
-from urae.backbones.flux import pick_device
+from urae.backbones.devices import pick_device
 from urae.generate.attention import use_fastest_attention
 from urae.generate.constants import keep_constants
 from urae.generate.finite import check_finite

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from urae.backbones.flux import MAX_TEXT_TOKENS, build_meta_models, find_local, pick_device
+from urae.backbones.devices import check_gpu_is_known, pick_device
+from urae.backbones.flux import MAX_TEXT_TOKENS, build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes
 from urae.config import check_types
 from urae.generate.estimate import (
@@ -114,10 +115,7 @@ def plan(config: PlanConfig) -> Plan:
         FileNotFoundError: If the model or an adapter is missing.
     """
     device = pick_device()
-    if config.gpu_bytes is None and device.type != "cuda":
-        raise ValueError(
-            "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
-        )
+    check_gpu_is_known(config.gpu_bytes)
     gpu_bytes = free_bytes(device) if config.gpu_bytes is None else config.gpu_bytes
     models = build_meta_models(config.model)
     transformer = models["transformer"]

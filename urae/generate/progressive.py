@@ -20,9 +20,9 @@ enlarged and noised to the level at hand, by the very noise that the pipeline dr
 anew, and one seed gives one picture. Finer detail is left to the full-size steps, which is why the
 share of early ones matters.
 
-An adapter for the whole size rests in early steps, as in the reference's coarse-to-fine pipelines,
-which load the 4K adapter when the high stage begins: the last of several, and all of them where the
-small picture is within the base's native size.
+Adapters for larger pictures than the small one rest in early steps, as in the reference's
+coarse-to-fine pipelines, which load the 4K adapter when the high stage begins: 4K adapters beside
+others, and all that `urae.adapt` attached where the small picture is within the base's native size.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from urae.adapters.attach import activate, active_adapters
+from urae.adapters.attach import Rest
 from urae.generate.schedule import Schedule
 from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
 from urae.local_attention import find_grid
@@ -65,7 +65,8 @@ class Progressive:
         self._ids = torch.empty(0)
         self._small_ids = torch.empty(0)
         self._grid = (0, 0)
-        self._active: list[str] = []  # adapters, before some rested
+        self._rest: Rest | None = None
+        self._picture = 0  # that it is for
 
     def attach(self, transformer: nn.Module) -> Callable[[], None]:
         """Switch it on; returns what switches it off."""
@@ -97,7 +98,7 @@ class Progressive:
             self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])
-        self._rest(module, kwargs["encoder_hidden_states"].shape[1] + len(self._small_ids))
+        self._let_rest(module, kwargs["encoder_hidden_states"].shape[1] + len(self._small_ids))
         tokens, timestep, sigma = kwargs["hidden_states"], kwargs["timestep"], self._schedule.sigma
         rows, columns = self._grid
         latents = unpack(tokens.float(), 2 * rows, 2 * columns)
@@ -125,22 +126,29 @@ class Progressive:
             return (velocity, *output[1:])
         return type(output)(sample=velocity)
 
-    def _rest(self, transformer: nn.Module, tokens: int) -> None:
+    def _let_rest(self, transformer: nn.Module, tokens: int) -> None:
         """Leave out adapters for larger pictures than one of so many tokens, text included."""
         positions = find_policy(transformer)
-        if positions is None or positions.resting:
+        if positions is None:
             return
-        names = positions.adapter_names
-        is_native = tokens <= positions.policy.native_sequence_length
-        positions.resting = names if is_native else names[1:][-1:]
-        self._active = active_adapters(transformer)
-        activate(transformer, [each for each in self._active if each not in positions.resting])
+        picture = self._schedule.picture
+        if self._rest is not None and self._rest.is_untouched and picture == self._picture:
+            return
+        self._wake(transformer)  # of a picture that was broken off, or of other adapters
+        names, larger = positions.adapter_names, positions.adapters_4k
+        if tokens <= positions.policy.native_sequence_length:
+            larger = names
+        elif len(larger) == len(names):  # one that goes alone
+            larger = ()
+        self._rest, self._picture = Rest(transformer, larger), picture
+        positions.is_resting = bool(larger)
 
     def _wake(self, transformer: nn.Module) -> None:
-        positions = find_policy(transformer)
-        if positions is not None and positions.resting:
-            positions.resting = ()
-            activate(transformer, self._active)
+        if self._rest is not None:
+            self._rest.end()
+            self._rest = None
+            if (positions := find_policy(transformer)) is not None:
+                positions.is_resting = False
 
     def _follow_size(self, image_ids: Tensor) -> None:
         """Make position ids of the small picture, once a picture."""

@@ -12,6 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from urae.backbones.devices import name_device
 from urae.generate.estimate import Tier
 from urae.generate.parts import Bits
 from urae.generate.speed import check_not_offloaded, list_blocks
@@ -48,7 +49,7 @@ def check_quantization(bits: Tier | Bits, device: torch.device, asked: str = "--
     if bits == "fp8" and not _has_fp8(device):
         raise ValueError(
             f"{asked} fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
-            f"this machine runs on {_describe(device)}; leave it out"
+            f"this machine runs on {name_device(device)}; leave it out"
         )
 
 
@@ -193,7 +194,3 @@ def _build_torchao(bits: Bits) -> Any:
 
 def _has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -95,7 +95,7 @@ def export_adapters(
 ) -> list[Path]:
     """Write the adapters of finished runs under the names that they ship by, and a model card.
 
-    They ship in float16, as the bases do in bfloat16. A 4K adapter's B0 and A0 are those of base
+    They ship in float16, as the bases do. A 4K adapter's B0 and A0 are those of base
     and 2K LoRA as its run had them: train it over the 2K LoRA that this wrote, or loading finds
     another LoRA and computes them anew.
 

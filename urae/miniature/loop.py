@@ -124,7 +124,7 @@ def run_loop(
 ) -> bool:
     """Train a module; called again after a stop, it goes on where it was.
 
-    Ctrl-C and SIGTERM save its state first; a second one stops at once.
+    Ctrl-C, SIGTERM and SIGHUP save its state first; a later one stops at once.
 
     Args:
         module: Float32, on the run's device; trained in place. When the last step is done, it holds

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from urae.adapters.adapt import adapt
 from urae.adapters.packaged import BASE
-from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
+from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.flux import load_pipeline
 from urae.config import check_types
 from urae.miniature.check import SceneReport, Score, check_scene, score
 from urae.miniature.model import HELD_OUT_SEED

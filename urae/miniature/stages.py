@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers import FluxPipeline
 
 from urae import __version__
-from urae.backbones.flux import pick_device
+from urae.backbones.devices import pick_device
 from urae.backbones.ranks import join_ranks
 from urae.miniature.autoencoder import train_vae
 from urae.miniature.flow import train_flow, train_four_steps, train_guided
@@ -69,7 +69,7 @@ def train_stage(
     """Train one stage of the miniature.
 
     Under torchrun the processes share each batch; on a GPU each. Once it takes steps, Ctrl-C and
-    SIGTERM save what it goes on from; a second one stops at once.
+    SIGTERM save what it goes on from; a later one stops at once.
 
     Args:
         name: One of `STAGES`.

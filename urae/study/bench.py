@@ -10,6 +10,7 @@ from urae.adapters.files import resolve_adapter
 from urae.backbones.flux import fetch_model, fingerprint_component
 from urae.features.store import fingerprint_encoders
 from urae.resolution import ResolutionPolicy, read_base_policy
+from urae.storage import digest_file
 from urae.study.cells import (
     Adapter,
     Cell,
@@ -183,7 +184,7 @@ class Bench:
     def lora_2k(self) -> Weights:
         """The adapter under the 4K stage."""
         path = resolve_adapter(self.config.adapter_2k)
-        return Weights(str(path), hash_file(path))
+        return Weights(str(path), digest_file(path))
 
     def _score_2k(self, policy: ResolutionPolicy | None, model: Weights) -> Scoring:
         return self._score(policy, model, self.config.side_2k, self.config.num_captions)
@@ -234,11 +235,5 @@ def find_stage(stage: str, work_dir: Path) -> Weights:
                 f"{path} does not exist; the teacher's pictures need it: urae miniature train "
                 f"{name}, or --stand-in true to try the study on clean renders"
             )
-        digest.update(hash_file(path).encode())
+        digest.update(digest_file(path).encode())
     return Weights(stage, digest.hexdigest())
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

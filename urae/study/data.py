@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from urae.backbones.flux import pick_device
+from urae.backbones.devices import pick_device
 from urae.features.cache import CacheConfig, cache
 from urae.miniature.check import SceneReport, check_scene, score
 from urae.miniature.photograph import decode_picture

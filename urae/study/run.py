@@ -22,7 +22,8 @@ import transformers
 from diffusers import FluxPipeline
 
 from urae.adapters.adapt import adapt, restore
-from urae.backbones.flux import load_pipeline, pick_device, pick_dtype
+from urae.backbones.devices import name_device, name_dtype, pick_device, pick_dtype
+from urae.backbones.flux import load_pipeline
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.study.bench import Bench
@@ -259,8 +260,8 @@ def _write_result(cell: Cell, figures: dict[str, float], path: Path) -> None:
     device = pick_device()
     record = {
         "figures": figures,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(pick_dtype(device)).removeprefix("torch."),
+        "device": name_device(device),
+        "dtype": name_dtype(pick_dtype(device)),
         "torch": torch.__version__,
         "commit": find_commit(),
         "training": cell.training and asdict(cell.training),

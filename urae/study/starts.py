@@ -19,7 +19,8 @@ from urae import __version__
 from urae.adapters.attach import read_factors
 from urae.adapters.files import LowRank, merge_minor, read_adapter, write_lora
 from urae.adapters.initial import compute_initial, compute_updates, fingerprint_origin
-from urae.backbones.flux import fetch_model, load_transformer, pick_device, pick_dtype
+from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.flux import fetch_model, load_transformer
 from urae.backbones.weights import find_attention_linears, open_original_weights
 from urae.features.claims import Claims
 from urae.study.cells import Training, identify

@@ -1,12 +1,9 @@
 """The attention that trains: the fastest whose gradients are right here."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
-    attention_backend,
 )
 
 from urae.backbones.attention import CANDIDATES, backend, pick_attention
@@ -20,7 +17,7 @@ def choose_attention(
     head_dim: int,
     tokens: int,
     context_parallel: int = 1,
-) -> str | None:
+) -> str:
     """Name the fastest attention whose gradients are right, for sequences of this shape.
 
     A backend that `DIFFUSERS_ATTN_BACKEND` names is checked and kept.
@@ -34,24 +31,19 @@ def choose_attention(
         context_parallel: Ranks that share them; each has all tokens of a part of the heads.
 
     Returns:
-        One of diffusers' backends; None on a CPU, where torch decides.
+        One of diffusers' backends; on a CPU the one in use, by default `native`: torch decides.
 
     Raises:
         FloatingPointError: If no backend gives right gradients.
     """
-    if device.type != "cuda":
-        return None
     wanted = _AttentionBackendRegistry.get_active_backend()[0]
+    if device.type != "cuda":
+        return str(wanted.value)
     names = CANDIDATES if wanted == AttentionBackendName.NATIVE else (wanted.value,)
     possible = names if context_parallel == 1 else filter(_can_be_split, names)
     candidates = {name: backend(name) for name in possible}
     shape = (1, tokens, heads // context_parallel, head_dim)
     return pick_attention(candidates, shape, dtype, device)
-
-
-def use_attention(name: str | None) -> AbstractContextManager[None]:
-    """Attend as `choose_attention` says."""
-    return nullcontext() if name is None else attention_backend(name)
 
 
 def _can_be_split(name: str) -> bool:

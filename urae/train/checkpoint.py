@@ -25,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from urae.adapters.files import LORA_FILE_NAME, read_adapter
-from urae.storage import read_tensors, write_atomic, write_tensors
+from urae.storage import digest_file, read_tensors, write_atomic, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def save_checkpoint(
         tensors, plain = _flatten(optimizer.state_dict())
         write_tensors(partial / OPTIMIZER_FILE, tensors, {"urae.optimizer": json.dumps(plain)})
         _check_finite(partial, output_dir, step)
-        files = {path.name: _digest_file(path) for path in sorted(partial.iterdir())}
+        files = {path.name: digest_file(path) for path in sorted(partial.iterdir())}
         state = {"step": step, "files": files, **record}
         state["sha256"] = _digest_record(state)
         write_atomic(partial / STATE_FILE, json.dumps(state, indent=1).encode())
@@ -252,7 +252,7 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
         return f"{STATE_FILE}: it is of step {record['step']}"
     for name, wanted in record["files"].items():
         try:
-            found = _digest_file(checkpoint.path / name)
+            found = digest_file(checkpoint.path / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found != wanted:
@@ -325,11 +325,6 @@ def _split_off_tensors(
 
 def _as_number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest_record(record: dict[str, Any]) -> str:

@@ -24,18 +24,16 @@ def catch_stop() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {
-        number: handler
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
-    }
-    asked_at = 0.0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+    asked_at: float | None = None
 
     def request(number: int, frame: FrameType | None) -> None:
         nonlocal asked_at
         now = time.monotonic()
-        if not stop.is_set():
-            asked_at = now
+        if asked_at is None:
+            asked_at = now  # first: another signal may come while the event holds its lock
             stop.set()
         elif now - asked_at > _ONE_REQUEST_SECONDS:
             signal.signal(number, before[signal.Signals(number)])

@@ -13,19 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 
 from urae.adapters.files import LORA_FILE_NAME
-from urae.backbones.flux import (
-    explain_memory,
-    fingerprint_component,
-    load_transformer,
-    pick_dtype,
-)
+from urae.backbones.attention import name_crash
+from urae.backbones.devices import pick_dtype
+from urae.backbones.flux import fingerprint_component, load_transformer
+from urae.backbones.free_memory import explain_memory, is_out_of_memory
 from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
 from urae.resolution import ResolutionPolicy, apply_policy, read_base_policy
 from urae.train.adapter import TrainingAdapter, attach_for_training
-from urae.train.attention import choose_attention, use_attention
+from urae.train.attention import choose_attention
 from urae.train.checkpoint import check_same_origin, find_checkpoints
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
@@ -67,7 +66,8 @@ def train(
 ) -> TrainResult:
     """Train an adapter on cached features.
 
-    Ctrl-C and SIGTERM save a checkpoint first; a second one stops at once.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint first; a second one, more than a second later,
+    stops at once.
 
     Args:
         config: The run.
@@ -136,7 +136,13 @@ class _Run:
             loader,
             self.batches_per_step,
         )
-        with _enough_memory(), use_attention(self.attention), loader, catch_stop() as stop:
+        with (
+            _enough_memory(),
+            self._explained_failure(),
+            attention_backend(self.attention),
+            loader,
+            catch_stop() as stop,
+        ):
             with self._saved_on_failure():
                 self.monitor.catch_up(state)
             while state.step < config.steps:
@@ -181,7 +187,7 @@ class _Run:
         set_checkpointing(transformer, self.way, device, compiled=self.compiled)
         return transformer.train(), adapter
 
-    def _choose_attention(self) -> str | None:
+    def _choose_attention(self) -> str:
         shape = self.transformer.config
         with _enough_memory():
             return choose_attention(
@@ -221,10 +227,18 @@ class _Run:
     def _saved_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except torch.AcceleratorError as error:  # nothing on the device can be read any more
-            raise OSError(self._describe_failure(error)) from error
-        except Exception:
-            self._save()
+        except Exception as error:
+            if not _is_lost(error):
+                self._save()
+            raise
+
+    @contextmanager
+    def _explained_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            if _is_lost(error):
+                raise OSError(self._describe_failure(error)) from error
             raise
 
     def _describe_failure(self, error: torch.AcceleratorError) -> str:
@@ -233,7 +247,7 @@ class _Run:
         if checkpoints:
             rest = f"{checkpoints[-1].path} is saved: go on with --resume"
         return (
-            f"the GPU failed at step {self.state.step + 1} ({str(error).splitlines()[0]}); {rest}; "
+            f"the GPU failed at step {self.state.step + 1} ({name_crash(error)}); {rest}; "
             f"if it fails again, with another attention than {self.attention}, named by "
             "DIFFUSERS_ATTN_BACKEND (_native_flash, _native_cudnn)"
         )
@@ -244,8 +258,13 @@ class _Run:
             "memory": self.way.tier,
             "gradient_checkpointing": self.way.checkpointing,
             "compile": self.compiled,
-            "attention": self.attention or "native",
+            "attention": self.attention,
         }
+
+
+def _is_lost(error: Exception) -> bool:
+    """Tell whether a GPU has crashed: nothing on it can be read any more."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def _describe_adapter(

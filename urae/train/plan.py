@@ -9,12 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from urae.backbones.flux import (
-    PACKAGED,
-    build_meta_models,
-    find_local,
-    pick_device,
-)
+from urae.backbones.devices import check_gpu_is_known, pick_device
+from urae.backbones.flux import PACKAGED, build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes
 from urae.features.buckets import covers, pick_bucket
 from urae.features.dataset import Sample
@@ -133,10 +129,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         FileNotFoundError: If the model is missing.
     """
     device = pick_device()
-    if gpu_bytes is None and device.type != "cuda":
-        raise ValueError(
-            "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
-        )
+    check_gpu_is_known(gpu_bytes)
     gpu, host = gpu_bytes, None
     if gpu is None:
         gpu, host = free_bytes(device), free_host_bytes()

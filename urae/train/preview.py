@@ -8,12 +8,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 
-from urae.backbones.flux import (
-    TEXT_COMPONENTS,
-    build_meta_transformer,
-    explain_memory,
-    load_pipeline,
-)
+from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, load_pipeline
+from urae.backbones.free_memory import explain_memory
 from urae.features.encoders import Encoders
 from urae.generate.inputs import default_sampling
 from urae.generate.picture import picture_path, save_picture

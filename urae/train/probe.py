@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from urae.backbones.flux import build_meta_models, pick_device
+from urae.backbones.devices import pick_device
+from urae.backbones.flux import build_meta_models
 from urae.features.dataset import Sample
 from urae.features.store import empty_prompt_path
 from urae.train.config import DataConfig, TrainConfig

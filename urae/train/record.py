@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 
 import urae
-from urae.backbones.flux import fingerprint_component, pick_dtype
+from urae.backbones.devices import name_device, name_dtype, pick_dtype
+from urae.backbones.flux import fingerprint_component
 from urae.config import describe_fields, read_toml
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
@@ -69,8 +70,8 @@ def write_run(
         "chosen": chosen,
         "devices": {
             "num_ranks": accelerator.num_processes,
-            "device": _name_device(accelerator.device),
-            "dtype": str(pick_dtype(accelerator.device)).removeprefix("torch."),
+            "device": name_device(accelerator.device),
+            "dtype": name_dtype(pick_dtype(accelerator.device)),
             "cuda": torch.version.cuda,
         },
         "versions": {
@@ -181,7 +182,3 @@ def find_commit() -> str | None:
 def _packages(config: TrainConfig) -> list[str]:
     package = PACKAGES.get(config.optimizer.name)
     return [*_PACKAGES, *([package] if package else [])]
-
-
-def _name_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

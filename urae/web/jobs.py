@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from threading import Event, Lock
 
-from urae.backbones.flux import pick_device
+from urae.backbones.devices import pick_device
 from urae.backbones.free_memory import release_memory
 from urae.generate import Progress, generate
 from urae.web.config import WebConfig
