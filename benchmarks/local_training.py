@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 from local_attention import FLUX, TINY, differentiate, draw_heads, time_median
 from measure import describe_machine, find_commit, synchronize
 from report import table
@@ -29,7 +30,7 @@ from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.geometry import TOKEN_PIXELS
 from urae.local_attention import LocalAttention, build_local_attention
 from urae.resolution import ResolutionPolicy, apply_policy
-from urae.train.attention import right_attention
+from urae.train.attention import choose_attention
 from urae.train.estimate import Way
 from urae.train.recompute import set_checkpointing
 
@@ -191,7 +192,7 @@ def main() -> None:
                 "head_dim": transformer.config.attention_head_dim,
                 "tokens": text + (side // TOKEN_PIXELS) ** 2,
             }
-            with right_attention(device, like.dtype, **shape):
+            with attention_backend(choose_attention(device, like.dtype, **shape)):
                 figures, listed = profile_step(transformer, side, text, like, repeats)
             rows.append([f"{policy.attention} attention, checkpointing {kept}", *figures])
             kernels.append(f"{rows[-1][0]}\n{listed}")

@@ -25,16 +25,17 @@ def name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_gpu_is_known(gpu_bytes: int | None) -> None:
+def check_gpu_is_known(gpu_bytes: int | None, device: torch.device) -> None:
     """Refuse to plan for the GPU of a machine that has none.
 
     Args:
         gpu_bytes: Memory of the GPU to plan for; None is this machine's.
+        device: Of this machine.
 
     Raises:
         ValueError: If it is this machine's and there is none.
     """
-    if gpu_bytes is None and pick_device().type != "cuda":
+    if gpu_bytes is None and device.type != "cuda":
         raise ValueError(
             "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
         )

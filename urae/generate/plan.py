@@ -115,7 +115,7 @@ def plan(config: PlanConfig) -> Plan:
         FileNotFoundError: If the model or an adapter is missing.
     """
     device = pick_device()
-    check_gpu_is_known(config.gpu_bytes)
+    check_gpu_is_known(config.gpu_bytes, device)
     gpu_bytes = free_bytes(device) if config.gpu_bytes is None else config.gpu_bytes
     models = build_meta_models(config.model)
     transformer = models["transformer"]

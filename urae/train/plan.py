@@ -129,7 +129,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         FileNotFoundError: If the model is missing.
     """
     device = pick_device()
-    check_gpu_is_known(gpu_bytes)
+    check_gpu_is_known(gpu_bytes, device)
     gpu, host = gpu_bytes, None
     if gpu is None:
         gpu, host = free_bytes(device), free_host_bytes()
