@@ -11,10 +11,10 @@ from urae.geometry import build_image_ids, build_text_ids
 from urae.resolution import (
     ResolutionPolicy,
     apply_policy,
-    build_scheduler,
     find_policy,
     read_base_policy,
     remove_policy,
+    shift_scheduler,
     widen_ids,
 )
 
@@ -186,11 +186,11 @@ def test_a_controlnet_follows_too(load_pipe):
 def test_time_shift(load_pipe):
     stock = load_pipe("dev").scheduler
     assert stock.config.use_dynamic_shifting
-    static = build_scheduler(stock, ResolutionPolicy())
+    static = shift_scheduler(stock, ResolutionPolicy())
     assert (static.config.use_dynamic_shifting, static.config.shift) == (False, 3.0)
-    ten = build_scheduler(stock, ResolutionPolicy(time_shift=10))
+    ten = shift_scheduler(stock, ResolutionPolicy(time_shift=10))
     assert (ten.config.use_dynamic_shifting, ten.config.shift) == (False, 10.0)
-    dynamic = build_scheduler(static, ResolutionPolicy(time_shift="dynamic"))
+    dynamic = shift_scheduler(static, ResolutionPolicy(time_shift="dynamic"))
     assert dynamic.config == stock.config
     assert stock.config.use_dynamic_shifting
 
@@ -199,7 +199,7 @@ def test_a_scheduler_without_shift_is_refused():
     from diffusers import DDIMScheduler
 
     with pytest.raises(ValueError, match="DDIMScheduler has no shift, use_dynamic_shifting"):
-        build_scheduler(DDIMScheduler(), ResolutionPolicy())
+        shift_scheduler(DDIMScheduler(), ResolutionPolicy())
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def find_policy(module: nn.Module) -> ResolutionPositions | None:
     return positions if isinstance(positions, ResolutionPositions) else None
 
 
-def build_scheduler(scheduler: Any, policy: ResolutionPolicy) -> Any:
+def shift_scheduler(scheduler: Any, policy: ResolutionPolicy) -> Any:
     """Make a scheduler of the same class and settings with the policy's time shift.
 
     Args:

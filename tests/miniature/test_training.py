@@ -17,9 +17,9 @@ from urae.miniature.flow import sample_batch
 from urae.miniature.grammar import COLOURS, RELATIONS, SHAPES, TEXTURES, parse_caption
 from urae.miniature.loop import LoopConfig, StageRun, discard_state, run_loop
 from urae.miniature.model import (
-    MAX_TEXT_TOKENS,
     NATIVE_IMAGE_TOKENS,
     POLICY,
+    TEXT_TOKENS,
     build_miniature,
     build_pipeline,
     build_tokenizers,
@@ -97,7 +97,7 @@ def test_every_caption_fits_into_the_text_tokens():
     captions = [caption(sample_scene(seed)) for seed in range(300)]
     t5, clip = tokenize(captions)
     clip_tokenizer, t5_tokenizer = build_tokenizers()
-    assert t5.shape == (300, MAX_TEXT_TOKENS)
+    assert t5.shape == (300, TEXT_TOKENS)
     assert (t5[:, -1] == t5_tokenizer.pad_token_id).all()
     assert not (t5 == t5_tokenizer.unk_token_id).any()
     assert (clip[:, -1] == clip_tokenizer.eos_token_id).all()
@@ -342,7 +342,7 @@ def test_the_pipeline_is_a_stock_one(tmp_path):
         tmp_path, build_pipeline(parts, static_shift=None, latent_mean=0.1, latent_std=0.5)
     )
     assert read_base_policy(tmp_path) == POLICY
-    assert POLICY.native_sequence_length == NATIVE_IMAGE_TOKENS + MAX_TEXT_TOKENS == 320
+    assert POLICY.native_sequence_length == NATIVE_IMAGE_TOKENS + TEXT_TOKENS == 320
     pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.vae.config.scaling_factor == 2.0
@@ -354,7 +354,7 @@ def test_the_pipeline_is_a_stock_one(tmp_path):
         height=64,
         width=96,
         num_inference_steps=1,
-        max_sequence_length=MAX_TEXT_TOKENS,
+        max_sequence_length=TEXT_TOKENS,
     ).images[0]
     assert image.size == (96, 64)
 

@@ -17,10 +17,10 @@ from urae.resolution import (
     ResolutionPolicy,
     ResolutionPositions,
     apply_policy,
-    build_scheduler,
     find_policy,
     read_base_policy,
     remove_policy,
+    shift_scheduler,
 )
 from urae.undo import is_optimized, undo
 
@@ -74,7 +74,7 @@ def adapt(
     names = _name_adapters(files, adapter_names)
     _check_files(files, names, transformer)
     policy = choose_policy(policy, files, _path_of(pipe))
-    build_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
+    shift_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
     updates: list[Update] = [file.variant for file in files if file.variant is not None]
     updates += compute_updates(
         [file for file in files if file.variant is None],
@@ -286,7 +286,7 @@ def _set_policy(pipe: Any, policy: ResolutionPolicy) -> None:
     for controlnet in _controlnets_of(pipe):
         apply_policy(controlnet, policy)
     original = getattr(pipe.scheduler, _ORIGINAL, pipe.scheduler)
-    pipe.scheduler = build_scheduler(original, policy)
+    pipe.scheduler = shift_scheduler(original, policy)
     setattr(pipe.scheduler, _ORIGINAL, original)
 
 

@@ -27,9 +27,9 @@ from urae.storage import read_tensors, write_atomic, write_tensors
 Kind = Literal["dev", "schnell", "teacher"]
 
 NATIVE_SIDE = 256
-MAX_TEXT_TOKENS = 64
+TEXT_TOKENS = 64
 NATIVE_IMAGE_TOKENS = num_image_tokens(NATIVE_SIDE, NATIVE_SIDE)
-POLICY = ResolutionPolicy(native_sequence_length=NATIVE_IMAGE_TOKENS + MAX_TEXT_TOKENS)
+POLICY = ResolutionPolicy(native_sequence_length=NATIVE_IMAGE_TOKENS + TEXT_TOKENS)
 """The reference's policy at the miniature's own native size."""
 
 HELD_OUT_SEED = 2**80
@@ -76,7 +76,7 @@ _TEACHER: Sizes = {**_SIZES, "transformer": {**_TRANSFORMER, "num_attention_head
 def build_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Build the tokenizers: a token for each word of the grammar, letters for all else."""
     words = [*VOCABULARY, ","]
-    return build_clip_tokenizer(words), build_t5_tokenizer(words, max_length=MAX_TEXT_TOKENS)
+    return build_clip_tokenizer(words), build_t5_tokenizer(words, max_length=TEXT_TOKENS)
 
 
 def build_miniature(kind: Kind, *, guided: bool, seed: int) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from urae.miniature.autoencoder import load_vae, sample_scenes, to_pixels
-from urae.miniature.model import MAX_TEXT_TOKENS, build_tokenizers
+from urae.miniature.model import TEXT_TOKENS, build_tokenizers
 from urae.miniature.render import render
 from urae.miniature.sources import make_vague
 from urae.miniature.world import Description, caption
@@ -107,6 +107,6 @@ def tokenize(captions: list[str]) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n 77
                 return_tensors="np",
             ).input_ids
         )
-        for tokenizer, length in ((t5_tokenizer, MAX_TEXT_TOKENS), (clip_tokenizer, 77))
+        for tokenizer, length in ((t5_tokenizer, TEXT_TOKENS), (clip_tokenizer, 77))
     )
     return t5, clip

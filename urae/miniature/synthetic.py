@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from jaxtyping import UInt8
 from torch import Tensor
 
-from urae.miniature.model import MAX_TEXT_TOKENS
+from urae.miniature.model import TEXT_TOKENS
 from urae.miniature.photograph import encode_picture
 from urae.miniature.world import caption, training_scene
 from urae.storage import write_atomic
@@ -47,7 +47,7 @@ def generate_pictures(
             height=side,
             width=side,
             num_inference_steps=steps,
-            max_sequence_length=MAX_TEXT_TOKENS,
+            max_sequence_length=TEXT_TOKENS,
             generator=list(noises[start : start + size]),
             output_type="pt",
             negative_prompt=None if guided else [""] * len(some),

@@ -28,7 +28,7 @@ from urae.miniature.grammar import (
 from urae.miniature.loop import StageRun, discard_state, run_loop
 from urae.miniature.model import (
     HELD_OUT_SEED,
-    MAX_TEXT_TOKENS,
+    TEXT_TOKENS,
     build_miniature,
     build_tokenizers,
     write_weights,
@@ -74,9 +74,9 @@ def train_text(config: TextStage, run: StageRun) -> bool:
         chosen = torch.randint(len(data.t5_ids), (size,), generator=generator, device=run.device)
         t5_ids, t5_labels = data.t5_ids[chosen], data.t5_labels[chosen]
         if long:
-            t5_ids = F.pad(t5_ids, (0, PIPELINE_TOKENS - MAX_TEXT_TOKENS))
+            t5_ids = F.pad(t5_ids, (0, PIPELINE_TOKENS - TEXT_TOKENS))
         t5_logits, clip_logits = model(t5_ids, data.clip_ids[chosen])
-        t5_logits = t5_logits[:, :MAX_TEXT_TOKENS]
+        t5_logits = t5_logits[:, :TEXT_TOKENS]
         t5_loss = _cross_entropy(t5_logits, t5_labels, _T5_CLASSES)
         clip_loss = _cross_entropy(clip_logits, data.clip_labels[chosen], _CLIP_CLASSES)
         return t5_loss + clip_loss, {"T5": t5_loss, "CLIP": clip_loss}

@@ -14,7 +14,7 @@ from urae.features.encoders import Encoders
 from urae.generate.inputs import default_sampling
 from urae.generate.picture import picture_path, save_picture
 from urae.generate.sample import PromptEmbeds, decode, sample
-from urae.resolution import ResolutionPolicy, build_scheduler
+from urae.resolution import ResolutionPolicy, shift_scheduler
 from urae.train.config import TrainConfig
 from urae.train.output import PREVIEW_DIR
 
@@ -58,7 +58,7 @@ class Previewer:
         without = ["transformer", *TEXT_COMPONENTS]
         self.pipe = load_pipeline(str(model_path), dtype=encoders.dtype, without=without)
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.scheduler = build_scheduler(self.pipe.scheduler, policy)
+        self.pipe.scheduler = shift_scheduler(self.pipe.scheduler, policy)
         self.vae = self.pipe.vae
         self.pipe.register_modules(vae=None)
 
