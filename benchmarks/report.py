@@ -130,15 +130,13 @@ def write_scaling(found: dict[str, Any], folder: Path) -> list[str]:
 
 def table_two_gpus(result: dict[str, Any]) -> list[str]:
     """List seconds of one forward on one GPU and on two, and how many times faster two are."""
-    rows = [
-        [
-            *(f"{side}^2", entry["one"], entry["two"], entry["one"] / entry["two"]),
-            *(entry["difference"], entry.get("rounding")),
-        ]
-        for side, entry in result.items()
-    ]
-    header = ["one forward, 2K LoRA", "one GPU, s", "two, s", "times faster", "relative difference"]
-    header += ["of one GPU, stock and exact"]
+    rows: list[list[Any]] = []
+    for side, entry in result.items():
+        one, two = entry["one"], entry["two"]
+        differences = entry["difference"], entry.get("rounding")
+        rows.append([f"{side}^2", one, two, one / two, *differences])
+    header = ["one forward, 2K LoRA", "one GPU, s", "two, s", "times faster"]
+    header += ["relative difference", "of one GPU, stock and exact"]
     must, target = TWO_GPUS
     return [*table(header, rows), "", f"At 4096^2 {must} times is a must, {target} the target."]
 

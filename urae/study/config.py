@@ -48,7 +48,7 @@ class StudyConfig:
     adapter_2k: str = "miniature-2k"
     """The 2K LoRA under the 4K stage of question c, by name, file or folder."""
     stand_in: bool = False
-    """Train on clean renders where the teacher's pictures belong, to try a study without one."""
+    """Train on clean renders where the teacher's pictures belong: those of one without fault."""
     workers: int = 1
     """Processes that work on cells; several share a GPU well, and all GPUs are used."""
     max_minutes: float = math.inf
