@@ -25,6 +25,7 @@ import torch
 from bench import RANK, ROOT, Bench
 from forward import (
     measure_forward,
+    measure_forward_optimized,
     measure_scaling,
     measure_scaling_8k,
     measure_scaling_vae,
@@ -125,6 +126,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
         for name, way in WAYS.items()
     },
     "forward": measure_forward,
+    "forward_optimized": measure_forward_optimized,
     "scaling": measure_scaling,
     "scaling_8k": measure_scaling_8k,
     "scaling_vae": measure_scaling_vae,

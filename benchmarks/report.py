@@ -46,8 +46,12 @@ def write_report(folder: Path, parts: list[str]) -> None:
             "figures mean nothing.**",
         ]
     results = {name: record["result"] for name, record in found.items()}
-    if "forward" in results:
-        lines += ["", *table_forward(tiny, results["forward"])]
+    if forwards := {
+        f"{name} (`{part}`)": by_side
+        for part in ("forward", "forward_optimized")
+        for name, by_side in results.get(part, {}).items()
+    }:
+        lines += ["", *table_forward(tiny, forwards)]
     lines += write_scaling(found, folder)
     if "forward_two_gpus" in results:
         lines += ["", *table_two_gpus(results["forward_two_gpus"])]
@@ -103,12 +107,7 @@ def table_forward(tiny: bool, result: dict[str, Any]) -> list[str]:
         seconds = [entry.get("seconds") for entry in entries]
         rows.append([f"here: {name}", *seconds, entries[-1].get("peak_gib")])
     header = [f"{side}^2, s" for side in sides]
-    lines = table(["one forward", *header, "peak at 4096^2, GiB"], rows)
-    ratios = []
-    for side in sides:
-        ours, stock = (result[f"{who}, 2K LoRA"][str(side)]["seconds"] for who in ("urae", "stock"))
-        ratios.append(f"{ours / stock:.3f} at {side}^2")
-    return [*lines, "", f"urae's time over stock's, the same LoRA attached: {', '.join(ratios)}."]
+    return table(["one forward", *header, "peak at 4096^2, GiB"], rows)
 
 
 def write_scaling(found: dict[str, Any], folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def read_record(path: Path, study: Study, name: str) -> dict[str, Any]:
             "study": study.describe(),
             "machine": describe_machine(),
             "commit": find_commit(),
-            **{key: [] for key in ("passed", "psnr", "seconds", "spectrum")},
+            **{key: [] for key in ("passed", "failed", "psnr", "seconds", "spectrum")},
         }
     record: dict[str, Any] = json.loads(path.read_text())
     if record["study"] != study.describe():
@@ -164,21 +164,23 @@ def read_record(path: Path, study: Study, name: str) -> dict[str, Any]:
 
 def examine(
     pictures: list[Tensor], scenes: list[Scene], exact: list[Path], seconds: float, keep: bool
-) -> tuple[list[bool], list[float], list[float], Tensor]:
+) -> tuple[list[list[str]], list[float], list[float], Tensor]:
     """Check a batch, and compare it with the exact pictures, which it is where `keep` says so.
 
     Returns:
-        Whether each passes, its PSNR in dB, the seconds of each, the sum of their spectra.
+        What of its caption each lacks, its PSNR in dB, the seconds of each, the sum of their
+        spectra.
     """
     if keep:
         exact[0].parent.mkdir(exist_ok=True)
         for picture, path in zip(pictures, exact, strict=True):
             write_atomic(path, encode_picture(picture, "PNG"))
     others = [decode_picture(path.read_bytes()) for path in exact]
-    passed = [check_scene(p.numpy(), s).passed for p, s in zip(pictures, scenes, strict=True)]
+    reports = [check_scene(p.numpy(), s) for p, s in zip(pictures, scenes, strict=True)]
+    failed = [[part for part, holds in asdict(each).items() if not holds] for each in reports]
     psnr = [compute_psnr(one, other) for one, other in zip(pictures, others, strict=True)]
     spectrum = radial_spectrum(torch.stack(pictures).float() / 255).sum(0)
-    return passed, psnr, [seconds / len(pictures)] * len(pictures), spectrum
+    return failed, psnr, [seconds / len(pictures)] * len(pictures), spectrum
 
 
 def compute_psnr(picture: Tensor, other: Tensor) -> float:
@@ -189,13 +191,14 @@ def compute_psnr(picture: Tensor, other: Tensor) -> float:
 
 def add(
     record: dict[str, Any],
-    passed: list[bool],
+    failed: list[list[str]],
     psnr: list[float],
     seconds: list[float],
     spectrum: Tensor,
 ) -> None:
     """Add a batch to a candidate's record."""
-    record["passed"] += passed
+    record["passed"] += [not parts for parts in failed]
+    record["failed"] += failed
     record["psnr"] += [round(each, 2) for each in psnr]
     record["seconds"] += [round(each, 4) for each in seconds]
     before = torch.tensor(record["spectrum"] or [0.0] * len(spectrum))

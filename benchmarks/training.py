@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bench import RANK, ROOT, Bench, random_inputs, run_urae
-from measure import peak_gib, reset_peak, synchronize
+from measure import describe_machine, find_commit, peak_gib, reset_peak, synchronize
 from safetensors.torch import save_file
 
 STEPS = {2048: 6, 4096: 4}  # the first is not counted, as the second of a compiled run
@@ -50,6 +50,11 @@ BARS = {
         Way("streamed, attention kept", "streamed", "selective", compiled=False, cap_gib=16),
     ),
     "train_4k_local": (4096, "minor", Way("compiled, local attention", attention="local")),
+    "train_4k_local_selective": (
+        4096,
+        "minor",
+        Way("compiled, local attention kept", checkpointing="selective", attention="local"),
+    ),
     "train_4k_local_streamed": (
         4096,
         "minor",
@@ -61,43 +66,58 @@ BARS = {
 
 def measure_train(bench: Bench, side: int, adapter: str, way: Way) -> dict[str, Any]:
     """Run training steps of one adapter in one way from the command line."""
-    name = ADAPTERS[adapter]
-    compile = compiled(bench) if way.compiled else ("--compile", "false")
-    options = ("--memory", way.memory, "--gradient-checkpointing", way.checkpointing, *compile)
-    if way.attention == "local":
-        options = (*options, "--policy.attention", "local")
-        if bench.tiny:  # whose pictures are within FLUX.1's native side
-            options = (*options, "--policy.native_sequence_length", "64")
+    name, options = ADAPTERS[adapter], list_options(bench, way)
     title = f"{name}, {way.title}" + (f", cap {way.cap_gib} GiB" if way.cap_gib else "")
     return {title: train(bench, name, side, STEPS[side], options, cap_gib=way.cap_gib)}
 
 
-def compiled(bench: Bench) -> tuple[str, ...]:
-    """Return the option that compiles; a try on a CPU leaves it."""
-    return ("--compile", str(bench.device.type == "cuda").lower())
+def list_options(bench: Bench, way: Way) -> list[str]:
+    """Return the options of the command line; a try on a CPU does not compile."""
+    compile = str(way.compiled and bench.device.type == "cuda").lower()
+    options = ["--memory", way.memory, "--gradient-checkpointing", way.checkpointing]
+    options += ["--compile", compile]
+    if way.attention == "local":
+        options += ["--policy.attention", "local"]
+        if bench.tiny:  # whose pictures are within FLUX.1's native side
+            options += ["--policy.native_sequence_length", "64"]
+    return options
 
 
 def measure_two_data(bench: Bench) -> dict[str, Any]:
     """Train on two GPUs, each with samples of its own, and on one: samples a second."""
-    steps, options = 2 * STEPS[2048], compiled(bench)
-    one = train(bench, "2K LoRA", 2048, steps, options)
-    two = train(bench, "2K LoRA", 2048, steps, options, gpus=2)
+    way = WAYS["compiled"]
+    title, one = train_alone(bench, "train_2k_lora_compiled", 2048, "lora", way)
+    two = train(bench, "2K LoRA", 2048, STEPS[2048], list_options(bench, way), gpus=2)
     gain = 2 * one["seconds"] / two["seconds"]
-    return {"2K LoRA, one GPU": one, "2K LoRA, two GPUs, data parallel": {**two, "gain": gain}}
+    return {title: one, "2K LoRA, two GPUs, data parallel": {**two, "gain": gain}}
 
 
 def measure_two_context(bench: Bench, *, side: int, shard: bool = False) -> dict[str, Any]:
     """Train on two GPUs that share each picture, and on one: seconds a step, and the losses."""
-    steps = STEPS[side] + 2
-    options = ("--compile", "false") if shard else compiled(bench)
-    split = ("--context-parallel", "2", *(("--shard", "true") if shard else ()))
-    one = train(bench, "4K minor", side, steps, options)
-    alone = "4K minor, one GPU" + (", not compiled" if shard else "")
-    two = train(bench, "4K minor", side, steps, (*options, *split), gpus=2)
+    kind = "eager" if shard else "compiled"
+    title, one = train_alone(bench, f"train_4k_{kind}", side, "minor", WAYS[kind])
+    options = [*list_options(bench, WAYS[kind]), "--context-parallel", "2"]
+    if shard:
+        options += ["--shard", "true"]
+    two = train(bench, "4K minor", side, STEPS[side], options, gpus=2)
     off = max(abs(a / b - 1) for a, b in zip(two["losses"], one["losses"], strict=True))
     gain = one["seconds"] / two["seconds"]
     how = "4K minor, two GPUs, context parallel" + (", base in shards" if shard else "")
-    return {alone: one, how: {**two, "gain": gain, "losses_off": off}}
+    return {title: one, how: {**two, "gain": gain, "losses_off": off}}
+
+
+def train_alone(
+    bench: Bench, part: str, side: int, adapter: str, way: Way
+) -> tuple[str, dict[str, Any]]:
+    """Return a row's title and figures: what its part has measured here already, or measure."""
+    path = bench.output / f"{part}.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if (record.get("machine"), record.get("commit")) == (describe_machine(), find_commit()):
+        result = record["result"]
+    else:
+        result = measure_train(bench, side, adapter, way)
+    ((title, row),) = result.items()
+    return title, row
 
 
 def train(
@@ -105,7 +125,7 @@ def train(
     name: str,
     side: int,
     steps: int,
-    options: tuple[str, ...],
+    options: list[str],
     *,
     cap_gib: int | None = None,
     gpus: int = 1,
@@ -113,7 +133,7 @@ def train(
     """Run some steps of one adapter's recipe, with options, in so much of the GPU's memory."""
     recipe = {"2K LoRA": "flux_dev_2k_lora.toml", "4K minor": "flux_dev_4k_minor.toml"}[name]
     if name == "4K minor":
-        options = (*options, "--adapter.over", json.dumps([str(bench.lora)]))
+        options = [*options, "--adapter.over", json.dumps([str(bench.lora)])]
     data, output = bench.work / f"features-{bench.shape}-{side}", bench.work / "train"
     if not data.exists():
         write_features(bench, data, side)
