@@ -1,4 +1,4 @@
-"""Measure generation and training on one GPU with random weights of FLUX.1-dev's full size.
+"""Measure generation, training, caching on one GPU with random weights of FLUX.1-dev's full size.
 
     python benchmarks/h200.py --output results --work /tmp/urae-benchmark
 
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from bench import RANK, ROOT, Bench
+from caching import measure_cache
 from forward import (
     measure_forward,
     measure_forward_optimized,
@@ -141,6 +142,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
         for name, (side, adapter, way) in BARS.items()
     },
     **GENERATION,
+    "cache_4k": partial(measure_cache, side=4096),
     "two_gpus_data_2k": measure_two_data,
     "two_gpus_context_4k": partial(measure_two_context, side=4096),
     "two_gpus_context_shard_4k": partial(measure_two_context, side=4096, shard=True),

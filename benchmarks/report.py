@@ -17,6 +17,8 @@ REFERENCE_STEP = {2048: (3.56, 30.4), 4096: (31.9, 54.1)}
 STOCK_STEP = (4.41, 30.1)
 # times that two GPUs are to be faster than one
 TWO_GPUS = (1.8, 1.92)
+# pictures of 4096 x 4096 a second that caching is to reach, and GiB
+CACHE = ((0.40, 10), (0.6, 8))
 
 
 def write_report(folder: Path, parts: list[str]) -> None:
@@ -76,6 +78,8 @@ def write_report(folder: Path, parts: list[str]) -> None:
             "",
             *table_generate({k: v for name in pictures for k, v in results[name].items()}),
         ]
+    if "cache_4k" in results:
+        lines += ["", *table_cache(results["cache_4k"])]
     if "cold_start" in results:
         seconds = [
             f"{entry['first_step_seconds']:.1f} s ({name})"
@@ -179,6 +183,18 @@ def table_generate(result: dict[str, Any]) -> list[str]:
         rows.append([label, entry["steps"], where, entry["total_seconds"], *stages, *peak])
     header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]
     return table([*header, "peak sampling, GiB", "peak decoding, GiB"], rows)
+
+
+def table_cache(runs: dict[str, Any]) -> list[str]:
+    """List what caching took from the command line."""
+    rows: list[list[Any]] = []
+    for name, run in runs.items():
+        peaks = [run["peaks_gib"].get(stage) for stage in ("captions", "pictures")]
+        rows.append([name, run.get("pictures_per_second"), *peaks, run["total_seconds"]])
+    header = ["urae cache", "pictures a second", "peak of captions, GiB", "of pictures, GiB"]
+    (must, must_gib), (target, target_gib) = CACHE
+    bars = f"{must} a second in {must_gib} GiB is a must, {target} in {target_gib} GiB the target."
+    return [*table([*header, "total, s"], rows), "", f"Counted after the first; {bars}"]
 
 
 def table(header: list[str], rows: list[list[Any]]) -> list[str]:

@@ -31,6 +31,10 @@ STAGES = {
         "load": ("urae.train.loop", "load_transformer"),
         "attach": ("urae.train.loop", "attach_for_training"),
     },
+    "cache": {  # the first of each with loading
+        "captions": ("urae.features.encoders.Encoders", "encode_caption"),
+        "pictures": ("urae.features.encoders.Encoders", "encode_image"),
+    },
 }
 FIRST = {"generate": ("diffusers.FlowMatchEulerDiscreteScheduler", "step")}
 REST = "rest"  # before, between and after: of `train`, its steps

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from urae.features import encoders
 from urae.features.cache import cache
 from urae.features.dataset import list_samples
 from urae.features.encoders import Encoders
-from urae.features.images import load_image
+from urae.features.images import ImageError, decode_image, load_image
 from urae.features.store import read_header
 
 NUM_IMAGES, NUM_CAPTIONS = 4, 8
@@ -341,6 +342,58 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
     report = cache(settings(folder))
     assert report.latents.encoded + report.embeds.encoded == NUM_IMAGES + NUM_CAPTIONS - 9
     assert features_of(folder) == features_of(cached)
+
+
+def watch_decoding(monkeypatch, bad: dict[int, Exception]) -> list[str]:
+    """Hold each encoding until the next image is being decoded; some cannot be."""
+    found, begun, encode = [], threading.Condition(), Encoders.encode_image
+    encoded = (number for number in range(NUM_IMAGES) if number not in bad)
+
+    def decode_noted(data, name):
+        with begun:
+            found.append(name)
+            begun.notify_all()
+            if error := bad.get(len(found) - 1):
+                raise error
+        return decode_image(data, name)
+
+    def encode_late(self, image):
+        wanted = min(next(encoded) + 2, NUM_IMAGES)
+        with begun:
+            assert begun.wait_for(lambda: len(found) >= wanted, timeout=30)
+            assert len(found) == wanted  # one ahead, no more
+        return encode(self, image)
+
+    monkeypatch.setattr("urae.features.cache.decode_image", decode_noted)
+    monkeypatch.setattr(Encoders, "encode_image", encode_late)
+    return found
+
+
+def test_the_next_image_is_decoded_while_one_is_encoded(folder, settings, monkeypatch, cached):
+    decoded = watch_decoding(monkeypatch, {})
+    assert cache(settings(folder)).latents.encoded == NUM_IMAGES
+    assert decoded == [f"image_{number}.jpg" for number in range(NUM_IMAGES)]
+    assert features_of(folder) == features_of(cached)
+
+
+def test_a_bad_image_read_ahead_is_skipped(folder, settings, monkeypatch, cached):
+    bad = ImageError("truncated image", "image_1.jpg is truncated or corrupt")
+    watch_decoding(monkeypatch, {1: bad})
+    report = cache(settings(folder))
+    assert [(s.file, s.reason) for s in report.skipped] == [("image_1.jpg", "truncated image")]
+    assert report.latents.encoded == NUM_IMAGES - 1
+    wanted = features_of(cached)
+    del wanted["image_1_latent_code.safetensors"]
+    assert features_of(folder) == wanted
+
+
+def test_what_fails_ahead_fails_the_run_in_its_turn(folder, settings, monkeypatch):
+    watch_decoding(monkeypatch, {2: RuntimeError("unforeseen")})
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        cache(settings(folder))
+    assert len(list(folder.glob("*_latent_code.safetensors"))) == 2
+    assert not list(folder.glob(".*.tmp"))
+    assert not [thread for thread in threading.enumerate() if "urae-reader" in thread.name]
 
 
 def test_out_of_gpu_memory_says_what_to_try(folder, settings, monkeypatch):

@@ -13,6 +13,17 @@ with Claims(Path(sys.argv[1])) as claims, claims.claim("one", wait=True) as gran
 """
 
 
+TRY = """
+import sys
+from pathlib import Path
+from urae.features.claims import Claims
+with Claims(Path(sys.argv[1])) as claims:
+    for name in sys.argv[2:]:
+        with claims.claim(name, wait=False) as granted:
+            print(name if granted else "-")
+"""
+
+
 def test_a_claim_excludes_other_processes_until_its_owner_dies(tmp_path):
     path = tmp_path / ".urae" / "lock"
     command = [sys.executable, "-c", HOLD, str(path)]
@@ -32,3 +43,39 @@ def test_a_claim_excludes_other_processes_until_its_owner_dies(tmp_path):
                 other.kill()
         assert done == [0, 1, 2]
     assert list(path.parent.iterdir()) == [path]
+
+
+def find_free(path, *names):
+    command = [sys.executable, "-c", TRY, str(path), *names]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
+def test_the_next_free_name_is_claimed_ahead_and_no_further(tmp_path):
+    path, names, ahead, done = tmp_path / ".urae" / "lock", ["two", "one", "three", "four"], [], []
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with (
+        Claims(path) as claims,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other,
+    ):
+        assert other.stdout.readline() == "True\n"
+        seen = []
+        for number in claims.share(names, done.append, ahead=ahead.append):
+            seen.append((number, list(ahead)))
+            if number == 0:
+                assert find_free(path, *names) == ["-", "-", "-", "four"]
+            if number == 3:
+                assert find_free(path, *names) == ["two", "-", "three", "-"]
+                other.kill()
+        assert seen == [(0, [0, 2]), (2, [0, 2, 3]), (3, [0, 2, 3]), (1, [0, 2, 3, 1])]
+        assert done == [0, 1, 2, 3, 4]
+        assert find_free(path, *names) == names
+
+
+def test_an_error_gives_up_what_was_claimed_ahead(tmp_path):
+    path, names = tmp_path / ".urae" / "lock", ["one", "two", "three"]
+    with Claims(path) as claims:
+        turns = claims.share(names, lambda done: None, ahead=lambda number: None)
+        assert next(turns) == 0
+        assert find_free(path, *names) == ["-", "-", "three"]
+        turns.close()
+        assert find_free(path, *names) == names

@@ -3,7 +3,8 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,18 +39,21 @@ class Claims:
         Yields:
             Whether the claim was granted.
         """
-        byte = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7])
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
-        except (BlockingIOError, PermissionError):  # POSIX lets a system choose either
+        if not self._lock(name, wait=wait):
             yield False
             return
         try:
             yield True
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, byte)
+            self._unlock(name)
 
-    def share(self, names: Sequence[str], advance: Callable[[int], None]) -> Iterator[int]:
+    def share(
+        self,
+        names: Sequence[str],
+        advance: Callable[[int], None],
+        *,
+        ahead: Callable[[int], object] | None = None,
+    ) -> Iterator[int]:
         """Yield the number of each name while this process has the claim on it.
 
         First those that no other process is busy with, then the others as they are let go: whoever
@@ -58,18 +62,60 @@ class Claims:
         Args:
             names: What the processes share; their lists may differ.
             advance: Told how many are done, from zero on.
+            ahead: Told the number of each name as soon as it is claimed. With it the next free name
+                is claimed before the one at hand is yielded, so that its work can begin. Nothing
+                else is claimed while this waits, or two processes could wait for each other.
         """
-        left: Iterable[int] = range(len(names))
         done = 0
         advance(done)
-        for wait in (False, True):
-            busy = []
-            for number in left:
-                with self.claim(names[number], wait=wait) as granted:
-                    if not granted:
-                        busy.append(number)
-                        continue
-                    yield number
-                done += 1
-                advance(done)
-            left = busy
+        busy: list[int] = []
+        for number in self._claim_free(names, busy, ahead):
+            yield number
+            done += 1
+            advance(done)
+        for number in busy:
+            with self.claim(names[number], wait=True):
+                if ahead is not None:
+                    ahead(number)
+                yield number
+            done += 1
+            advance(done)
+
+    def _claim_free(
+        self, names: Sequence[str], busy: list[int], ahead: Callable[[int], object] | None
+    ) -> Iterator[int]:
+        """Yield the numbers of the names that are free, and put the others' into `busy`."""
+        most = 1 if ahead is None else 2
+        claimed: deque[int] = deque()  # the first is at hand
+        try:
+            for number, name in enumerate(names):
+                if not self._lock(name, wait=False):
+                    busy.append(number)
+                    continue
+                claimed.append(number)
+                if ahead is not None:
+                    ahead(number)
+                if len(claimed) == most:
+                    yield claimed[0]
+                    self._unlock(names[claimed.popleft()])
+            if claimed:
+                yield claimed[0]
+        finally:
+            for number in claimed:
+                self._unlock(names[number])
+
+    def _lock(self, name: str, *, wait: bool) -> bool:
+        """Lock a name's byte, and return whether it was granted."""
+        command = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+        try:
+            fcntl.lockf(self._file, command, 1, _find_byte(name))
+        except (BlockingIOError, PermissionError):  # POSIX lets a system choose either
+            return False
+        return True
+
+    def _unlock(self, name: str) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _find_byte(name))
+
+
+def _find_byte(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7])
