@@ -138,11 +138,22 @@ def test_a_forward_alone_finds_its_weights(watched):
 
 def test_frozen_weights_are_back_on_the_host_after_a_step(build, take_step):
     adapter = build(Way("streamed", "full"))
-    tensors = [t for block in list_blocks(adapter.transformer) for t in block.parameters()]
-    before = [tensor.data_ptr() for tensor in tensors]
+    blocks = list_blocks(adapter.transformer)
+    before = [t.data_ptr() for block in blocks for t in block.parameters()]
     take_step(adapter)
-    assert [tensor.data_ptr() for tensor in tensors] == before
+    assert [t.data_ptr() for block in blocks for t in block.parameters()] == before
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters)
+
+
+def test_what_autograd_saves_of_a_weight_stays_on_the_device():
+    block = nn.Linear(2, 2).requires_grad_(False)
+    stream, host, saved = WeightStream([block], CPU), block.weight, []
+    keep = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None)
+    with stream.on_device(0), keep:
+        torch.ones(2, 2, requires_grad=True) * block.weight  # saved as it is, as compiled code does
+        pointer = block.weight.data_ptr()
+    assert block.weight is host
+    assert [each.data_ptr() for each in saved] == [pointer] != [host.data_ptr()]
 
 
 def test_an_error_leaves_the_weights_on_the_host():

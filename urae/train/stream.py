@@ -7,7 +7,7 @@ goes through them from last to first, and leaves each forward where nothing more
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -44,21 +44,26 @@ def stream_weights(transformer: FluxTransformer2DModel, device: torch.device) ->
 
 
 class WeightStream:
-    """The weights of a row of blocks, which are run through forth and back."""
+    """The weights of a row of blocks, which are run through forth and back.
+
+    A block that computes has other tensors for its weights than one that waits: what autograd saves
+    of a weight is the very tensor, and would follow it back to the host.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._device = device
         self._side = SideStream(device)
-        self._frozen = [[t for t in _tensors(block) if not t.requires_grad] for block in blocks]
         self._here: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
         self._last, self._direction = -1, 1
+        self._places: list[list[_Place]] = []
         for block in blocks:
             for tensor in _tensors(block):
                 if tensor.requires_grad:
                     tensor.data = tensor.data.to(device)
                 elif device.type == "cuda":
                     tensor.data = tensor.data.pin_memory()
-        self._host = [[tensor.data for tensor in tensors] for tensors in self._frozen]
+            self._places.append([each for each in _list_places(block) if not each.trains])
+        self._host = [[place.tensor for place in places] for places in self._places]
 
     @property
     def num_on_device(self) -> int:
@@ -70,7 +75,7 @@ class WeightStream:
         """Put a block's weights in place on the device, and have the next block's brought."""
         self._turn(index)
         after = index + self._direction
-        wanted = {index, after} if 0 <= after < len(self._frozen) else {index}
+        wanted = {index, after} if 0 <= after < len(self._places) else {index}
         for other in self._here.keys() - wanted:
             del self._here[other]
         for each in sorted(wanted, key=lambda number: number != index):
@@ -87,7 +92,7 @@ class WeightStream:
         """Tell from the block that comes which way the blocks are run through."""
         if index != self._last:
             self._direction = 1 if index > self._last else -1
-        if index == len(self._frozen) - 1:
+        if index == len(self._places) - 1:
             self._direction = -1
         elif index == 0:
             self._direction = 1
@@ -97,12 +102,39 @@ class WeightStream:
         if index in self._here:
             return
         with self._side.copying():
-            copies = [t.to(self._device, non_blocking=True, copy=True) for t in self._host[index]]
+            copies = [self._copy(tensor) for tensor in self._host[index]]
         self._here[index] = copies, self._side.mark()
 
-    def _put(self, index: int, copies: list[Tensor]) -> None:
-        for tensor, copy in zip(self._frozen[index], copies, strict=True):
-            tensor.data = copy
+    def _copy(self, tensor: Tensor) -> Tensor:
+        copy = tensor.detach().to(self._device, non_blocking=True, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+
+    def _put(self, index: int, tensors: list[Tensor]) -> None:
+        for place, tensor in zip(self._places[index], tensors, strict=True):
+            place.owner[place.name] = tensor
+
+
+class _Place(NamedTuple):
+    """Where a module has a tensor: in its parameters or buffers."""
+
+    owner: dict[str, Any]
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor: Tensor = self.owner[self.name]
+        return tensor
+
+    @property
+    def trains(self) -> bool:
+        return self.tensor.requires_grad
+
+
+def _list_places(block: nn.Module) -> Iterator[_Place]:
+    for module in block.modules():
+        for owner in (module._parameters, module._buffers):
+            yield from (_Place(owner, name) for name, each in owner.items() if each is not None)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
