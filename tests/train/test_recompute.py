@@ -3,10 +3,13 @@
 import gc
 import logging
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import attention_backend
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
@@ -18,11 +21,12 @@ from urae.adapters.files import read_adapter
 from urae.backbones.attention import backend, measure_error, pick_attention
 from urae.backbones.flux import load_transformer
 from urae.resolution import ResolutionPolicy, apply_policy
-from urae.train import AdapterConfig
+from urae.train import AdapterConfig, step, train
 from urae.train.adapter import attach_for_training
-from urae.train.attention import choose_attention
+from urae.train.attention import choose_attention, sound_attention
 from urae.train.estimate import Way
 from urae.train.host import HostKeeper
+from urae.train.inputs import check_inputs
 from urae.train.recompute import set_checkpointing
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -269,6 +273,38 @@ def test_a_crash_of_the_device_is_no_missing_kernel(monkeypatch):
     monkeypatch.setattr("urae.backbones.attention._synchronize", crash)
     with pytest.raises(OSError, match=r"attention it crashed on cpu \(CUDA error: an illegal mem"):
         pick_attention({"it": crash}, SHAPE, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(("tokens", "used"), [(1088, "flash"), (1024, "cudnn"), (1100, "cudnn")])
+def test_cudnn_does_not_train_on_half_a_tile(tokens, used):
+    def attend(*_, **__):
+        return registry.get_active_backend()[0].value
+
+    registry = attention_dispatch._AttentionBackendRegistry
+    for compiled in (False, True):  # whose code asks for the active backend too
+        found = torch.compile(attend, backend="eager") if compiled else attend
+        with attention_backend("_native_cudnn"):
+            found()
+            with sound_attention(tokens):
+                assert found() == f"_native_{used}"
+            assert found() == "_native_cudnn"
+
+
+def test_each_batch_is_asked_for_its_own_tokens(settings, monkeypatch):
+    lengths = []
+
+    @contextmanager
+    def watch(tokens):
+        lengths.append(tokens)
+        yield
+
+    monkeypatch.setattr(step, "sound_attention", watch)
+    config = settings()
+    train(config)
+    samples = check_inputs(replace(config, overwrite=True)).samples
+    assert len(lengths) == config.steps
+    assert set(lengths) <= {s.text_tokens + s.height * s.width // 256 for s in samples}
+    assert len(set(lengths)) > 1
 
 
 def test_on_a_cpu_torch_decides():

@@ -1,12 +1,19 @@
 """The attention that trains: the fastest whose gradients are right here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
+    attention_backend,
 )
 
 from urae.backbones.attention import CANDIDATES, backend, pick_attention
+
+_TILE = 128  # keys that cuDNN's backward pass takes at a time
+_CUDNN, _FLASH = AttentionBackendName._NATIVE_CUDNN, AttentionBackendName._NATIVE_FLASH
 
 
 def choose_attention(
@@ -27,7 +34,8 @@ def choose_attention(
         dtype: Of the activations.
         heads: Of an attention.
         head_dim: Channels of a head.
-        tokens: Of the longest sequence, text and image.
+        tokens: Of the longest sequence, text and image; what `sound_attention` keeps from cuDNN is
+            tried half a tile shorter.
         context_parallel: Ranks that share them; each has all tokens of a part of the heads.
 
     Returns:
@@ -42,8 +50,31 @@ def choose_attention(
     names = CANDIDATES if wanted == AttentionBackendName.NATIVE else (wanted.value,)
     possible = names if context_parallel == 1 else filter(_can_be_split, names)
     candidates = {name: backend(name) for name in possible}
+    if _is_unsound(tokens):
+        tokens -= _TILE // 2
     shape = (1, tokens, heads // context_parallel, head_dim)
     return pick_attention(candidates, shape, dtype, device)
+
+
+@contextmanager
+def sound_attention(tokens: int) -> Iterator[None]:
+    """Use flash attention in cuDNN's place where the backward pass of cuDNN cannot be trusted.
+
+    With half a tile of keys left over it gives NaN (pytorch issue 196678, cuDNN 9.19) or reads
+    beyond its memory, and not each time, so that no check at the start finds it.
+
+    Args:
+        tokens: Of a batch's sequences.
+    """
+    if _AttentionBackendRegistry.get_active_backend()[0] == _CUDNN and _is_unsound(tokens):
+        with attention_backend(_FLASH):
+            yield
+    else:
+        yield
+
+
+def _is_unsound(tokens: int) -> bool:
+    return tokens % _TILE == _TILE // 2 and tokens > _TILE
 
 
 def _can_be_split(name: str) -> bool:

@@ -59,6 +59,12 @@ class Batch:
     prompt_embeds: Float[Tensor, "b l d"]
     pooled_prompt_embeds: Float[Tensor, "b p"]
 
+    @property
+    def num_tokens(self) -> int:
+        """Text and image tokens of a sample."""
+        height, width = self.latents.shape[2:]
+        return self.prompt_embeds.shape[1] + height * width // 4
+
 
 def sample_batch(
     samples: Sequence[Sample],

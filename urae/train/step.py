@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from urae.features.dataset import Sample
+from urae.train.attention import sound_attention
 from urae.train.config import TrainConfig
 from urae.train.loader import Loader
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
@@ -138,9 +139,10 @@ def accumulate(
     for index in range(len(share.batches)):
         samples, batch = loader.take(first, index)
         chosen_samples += samples
-        each = compute_losses(model, batch, guidance_scale)
-        loss = each.sum() / share.num_samples
-        accelerator.backward(loss)
+        with sound_attention(batch.num_tokens):
+            each = compute_losses(model, batch, guidance_scale)
+            loss = each.sum() / share.num_samples
+            accelerator.backward(loss)
         losses[index] = loss.detach()
         levels += sum_levels(each, batch.sigmas)
     return Accumulated(losses.sum(), levels, chosen_samples)
