@@ -57,8 +57,8 @@ def use_backend(transformer, name):
         transformer.set_attention_backend(name)
 
 
-def sees_plainly(rows, columns, side):
-    """Spell out which image tokens see which, in the picture's order, from the words alone."""
+def sees_plainly(rows, columns, num_text, side):
+    """Spell out from the words alone which tokens see which, text first, in the picture's order."""
 
     def cut(size, tile, window):
         count = -(-size // tile)
@@ -71,16 +71,32 @@ def sees_plainly(rows, columns, side):
     row_tile, row_centres, row_first, down = cut(rows, side // 4, 5)
     column_tile, column_centres, column_first, across = cut(columns, side // 8, 9)
     tokens = [(row, column) for row in range(rows) for column in range(columns)]
-    visible = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for query, (row, column) in enumerate(tokens):
+    length = num_text + len(tokens)
+    visible = torch.ones(length, length, dtype=torch.bool)
+    for query, (row, column) in enumerate(tokens, num_text):
         top, left = row_first[row_tile[row]], column_first[column_tile[column]]
-        for key, (other_row, other_column) in enumerate(tokens):
+        for key, (other_row, other_column) in enumerate(tokens, num_text):
             near = (
                 top <= row_tile[other_row] < top + down
                 and left <= column_tile[other_column] < left + across
             )
             anchor = other_row in row_centres and other_column in column_centres
             visible[query, key] = near or anchor
+
+    def place(number):
+        row, column = tokens[number - num_text]
+        along = column_tile[column] if row_tile[row] % 2 == 0 else -column_tile[column]
+        anchor = row in row_centres and column in column_centres
+        return not anchor, row_tile[row], along, number
+
+    sequence = [*range(num_text), *sorted(range(num_text, length), key=place)]
+    size = side * side // 32
+    for first in range(0, length, size):
+        queries = torch.tensor(sequence[first : first + size])
+        for start in range(0, length, size):
+            keys = torch.tensor(sequence[start : start + size])
+            if visible[queries[:, None], keys].any():
+                visible[queries[:, None], keys] = True
     return visible
 
 
@@ -100,20 +116,22 @@ def test_pattern_is_its_plain_definition(rows, columns, side):
     mask = in_picture_order(pattern, 3)
     assert mask[:3].all()
     assert mask[:, :3].all()
-    plain = sees_plainly(rows, columns, side)
-    assert torch.equal(mask[3:, 3:], plain)
-    assert pattern.num_keys == pytest.approx(3 + plain.sum(1).float().mean().item())
+    plain = sees_plainly(rows, columns, 3, side)
+    assert torch.equal(mask, plain)
+    assert pattern.num_keys == pytest.approx(plain[3:].sum(1).float().mean().item())
     assert pattern.is_full == plain.all()
 
 
 def test_sizes_are_those_of_flux():
     pattern = build_local_attention(256, 256, 512, 64, CPU)
-    tiles = 16 * 32
-    assert len(pattern.sees) == 1 + 2 * tiles
-    members = pattern.groups.bincount()
-    assert members.tolist() == [512] + [1] * tiles + [127] * tiles
-    # the text, 5 x 9 tiles of 16 x 8, and the anchor of each other tile
-    assert pattern.num_keys == 512 + 5 * 9 * 128 + (tiles - 5 * 9)
+    assert pattern.groups.bincount().tolist() == [128] * 516
+    counts = pattern.sees.sum(1)
+    assert (counts[:4] == 516).all()  # the text sees all
+    # four blocks of text, four of anchors, 5 rows of 9 tiles that begin and end within blocks
+    assert 8 + 5 * 9 < counts[8:].min() <= counts[8:].max() <= 8 + 5 * 12
+    found = pattern.block_mask
+    assert found.kv_num_blocks.sum() == 0  # nothing is masked inside of a block
+    assert found.full_kv_num_blocks[0, 0].tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize("side", [8, 16, 64])
@@ -192,9 +210,7 @@ def test_grids_are_found_in_position_ids():
 def run_plainly(transformer, inputs, rows, columns, policy=LOCAL):
     """Compute local attention in the picture's own order, with a spelt-out mask."""
     num_text = inputs["txt_ids"].shape[0]
-    length = num_text + rows * columns
-    mask = torch.ones(length, length, dtype=torch.bool)
-    mask[num_text:, num_text:] = sees_plainly(rows, columns, policy.native_side)
+    mask = sees_plainly(rows, columns, num_text, policy.native_side)
     num_keys = mask[num_text:].sum(1).float().mean().item()
     scale = math.sqrt(policy.attention_scale(num_keys))
     positions = apply_policy(

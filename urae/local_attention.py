@@ -1,13 +1,18 @@
 """Local attention: image tokens see their neighbourhood, the text and a coarse view of the rest.
 
 The picture is cut into tiles, and the image tokens go tile by tile through the transformer, which
-does not mind their order: position ids travel along. Each tile sees a window of tiles, so that the
-pattern is whole blocks of the attention matrix, but for edges. Every token of text sees all and is
-seen by all, as in CLEAR (arXiv:2412.16112), which found a window and the text enough after tuning.
+does not mind their order: position ids travel along. Each tile sees a window of tiles. Every token
+of text sees all and is seen by all, as in CLEAR (arXiv:2412.16112), which found a window and the
+text enough after tuning.
+
+**Whole blocks.** The sequence is then cut into blocks as long as a tile, and a block sees all of
+each block of which one of its tokens sees one: on FLUX.1 the blocks are FlexAttention's own, and
+nothing is masked inside of one. Tiles follow one another there and back, row by row, so that a
+block is of neighbours even where a row of tiles ends.
 
 **The coarse global path** is one token of every tile, its anchor, that all tokens see: a picture of
 1/128 of the tokens on FLUX.1. It needs no layer, head or kernel of its own, so that one mask serves
-every block; each image token sees equally many keys, so that one softmax scale is right for all;
+every block; image tokens see about equally many keys, so that one softmax scale is right for all;
 and anchors see what their tile sees, so that no lattice of tokens is computed differently.
 Full attention in a few layers would be exact there, but dearer, at another scale.
 
@@ -35,7 +40,7 @@ WINDOW = (5, 9)
 """Tiles that a tile sees, down and across."""
 SMALLEST_SIDE = 8
 """Tokens; below it a tile of s/4 x s/8 would be none."""
-_BLOCK = 128  # FlexAttention's own, and a tile of FLUX.1
+_BLOCK = 128  # FlexAttention's own, and s^2 / 32 of FLUX.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +48,7 @@ class LocalAttention:
     """Which keys each token of one grid sees.
 
     The sequence is the text, then all anchors, then the other image tokens, both tile by tile.
-    Tokens of a group are alike: the text, the anchor of a tile, or the rest of a tile.
+    Tokens of a group are alike: they are a block of it.
     """
 
     order: Int[Tensor, " image"]
@@ -119,15 +124,22 @@ def build_local_attention(
     down = _cut(rows, native_side // 4, WINDOW[0])
     across = _cut(columns, native_side // 8, WINDOW[1])
     num_tiles = len(down.sees) * len(across.sees)
-    tiles = (down.tiles[:, None] * len(across.sees) + across.tiles).flatten()
+    places = torch.arange(num_tiles).view(-1, len(across.sees))
+    places[1::2] = places[1::2].flip(1)  # of each tile in the sequence: there and back
+    tiles = places[down.tiles[:, None], across.tiles].flatten()
     anchors = (down.centres[:, None] & across.centres).flatten()
-    groups = torch.where(anchors, 1, 1 + num_tiles) + tiles  # 0 is the text
-    order = groups.argsort(stable=True)
-    window = torch.kron(down.sees.int(), across.sees.int()).bool()
+    kinds = torch.where(anchors, 1, 1 + num_tiles) + tiles  # 0 is the text
+    order = kinds.argsort(stable=True)
+    window = torch.kron(down.sees.int(), across.sees.int()).bool()  # by tile, row after row
+    by_place = places.flatten().argsort()
     sees = torch.ones(1 + 2 * num_tiles, 1 + 2 * num_tiles, dtype=torch.bool)
-    sees[1:, 1 + num_tiles :] = window.repeat(2, 1)
-    groups = torch.cat([groups.new_zeros(num_text), groups[order]])
-    return LocalAttention(order.to(device), groups.to(device), sees.to(device))
+    sees[1:, 1 + num_tiles :] = window[by_place][:, by_place].repeat(2, 1)
+    kinds = torch.cat([kinds.new_zeros(num_text), kinds[order]])
+    blocks = torch.arange(len(kinds)) // (native_side**2 // 32)
+    members = torch.zeros(int(blocks[-1]) + 1, len(sees))
+    members[blocks, kinds] = 1
+    sees = members @ sees.float() @ members.T > 0
+    return LocalAttention(order.to(device), blocks.to(device), sees.to(device))
 
 
 @dataclass(frozen=True)
