@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import urae
 from urae.generate import joined_adapters, optimize, parts, quantize
 from urae.generate.memory import stream_blocks
+from urae.generate.optimize import choose_parts
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
 from urae.generate.speed import default_cache_dir, keep_compiled
 from urae.resolution import ResolutionPolicy, find_policy
@@ -85,14 +86,43 @@ def test_a_speed_that_is_none(load_pipe):
         urae.optimize(load_pipe(), speed="warp")
 
 
+def find(load_pipe, speed, **settings):
+    return optimize.find_unfit(speed, load_pipe().transformer, CPU, **settings)
+
+
+def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkeypatch):
+    mixed = (*PRESETS["exact"], "fp8", "progressive", "taylorseer-cache=2")
+    monkeypatch.setitem(PRESETS, "fast", mixed)
+    unfit = find(load_pipe, "fast")
+    assert unfit["fp8"].startswith("part fp8 needs a GPU of compute capability 8.9")
+    chosen = names(choose_parts("fast", [], compiled=False, unfit=unfit))
+    assert chosen[-1] == "taylorseer-cache=2"
+    assert {"fp8", "compile"}.isdisjoint(chosen)
+    assert "speed fast: fp8 is left out: part fp8 needs a GPU" in caplog.text
+    assert "fp8" in names(choose_parts("fast", ["fp8"], compiled=False, unfit=unfit))
+    assert not find(load_pipe, "exact")
+    assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
+    for settings, reason in (({"halves": False}, "no multiple"), ({"plain": False}, "begins at a")):
+        found = find(load_pipe, "turbo", **settings)
+        assert reason in found["progressive"]
+        assert "taylorseer-cache" not in found
+
+
+def test_few_steps_have_no_approximations_of_steps(load_pipe):
+    transformer = load_pipe().transformer
+    transformer.register_to_config(guidance_embeds=False)
+    found = optimize.find_unfit("fast", transformer, CPU)
+    assert set(found) == {"fp8", *parts.SCHEDULED}
+
+
 @pytest.mark.parametrize("speed", ["fast", "turbo"])
-def test_a_preset_without_approximations_says_so(adapted, sample, speed, caplog):
-    pipe = adapted()
-    wanted = sample(pipe, 64, 64)
+def test_a_preset_approximates(adapted, sample, speed):
+    pipe = adapted(policy=urae.ResolutionPolicy(native_sequence_length=80))
+    wanted = sample(pipe, 128, 128, num_inference_steps=8)
     urae.optimize(pipe, speed=speed)
-    assert torch.equal(sample(pipe, 64, 64), wanted)
-    empty = PRESETS[speed] == PRESETS["exact"]
-    assert (f"speed {speed} holds no approximation yet" in caplog.text) == empty
+    found = sample(pipe, 128, 128, num_inference_steps=8)
+    assert found.isfinite().all()
+    assert not torch.equal(found, wanted)
 
 
 def test_every_part_of_a_preset_is_one_and_fast_is_not_beyond_turbo():

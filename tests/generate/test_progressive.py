@@ -17,7 +17,9 @@ STEPS = 6
 
 @pytest.fixture
 def adapted(load_pipe, expected):
-    return lambda: urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors")
+    """A pipe to which half of 128 x 128 is native: 64 tokens of text, 16 of the picture."""
+    policy = urae.ResolutionPolicy(native_sequence_length=80)
+    return lambda: urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors", policy=policy)
 
 
 @pytest.fixture
@@ -92,6 +94,14 @@ def test_the_last_step_is_whole(adapted, draw):
     assert draw(progressive(adapted(), 0.99), num_inference_steps=1)[1] == [64]
 
 
+def test_a_native_picture_is_made_whole(adapted, draw):
+    pipe = adapted()
+    wanted, _ = draw(pipe, side=64)
+    found, tokens = draw(progressive(pipe, 0.5), side=64)
+    assert tokens == [16] * STEPS
+    assert torch.equal(found, wanted)
+
+
 def test_a_share_of_none_changes_nothing(adapted, draw):
     pipe = adapted()
     wanted, _ = draw(pipe)
@@ -162,7 +172,7 @@ def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):
     assert keys > (no_keys or 0)
 
 
-@pytest.mark.parametrize(("native", "early"), [(32, ["own", "urae_2k"]), (4608, ["own"])])
+@pytest.mark.parametrize(("native", "early"), [(32, ["own", "urae_2k"]), (80, ["own"])])
 @pytest.mark.parametrize("parts", [(), ("joined-adapters", "constants")])
 def test_adapters_for_the_whole_size_rest_in_early_steps(
     load_pipe, expected, draw, native, early, parts

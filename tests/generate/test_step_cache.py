@@ -90,6 +90,21 @@ def test_steps_are_skipped_and_each_picture_is_for_itself(adapted, draw, kind, r
     assert torch.equal(again, first)
 
 
+def test_taylorseer_computes_two_steps_then_some_and_the_last(adapted, draw):
+    pipe = urae.optimize(adapted(), speed=None, parts=["taylorseer-cache=5"])
+    for steps, whole in ((12, [0, 1, 3, 8, 11]), (9, [0, 1, 3, 8]), (2, [0, 1]), (1, [0])):
+        computed, schedule = [], []
+        block = pipe.transformer.single_transformer_blocks[0].attn
+        hooks = [
+            pipe.transformer.register_forward_pre_hook(lambda *_, s=schedule: s.append(1)),
+            block.register_forward_hook(lambda *_, s=schedule, c=computed: c.append(len(s) - 1)),
+        ]
+        draw(pipe, steps=steps)
+        for hook in hooks:
+            hook.remove()
+        assert computed == whole
+
+
 def test_a_picture_that_was_broken_off_leaves_nothing(adapted, draw, kind):
     pipe = cached(adapted(), kind)
     draw(pipe, seed=3)

@@ -58,8 +58,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_size(self.height, self.width)
-        parts = resolve_parts(self.speed, self.parts)
-        if any(part.name == "progressive" for part in parts):
+        resolve_parts(self.speed, self.parts)
+        if any(part.name == "progressive" for part in resolve_parts(None, self.parts)):
             check_halves(self.height, self.width)
         if self.memory in QUANTIZED and "compile" in self.parts:
             raise ValueError(

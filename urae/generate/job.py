@@ -50,9 +50,10 @@ from urae.generate.memory import (
     place,
     stream_layers,
 )
-from urae.generate.optimize import apply_parts, check_machine, choose_parts
+from urae.generate.optimize import apply_parts, check_machine, choose_parts, find_unfit
 from urae.generate.parts import EXACT, Part, find_bits
 from urae.generate.picture import Picture, list_pictures, save_picture
+from urae.generate.progressive import can_halve
 from urae.generate.quantize import build_quantization, check_quantization
 from urae.generate.sample import PromptEmbeds, decode, sample
 from urae.generate.speed import pays_to_compile
@@ -127,7 +128,14 @@ def _generate(
     pays = pays_to_compile(
         device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
     )
-    parts = choose_parts(config.speed, config.parts, compiled=pays)
+    unfit = find_unfit(
+        config.speed,
+        meta["transformer"],
+        device,
+        halves=can_halve(config.height, config.width),
+        memory=config.memory,
+    )
+    parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
     spread = Spread(len(pictures), 1)
     if ranks.count > 1:
         degrees = find_degrees(config, sampling, parts, meta["transformer"], model_path)

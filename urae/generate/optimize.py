@@ -2,9 +2,10 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -16,19 +17,13 @@ from urae.backbones.attention import check_active_backend
 from urae.backbones.devices import pick_device
 from urae.generate.attention import use_fastest_attention
 from urae.generate.constants import keep_constants
+from urae.generate.estimate import QUANTIZED
 from urae.generate.finite import check_finite
 from urae.generate.joined_adapters import join_adapters
-from urae.generate.parts import (
-    BARS,
-    EXACT,
-    PRESETS,
-    SCHEDULED,
-    Part,
-    Speed,
-    resolve_parts,
-)
+from urae.generate.memory import Memory
+from urae.generate.parts import BARS, EXACT, SCHEDULED, Part, PartName, Speed, resolve_parts
 from urae.generate.progressive import Progressive
-from urae.generate.quantize import quantize_blocks
+from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
 from urae.generate.speed import can_compile, check_compiler, compile_blocks
 from urae.generate.step_cache import StepCache, StepCacheKind
@@ -69,7 +64,8 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         device = pick_device()
     check_machine(parts, device)
     compiled = speed is not None and can_compile(device)
-    apply_parts(pipe, choose_parts(speed, parts, compiled=compiled), device)
+    unfit = find_unfit(speed, transformer_of(pipe), device, plain=isinstance(pipe, FluxPipeline))
+    apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
     return pipe
 
 
@@ -89,27 +85,73 @@ def check_machine(parts: Sequence[str], device: torch.device) -> None:
         check_compiler(device)
 
 
-def choose_parts(speed: Speed | None, parts: Sequence[str], *, compiled: bool) -> tuple[Part, ...]:
+def find_unfit(
+    speed: Speed | None,
+    transformer: FluxTransformer2DModel,
+    device: torch.device,
+    *,
+    plain: bool = True,
+    halves: bool = True,
+    memory: Memory = "auto",
+) -> dict[PartName, str]:
+    """Say which approximations of a preset do not go here, and why.
+
+    Args:
+        speed: The preset; one that approximates nothing has none.
+        transformer: Its shape counts; it may be on the meta device.
+        device: Where it will run.
+        plain: Whether the pipeline begins at noise and makes one picture of it.
+        halves: Whether half the sides are whole tokens.
+        memory: Where its weights live.
+    """
+    unfit: dict[PartName, str] = {}
+    if speed not in BARS:
+        return unfit
+    if memory in QUANTIZED:
+        unfit["fp8"] = f"--memory {memory} quantises the weights"
+    else:
+        try:
+            check_quantization("fp8", device, asked="part")
+        except (ModuleNotFoundError, ValueError) as lack:
+            unfit["fp8"] = str(lack)
+    if not plain or not halves:
+        unfit["progressive"] = (
+            "half the sides are no multiple of 16 pixels"
+            if plain
+            else "the pipeline begins at a picture or follows one"
+        )
+    if not transformer.config.guidance_embeds:
+        for name in SCHEDULED:
+            unfit.setdefault(name, "it has not been measured on a model of few steps")
+    return unfit
+
+
+def choose_parts(
+    speed: Speed | None,
+    parts: Sequence[str],
+    *,
+    compiled: bool,
+    unfit: Mapping[PartName, str] = MappingProxyType({}),
+) -> tuple[Part, ...]:
     """List the parts to put in place, in order.
 
     Args:
         speed: A preset, or None.
         parts: More parts, each NAME or NAME=STRENGTH.
         compiled: Whether a preset's compiled blocks pay here; those that are named always come.
+        unfit: As `find_unfit`; parts that are named come all the same.
 
     Raises:
         ValueError: If a part is unknown, or two exclude each other.
     """
-    chosen = resolve_parts(speed, parts)
-    if speed in BARS and PRESETS[speed] == PRESETS["exact"]:
-        logger.warning(
-            "speed %s holds no approximation yet: none was measured inside its bar; pictures are "
-            "exact but for parts that are named",
-            speed,
-        )
-    if compiled or "compile" in parts:
-        return chosen
-    return tuple(part for part in chosen if part.name != "compile")
+    named = {part.name for part in resolve_parts(None, parts)}
+    chosen = []
+    for part in resolve_parts(speed, parts):
+        if part.name in named or (part.name not in unfit and (part.name != "compile" or compiled)):
+            chosen.append(part)
+        elif part.name in unfit:
+            logger.warning("speed %s: %s is left out: %s", speed, part.name, unfit[part.name])
+    return tuple(chosen)
 
 
 def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:

@@ -20,7 +20,8 @@ enlarged and noised to the level at hand, by the very noise that the pipeline dr
 anew, and one seed gives one picture. Finer detail is left to the full-size steps, which is why the
 share of early ones matters.
 
-Adapters for larger pictures than the small one rest in early steps, as in the reference's
+A picture within the base's native size is made whole: half of it would be smaller than the base
+knows. Adapters for larger pictures than the small one rest in early steps, as in the reference's
 coarse-to-fine pipelines, which load the 4K adapter when the high stage begins: 4K adapters beside
 others, and all that `urae.adapt` attached where the small picture is within the base's native size.
 """
@@ -94,7 +95,7 @@ class Progressive:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Show the transformer the small picture at its own noise level."""
         self._early = None
-        if self._schedule.index >= self._num_early:
+        if self._schedule.index >= self._num_early or _is_native(module, kwargs):
             self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])
@@ -166,6 +167,18 @@ class Progressive:
         self._small_ids = build_image_ids(rows // 2, columns // 2, image_ids.device)
 
 
+def _is_native(transformer: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Tell whether a picture is within its base's native size, where half is too small."""
+    positions = find_policy(transformer)
+    tokens = sum(inputs[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
+    return positions is not None and tokens <= positions.policy.native_sequence_length
+
+
+def can_halve(*sides: int) -> bool:
+    """Tell whether half of each side in pixels is a whole number of tokens."""
+    return all(side % (2 * TOKEN_PIXELS) == 0 for side in sides)
+
+
 def check_halves(height: int, width: int) -> None:
     """Refuse a picture that has no whole number of tokens at half the side.
 
@@ -173,7 +186,7 @@ def check_halves(height: int, width: int) -> None:
         ValueError: If a side is no multiple of 32 pixels.
     """
     for name, pixels in (("height", height), ("width", width)):
-        if pixels % (2 * TOKEN_PIXELS):
+        if not can_halve(pixels):
             raise ValueError(
                 f"{name} {pixels} must be a multiple of {2 * TOKEN_PIXELS} pixels for progressive "
                 "resolution, which halves it; choose another size, or leave progressive out"

@@ -23,6 +23,7 @@ from diffusers import (
     MagCacheConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -43,6 +44,7 @@ DEFAULT_STRENGTH: dict[StepCacheKind, float] = {
 }
 """The libraries' own: no other has been measured here."""
 
+_WARM_UP = 2  # whole steps that a first extrapolation needs
 _SAMPLE = 16  # numbers of each parameter that tell models apart
 
 
@@ -112,6 +114,10 @@ class StepCache:
             context = manager.context
             manager.reset()
             manager.set_context(context)
+        left = self._schedule.num_steps - self._schedule.index
+        for hook in _list_hooks(self._transformer):
+            if isinstance(hook, TaylorSeerCacheHook):
+                hook.disable_cache_after_step = left - 1  # the last is the longest
         self._measured = []
         if isinstance(self._config, MagCacheConfig):
             self._calibrate(self._config, kwargs["img_ids"])
@@ -163,7 +169,10 @@ def _build_config(kind: StepCacheKind, strength: float) -> Any:
     if kind == "mag-cache":
         return MagCacheConfig(threshold=strength, calibrate=True)
     return TaylorSeerCacheConfig(
-        cache_interval=round(strength), taylor_factors_dtype=torch.float32, use_lite_mode=True
+        cache_interval=round(strength),
+        disable_cache_before_step=_WARM_UP,
+        taylor_factors_dtype=torch.float32,
+        use_lite_mode=True,
     )
 
 
@@ -183,11 +192,14 @@ def _check_attachable(transformer: FluxTransformer2DModel) -> None:
 
 def _list_managers(transformer: nn.Module) -> Iterator[Any]:
     """Give the states that the hooks keep, some of them shared."""
+    hooks = _list_hooks(transformer)
+    return (hook.state_manager for hook in hooks if hasattr(hook, "state_manager"))
+
+
+def _list_hooks(transformer: nn.Module) -> Iterator[Any]:
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
-        for hook in [] if registry is None else registry.hooks.values():
-            if hasattr(hook, "state_manager"):
-                yield hook.state_manager
+        yield from () if registry is None else registry.hooks.values()
 
 
 def _describe_weights(transformer: FluxTransformer2DModel) -> Iterator[str]:
