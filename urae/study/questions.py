@@ -274,6 +274,18 @@ QUESTIONS: dict[str, Question] = {
                 {"policy in training": "on", "NTK factor": 10.0, "shift": "static"},
                 {"policy in training": "off", "NTK factor": 10.0, "shift": "static"},
             ),
+            Claim(
+                "Trained and sampled with positions that follow the size is better than with NTK "
+                "factor 10.",
+                "this project's `auto`, which its miniature's recipes have",
+                {"policy in training": "auto", "NTK factor": "auto", "shift": "static"},
+                {
+                    "policy in training": "on",
+                    "NTK factor": 10.0,
+                    "proportional attention": "on",
+                    "shift": "static",
+                },
+            ),
         ),
         x="NTK factor",
         lines=("proportional attention", "shift"),
