@@ -76,6 +76,21 @@ def test_compiled_and_streamed_gives_the_same(build, rel, monkeypatch, take_step
             assert rel(found, each) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
+@pytest.mark.parametrize("checkpointing", ["off", "full", "selective"])
+def test_a_compiled_8bit_base_gives_the_same(build, rel, monkeypatch, take_step, checkpointing):
+    monkeypatch.setattr(
+        torch, "compile", lambda f, compile=torch.compile: compile(f, backend="aot_eager")
+    )
+    torch.compiler.reset()
+    wanted = take_step(build(Way("8bit", "full")))
+    adapter = build(Way("8bit", checkpointing), compiled=True)
+    for _ in range(2):
+        for found, each in zip(take_step(adapter), wanted, strict=True):
+            assert rel(found, each) < 1e-5
+
+
 def test_local_attention_is_local_here(build, rel, take_step):
     full, local = (take_step(build(Way("resident", "full"), policy=p)) for p in (FULL, LOCAL))
     assert rel(local[0], full[0]) > 0.01

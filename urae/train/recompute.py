@@ -26,7 +26,7 @@ from urae.generate.speed import (
 )
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
-from urae.train.estimate import QUANTIZED, Way
+from urae.train.estimate import Way
 from urae.train.host import HostKeeper, keep_outputs
 
 _ATTENTIONS = {
@@ -43,7 +43,7 @@ def is_compiled(
 ) -> bool:
     """Tell whether the blocks are compiled, as the recipe says or where it pays.
 
-    Quantised blocks are not, nor streamed ones that keep attention's outputs.
+    Blocks in 4 bits are not, nor streamed ones that keep attention's outputs.
 
     Args:
         config: Of the run.
@@ -57,7 +57,7 @@ def is_compiled(
 
 def wants_compiled(config: TrainConfig, way: Way, samples: Sequence[Sample]) -> bool:
     """Tell the same of a GPU that is not here, on which blocks can be compiled."""
-    if way.tier in QUANTIZED or (way.tier, way.checkpointing) == ("streamed", "selective"):
+    if way.tier == "4bit" or (way.tier, way.checkpointing) == ("streamed", "selective"):
         return False
     if config.compile is not None:
         return config.compile
@@ -97,10 +97,12 @@ def set_checkpointing(
         if keeper is not None and not compiled:
             options["context_fn"] = keep_outputs(keeper, _ATTENTIONS)
 
+    call = _call_apart if compiled and way.tier == "8bit" else _call
+
     def run(block: nn.Module, *inputs: Any) -> Any:
         if way.checkpointing == "off":
-            return block(*inputs)
-        return checkpoint(_call, block, *inputs, use_reentrant=False, **options)
+            return call(block, *inputs)
+        return checkpoint(call, block, *inputs, use_reentrant=False, **options)
 
     wrapped: Callable[..., Any] = run
     if compiled:
@@ -117,6 +119,11 @@ def set_checkpointing(
 
 def _call(block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs)
+
+
+def _call_apart(block: nn.Module, *inputs: Any) -> Any:
+    """Give outputs that share no memory, as a compiled function of torchao's weights must."""
+    return tuple(output.clone() for output in block(*inputs))
 
 
 def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
