@@ -188,6 +188,11 @@ class ResolutionPositions(nn.Module):
         self._num_local_keys: float | None = None
         self._warned_about: tuple[str, ...] = ()
 
+    @property
+    def is_only_4k(self) -> bool:
+        """Tell whether its adapters are for the largest pictures, without one for half of them."""
+        return bool(self.adapter_names) and len(self.adapters_4k) == len(self.adapter_names)
+
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
         """Return cos and sin (tokens x head dim, float32) of these positions."""
         theta = self.stock.theta

@@ -102,10 +102,25 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     assert "fp8" in names(choose_parts("fast", ["fp8"], compiled=False, unfit=unfit))
     assert not find(load_pipe, "exact")
     assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
-    for settings, reason in (({"halves": False}, "no multiple"), ({"plain": False}, "begins at a")):
+    reasons = {
+        "halves": "no multiple",
+        "plain": "begins at a",
+        "only_4k": "put a 2K adapter before",
+    }
+    for name, reason in reasons.items():
+        settings = {name: name == "only_4k"}
         found = find(load_pipe, "turbo", **settings)
         assert reason in found["progressive"]
         assert "taylorseer-cache" not in found
+
+
+def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expected, caplog):
+    lora = expected / "dev_2k_lora.safetensors"
+    alone = expected / "dev_4k_lora_conversion.safetensors"
+    for adapters, is_left_out in (([alone], True), ([lora, alone], False), ([lora], False)):
+        caplog.clear()
+        urae.optimize(urae.adapt(load_pipe(), adapters), speed="fast")
+        assert ("progressive is left out: a 4K adapter alone" in caplog.text) == is_left_out
 
 
 def test_few_steps_have_no_approximations_of_steps(load_pipe):

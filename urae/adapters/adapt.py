@@ -85,7 +85,7 @@ def adapt(
     positions = apply_policy(transformer, policy, tuple(names))
     positions.adapter_sources = tuple(str(source) for source in sources)
     positions.adapters_4k = tuple(
-        name for name, file in zip(names, files, strict=True) if _is_4k(file)
+        name for name, file in zip(names, files, strict=True) if is_4k(file)
     )
     _set_policy(pipe, policy)
     _owners[transformer] = ref(pipe)
@@ -154,14 +154,15 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
         return names
     names = []
     for file in files:
-        name, count = "urae_4k" if _is_4k(file) else "urae_2k", 2
+        name, count = "urae_4k" if is_4k(file) else "urae_2k", 2
         while name in names:
             name, count = f"{name.split('-')[0]}-{count}", count + 1
         names.append(name)
     return names
 
 
-def _is_4k(file: AdapterFile) -> bool:
+def is_4k(file: AdapterFile) -> bool:
+    """Tell whether an adapter is for 4K, by its kind or its name."""
     return file.kind == "minor" or "4k" in file.path.name.lower()
 
 

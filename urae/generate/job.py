@@ -16,8 +16,8 @@ from PIL import Image
 from torch.distributed import ProcessGroup
 
 from urae import __version__
-from urae.adapters.adapt import adapt
-from urae.adapters.files import resolve_adapter
+from urae.adapters.adapt import adapt, is_4k
+from urae.adapters.files import read_adapter, resolve_adapter
 from urae.backbones.context_parallel import (
     build_mesh,
     check_backend_can_share,
@@ -51,7 +51,7 @@ from urae.generate.memory import (
     stream_layers,
 )
 from urae.generate.optimize import apply_parts, check_machine, choose_parts, find_unfit
-from urae.generate.parts import EXACT, Part, find_bits
+from urae.generate.parts import BARS, EXACT, Part, find_bits
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.progressive import can_halve
 from urae.generate.quantize import build_quantization, check_quantization
@@ -133,6 +133,7 @@ def _generate(
         meta["transformer"],
         device,
         halves=can_halve(config.height, config.width),
+        only_4k=config.speed in BARS and _only_4k(config.adapters),
         memory=config.memory,
     )
     parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
@@ -173,6 +174,10 @@ def _generate(
         )
         tier = leaner
     return paths
+
+
+def _only_4k(adapters: Sequence[str]) -> bool:
+    return bool(adapters) and all(is_4k(read_adapter(source)) for source in adapters)
 
 
 def _list_tiers(

@@ -59,12 +59,20 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
             optimized then.
         ModuleNotFoundError: If the package of the attention backend cannot be used here.
     """
-    device: Any = transformer_of(pipe).device
+    transformer = transformer_of(pipe)
+    device: Any = transformer.device
     if device.type in ("cpu", "meta"):  # not where it will run, if there is a GPU
         device = pick_device()
     check_machine(parts, device)
     compiled = speed is not None and can_compile(device)
-    unfit = find_unfit(speed, transformer_of(pipe), device, plain=isinstance(pipe, FluxPipeline))
+    positions = find_policy(transformer)
+    unfit = find_unfit(
+        speed,
+        transformer,
+        device,
+        plain=isinstance(pipe, FluxPipeline),
+        only_4k=positions is not None and positions.is_only_4k,
+    )
     apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
     return pipe
 
@@ -92,6 +100,7 @@ def find_unfit(
     *,
     plain: bool = True,
     halves: bool = True,
+    only_4k: bool = False,
     memory: Memory = "auto",
 ) -> dict[PartName, str]:
     """Say which approximations of a preset do not go here, and why.
@@ -102,6 +111,7 @@ def find_unfit(
         device: Where it will run.
         plain: Whether the pipeline begins at noise and makes one picture of it.
         halves: Whether half the sides are whole tokens.
+        only_4k: Whether a 4K adapter goes without a 2K one.
         memory: Where its weights live.
     """
     unfit: dict[PartName, str] = {}
@@ -114,11 +124,13 @@ def find_unfit(
             check_quantization("fp8", device, asked="part")
         except (ModuleNotFoundError, ValueError) as lack:
             unfit["fp8"] = str(lack)
-    if not plain or not halves:
+    if not plain:
+        unfit["progressive"] = "the pipeline begins at a picture or follows one"
+    elif not halves:
+        unfit["progressive"] = "half the sides are no multiple of 16 pixels"
+    elif only_4k:
         unfit["progressive"] = (
-            "half the sides are no multiple of 16 pixels"
-            if plain
-            else "the pipeline begins at a picture or follows one"
+            "a 4K adapter alone has not been measured at half the side; put a 2K adapter before it"
         )
     if not transformer.config.guidance_embeds:
         for name in SCHEDULED:

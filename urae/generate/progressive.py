@@ -139,7 +139,7 @@ class Progressive:
         names, larger = positions.adapter_names, positions.adapters_4k
         if tokens <= positions.policy.native_sequence_length:
             larger = names
-        elif len(larger) == len(names):  # one that goes alone
+        elif positions.is_only_4k:
             larger = ()
         self._rest, self._picture = Rest(transformer, larger), picture
         positions.is_resting = bool(larger)
