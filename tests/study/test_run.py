@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -127,6 +128,27 @@ def test_cells_in_several_processes(study, two_cells):
     assert result.done == result.total == 2
     files = list((config.work_dir / "study" / "results").glob("*.json"))
     assert len({json.loads(file.read_text())["figures"]["held_out_loss"] for file in files}) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_fails_leaves_the_others_alone(workers, caplog):
+    done = []
+    errors = run._run_all(math.sqrt, [4.0, -1.0, 9.0, -4.0], workers, lambda: done.append(1))
+    assert len(done) == len(errors) == 2
+    assert all(isinstance(error, ValueError) for error in errors)
+    assert caplog.text.count("a run failed, the others go on") == 2
+
+
+def test_the_report_comes_before_the_error(study, two_cells, monkeypatch):
+    def fail(cells, **_):
+        raise OSError(f"no {cells[0].key}")
+
+    monkeypatch.setattr(run, "run_group", fail)
+    monkeypatch.setattr(run, "list_data", lambda _: [])
+    config = study("a")
+    with pytest.raises(OSError, match="no "):
+        run_study(config)
+    assert (config.output_dir / "a.md").exists()
 
 
 def test_sigterm_ends_the_workers_too():

@@ -1,6 +1,7 @@
 """A study: data sets first, then every cell that is not done, then the report."""
 
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -39,6 +40,8 @@ from urae.train import OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.output import read_losses
 from urae.train.record import find_commit
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 OnProgress = Callable[[int, int], None]
@@ -96,7 +99,7 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
     """Work on a question until its cells are done or the time is up, and report what there is.
 
     A finished cell leaves a small file; a call after a kill runs the rest, and goes on with runs
-    that were cut off.
+    that were cut off. A run that fails leaves the others alone; its error comes after the report.
 
     Args:
         config: Which question, how large, where.
@@ -120,15 +123,18 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
 
     tell()
     make = partial(_make_data, folders=folders, deadline=deadline)
-    _run_all(make, list_data(pending), config.workers, lambda: None)
+    for error in _run_all(make, list_data(pending), config.workers, lambda: None):
+        raise error
     work = partial(run_group, folders=folders, deadline=deadline)
-    _run_all(work, groups, config.workers, tell)
+    errors = _run_all(work, groups, config.workers, tell)
     rows = [
         Row(cell, json.loads(path.read_text()))
         for cell in cells
         if (path := folders.result(cell)).is_file()
     ]
     text_path = write_report(config, rows, len(cells))
+    for error in errors:
+        raise error
     return StudyResult(len(rows), len(cells), text_path)
 
 
@@ -281,13 +287,27 @@ def _run_all(
     items: Sequence[Item],
     workers: int,
     on_done: Callable[[], None],
-) -> None:
-    """Do some work for each item, here or in other processes, item i on GPU i mod their number."""
+) -> list[Exception]:
+    """Do some work for each item, here or in other processes, item i on GPU i mod their number.
+
+    Returns:
+        The errors of the items that failed.
+    """
+    errors: list[Exception] = []
+
+    def finish(wait: Callable[[], None]) -> None:
+        try:
+            wait()
+        except Exception as error:
+            logger.warning("a run failed, the others go on: %s", error)
+            errors.append(error)
+        else:
+            on_done()
+
     if workers == 1 or len(items) < 2:
         for item in items:
-            work(item)
-            on_done()
-        return
+            finish(partial(work, item))
+        return errors
     # not forked: this process may hold a GPU and threads
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -299,11 +319,11 @@ def _run_all(
         try:
             with _told_to_children():
                 for future in as_completed(futures):
-                    future.result()
-                    on_done()
+                    finish(future.result)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return errors
 
 
 @contextmanager
