@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,16 +103,26 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     assert "fp8" in names(choose_parts("fast", ["fp8"], compiled=False, unfit=unfit))
     assert not find(load_pipe, "exact")
     assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
-    reasons = {
-        "halves": "no multiple",
-        "plain": "begins at a",
-        "only_4k": "put a 2K adapter before",
-    }
-    for name, reason in reasons.items():
-        settings = {name: name == "only_4k"}
-        found = find(load_pipe, "turbo", **settings)
-        assert reason in found["progressive"]
-        assert "taylorseer-cache" not in found
+    assert find(load_pipe, "turbo", whole="it is small")["progressive"] == "it is small"
+    other = find(load_pipe, "turbo", plain=False)
+    assert set(other) >= set(parts.SCHEDULED)
+    assert other["progressive"] == "it goes with FluxPipeline, which this is not"
+
+
+@pytest.mark.parametrize("speed", ["fast", "turbo"])
+def test_presets_go_with_every_pipeline(load_pipe, speed, caplog):
+    pipe = FluxImg2ImgPipeline.from_pipe(load_pipe(), dtype=torch.float32)
+    urae.optimize(pipe, speed=speed)
+    assert f"speed {speed}: taylorseer-cache is left out: it goes with FluxPipeline" in caplog.text
+
+
+def test_weights_that_are_quantised_stay_so(load_pipe, monkeypatch):
+    monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
+    transformer = load_pipe().transformer
+    assert "fp8" not in optimize.find_unfit("fast", transformer, CPU)
+    quantize.quantize_blocks(transformer, "8bit", CPU)
+    unfit = optimize.find_unfit("fast", transformer, CPU)
+    assert unfit["fp8"] == "the weights are quantised already"
 
 
 def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expected, caplog):

@@ -102,6 +102,14 @@ def test_a_native_picture_is_made_whole(adapted, draw):
     assert torch.equal(found, wanted)
 
 
+def test_native_is_what_a_base_says_without_adapters(load_pipe, draw, monkeypatch):
+    pipe = load_pipe()
+    assert draw(progressive(pipe, 0.5))[1] == [64] * STEPS
+    policy = urae.ResolutionPolicy(native_sequence_length=80)
+    monkeypatch.setattr("urae.generate.progressive.read_base_policy", lambda _: policy)
+    assert draw(progressive(pipe, 0.5))[1] == [16] * 3 + [64] * 3
+
+
 def test_a_share_of_none_changes_nothing(adapted, draw):
     pipe = adapted()
     wanted, _ = draw(pipe)
@@ -257,16 +265,26 @@ def test_streamed_weights(adapted, draw, parts, caplog):
     assert not caplog.records
 
 
-def test_where_it_cannot_be_right(adapted, draw):
-    pipe = adapted()
-    other = FluxImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
+def test_other_pipelines_are_refused(adapted):
+    other = FluxImg2ImgPipeline.from_pipe(adapted(), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"goes with FluxPipeline; a FluxImg2ImgPipeline begins"):
         progressive(other, 0.5)
-    progressive(pipe, 0.5)
-    with pytest.raises(ValueError, match=r"this schedule at noise level 0.818: latents that hold"):
-        draw(pipe, sigmas=[0.6, 0.3], num_inference_steps=None)
-    with pytest.raises(ValueError, match="height 144 must be a multiple of 32 pixels"):
-        draw(pipe, side=144)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"sigmas": [0.6, 0.3], "num_inference_steps": None}, "begins at noise level 0.818, at la"),
+        ({"side": 144}, "144 x 144 pixels are no multiples of 32"),
+    ],
+)
+def test_where_it_cannot_be_right_a_picture_is_made_whole(adapted, draw, caplog, options, reason):
+    pipe = adapted()
+    wanted, _ = draw(pipe, **options)
+    assert torch.equal(draw(progressive(pipe, 0.5), **options)[0], wanted)
+    assert caplog.text.count("progressive is left out for a picture: ") == 1
+    assert reason in caplog.text
+    assert draw(pipe)[1] == [16] * 3 + [64] * 3
 
 
 def test_a_size_that_has_no_half_is_refused_before_anything_loads():

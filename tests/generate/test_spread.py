@@ -80,6 +80,8 @@ def test_the_fewest_ranks_that_hold_a_picture():
         (1024, None, ("local-attention",), [1, 2, 4, 8]),  # full at native size
         (2048, ResolutionPolicy(attention="local"), (), [1]),
         (1040, None, (), [1]),  # 65 x 65 tokens
+        (2112, None, (), [1, 2, 4, 8]),
+        (2112, None, ("progressive",), [1, 2, 4]),  # 66 x 66 tokens in early steps
     ],
 )
 def test_what_excludes_sharing(side, policy, parts, allowed, tmp_path):

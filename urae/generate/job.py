@@ -16,7 +16,7 @@ from PIL import Image
 from torch.distributed import ProcessGroup
 
 from urae import __version__
-from urae.adapters.adapt import adapt, is_4k
+from urae.adapters.adapt import adapt, choose_policy, is_4k
 from urae.adapters.files import read_adapter, resolve_adapter
 from urae.backbones.context_parallel import (
     build_mesh,
@@ -50,7 +50,13 @@ from urae.generate.memory import (
     place,
     stream_layers,
 )
-from urae.generate.optimize import apply_parts, check_machine, choose_parts, find_unfit
+from urae.generate.optimize import (
+    ONLY_4K,
+    apply_parts,
+    check_machine,
+    choose_parts,
+    find_unfit,
+)
 from urae.generate.parts import BARS, EXACT, Part, find_bits
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.progressive import can_halve
@@ -132,8 +138,7 @@ def _generate(
         config.speed,
         meta["transformer"],
         device,
-        halves=can_halve(config.height, config.width),
-        only_4k=config.speed in BARS and _only_4k(config.adapters),
+        whole=_find_why_whole(config, sampling, model_path),
         memory=config.memory,
     )
     parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
@@ -176,8 +181,18 @@ def _generate(
     return paths
 
 
-def _only_4k(adapters: Sequence[str]) -> bool:
-    return bool(adapters) and all(is_4k(read_adapter(source)) for source in adapters)
+def _find_why_whole(config: GenerateConfig, sampling: Sampling, model_path: Path) -> str | None:
+    """Say why a preset's pictures may have no step at half the side, if something is against it."""
+    if config.speed not in BARS:
+        return None
+    if not can_halve(config.height, config.width):
+        return "half the sides are no multiples of 16 pixels"
+    adapters = [*map(read_adapter, config.adapters)]
+    policy = choose_policy(config.policy, adapters, model_path)
+    tokens = num_image_tokens(config.height, config.width) + sampling.max_sequence_length
+    if tokens <= policy.native_sequence_length:
+        return "the pictures are within the native size"
+    return ONLY_4K if adapters and all(map(is_4k, adapters)) else None
 
 
 def _list_tiers(

@@ -25,7 +25,7 @@ from urae.generate.parts import BARS, EXACT, SCHEDULED, Part, PartName, Speed, r
 from urae.generate.progressive import Progressive
 from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
-from urae.generate.speed import can_compile, check_compiler, compile_blocks
+from urae.generate.speed import can_compile, check_compiler, compile_blocks, list_blocks
 from urae.generate.step_cache import StepCache, StepCacheKind
 from urae.generate.vae_parts import decode_in_stripes, decode_tiled
 from urae.resolution import change_policy, find_policy
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 Pipe = TypeVar("Pipe")
 Undo = Callable[[], None]
+
+ONLY_4K = "a 4K adapter alone has not been measured at half the side; put a 2K adapter before it"
+"""Why a preset has no step at half the side where one goes alone."""
 
 _FORWARD = inspect.signature(FluxTransformer2DModel.forward)
 
@@ -66,12 +69,13 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     check_machine(parts, device)
     compiled = speed is not None and can_compile(device)
     positions = find_policy(transformer)
+    only_4k = positions is not None and positions.is_only_4k
     unfit = find_unfit(
         speed,
         transformer,
         device,
         plain=isinstance(pipe, FluxPipeline),
-        only_4k=positions is not None and positions.is_only_4k,
+        whole=ONLY_4K if only_4k else None,
     )
     apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
     return pipe
@@ -99,43 +103,46 @@ def find_unfit(
     device: torch.device,
     *,
     plain: bool = True,
-    halves: bool = True,
-    only_4k: bool = False,
+    whole: str | None = None,
     memory: Memory = "auto",
 ) -> dict[PartName, str]:
     """Say which approximations of a preset do not go here, and why.
 
     Args:
         speed: The preset; one that approximates nothing has none.
-        transformer: Its shape counts; it may be on the meta device.
+        transformer: On the meta device where its weights are not loaded yet.
         device: Where it will run.
-        plain: Whether the pipeline begins at noise and makes one picture of it.
-        halves: Whether half the sides are whole tokens.
-        only_4k: Whether a 4K adapter goes without a 2K one.
-        memory: Where its weights live.
+        plain: Whether the pipeline is a `FluxPipeline`.
+        whole: Why no step may be at half the side, if something else speaks against it.
+        memory: Where its weights will live.
     """
     unfit: dict[PartName, str] = {}
     if speed not in BARS:
         return unfit
-    if memory in QUANTIZED:
-        unfit["fp8"] = f"--memory {memory} quantises the weights"
-    else:
-        try:
-            check_quantization("fp8", device, asked="part")
-        except (ModuleNotFoundError, ValueError) as lack:
-            unfit["fp8"] = str(lack)
+    if fault := _find_fp8_fault(transformer, device, memory):
+        unfit["fp8"] = fault
+    if whole is not None:
+        unfit["progressive"] = whole
     if not plain:
-        unfit["progressive"] = "the pipeline begins at a picture or follows one"
-    elif not halves:
-        unfit["progressive"] = "half the sides are no multiple of 16 pixels"
-    elif only_4k:
-        unfit["progressive"] = (
-            "a 4K adapter alone has not been measured at half the side; put a 2K adapter before it"
-        )
-    if not transformer.config.guidance_embeds:
-        for name in SCHEDULED:
-            unfit.setdefault(name, "it has not been measured on a model of few steps")
+        unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
+    elif not transformer.config.guidance_embeds:
+        unfit |= dict.fromkeys(SCHEDULED, "it was measured on a base with distilled guidance")
     return unfit
+
+
+def _find_fp8_fault(
+    transformer: FluxTransformer2DModel, device: torch.device, memory: Memory
+) -> str | None:
+    if memory in QUANTIZED:
+        return f"--memory {memory} quantises the weights"
+    blocks = list_blocks(transformer)
+    if any(type(each) is not nn.Parameter for block in blocks for each in block.parameters()):
+        return "the weights are quantised already"
+    try:
+        check_quantization("fp8", device, asked="part")
+    except (ModuleNotFoundError, ValueError) as lack:
+        return str(lack).partition(";")[0]  # without the remedy, which this is
+    return None
 
 
 def choose_parts(

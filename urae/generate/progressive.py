@@ -20,12 +20,15 @@ enlarged and noised to the level at hand, by the very noise that the pipeline dr
 anew, and one seed gives one picture. Finer detail is left to the full-size steps, which is why the
 share of early ones matters.
 
-A picture within the base's native size is made whole: half of it would be smaller than the base
-knows. Adapters for larger pictures than the small one rest in early steps, as in the reference's
+A picture within the base's native size is made whole, as half of it would be smaller than the base
+knows; so is one that has no half or begins at latents that hold a picture, with a warning.
+
+Adapters for larger pictures than the small one rest in early steps, as in the reference's
 coarse-to-fine pipelines, which load the 4K adapter when the high stage begins: 4K adapters beside
 others, and all that `urae.adapt` attached where the small picture is within the base's native size.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +42,9 @@ from urae.adapters.attach import Rest
 from urae.generate.schedule import Schedule
 from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
 from urae.local_attention import find_grid
-from urae.resolution import find_policy, widen_ids
+from urae.resolution import find_policy, read_base_policy, widen_ids
+
+logger = logging.getLogger(__name__)
 
 
 class Progressive:
@@ -62,6 +67,9 @@ class Progressive:
             )
         self._schedule = schedule
         self._share = share
+        self._base_policy = read_base_policy(pipe.config.get("_name_or_path"))
+        self._decided = 0  # for which picture
+        self._is_whole = False
         self._early: tuple[Tensor, Tensor] | None = None  # full latents, what the transformer sees
         self._ids = torch.empty(0)
         self._small_ids = torch.empty(0)
@@ -95,7 +103,10 @@ class Progressive:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Show the transformer the small picture at its own noise level."""
         self._early = None
-        if self._schedule.index >= self._num_early or _is_native(module, kwargs):
+        if self._decided != self._schedule.picture:
+            self._decided = self._schedule.picture
+            self._is_whole = self._must_be_whole(module, kwargs)
+        if self._is_whole or self._schedule.index >= self._num_early:
             self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])
@@ -151,27 +162,30 @@ class Progressive:
             if (positions := find_policy(transformer)) is not None:
                 positions.is_resting = False
 
+    def _must_be_whole(self, transformer: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Tell whether a picture has no early steps, and say why where it might have."""
+        positions = find_policy(transformer)
+        policy = self._base_policy if positions is None else positions.policy
+        tokens = sum(inputs[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
+        if tokens <= policy.native_sequence_length:
+            return True
+        height, width = (TOKEN_PIXELS * n for n in find_grid(widen_ids(inputs["img_ids"])))
+        if (level := self._schedule.sigmas[0]) < 1:
+            reason = f"it begins at noise level {level:.3f}, at latents that hold a picture"
+        elif not can_halve(height, width):
+            reason = f"{width} x {height} pixels are no multiples of {2 * TOKEN_PIXELS}"
+        else:
+            return False
+        logger.warning("progressive is left out for a picture: %s", reason)
+        return True
+
     def _follow_size(self, image_ids: Tensor) -> None:
         """Make position ids of the small picture, once a picture."""
-        if self._schedule.sigmas[0] < 1:
-            raise ValueError(
-                "progressive resolution begins at pure noise, this schedule at noise level "
-                f"{self._schedule.sigmas[0]:.3f}: latents that hold a picture would lose "
-                "its detail; leave it out"
-            )
         if image_ids is self._ids:
             return
         rows, columns = find_grid(widen_ids(image_ids))
-        check_halves(rows * TOKEN_PIXELS, columns * TOKEN_PIXELS)
         self._ids, self._grid = image_ids, (rows, columns)
         self._small_ids = build_image_ids(rows // 2, columns // 2, image_ids.device)
-
-
-def _is_native(transformer: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Tell whether a picture is within its base's native size, where half is too small."""
-    positions = find_policy(transformer)
-    tokens = sum(inputs[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
-    return positions is not None and tokens <= positions.policy.native_sequence_length
 
 
 def can_halve(*sides: int) -> bool:

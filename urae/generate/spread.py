@@ -106,6 +106,8 @@ def find_degrees(
     image_tokens = num_image_tokens(config.height, config.width)
     if policy.attention == "local" and image_tokens > policy.native_side**2:
         return Degrees([1], "local attention needs all of a picture's tokens on one")
+    if "progressive" in names:  # early steps have so many
+        image_tokens //= 4
     return degrees_of(transformer, image_tokens, sampling.max_sequence_length)
 
 

@@ -29,6 +29,7 @@ from urae.train.config import TrainConfig
 from urae.train.estimate import Way
 from urae.train.host import HostKeeper, keep_outputs
 
+_VARIANTS = 32  # of one compiled function; beyond it blocks would run uncompiled
 _ATTENTIONS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -109,12 +110,23 @@ def set_checkpointing(
         keep_compiled()
         # it says that in-place operations would be wrong, of which these blocks have none
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        wrapped = torch.compile(run)
+        wrapped = _limited(torch.compile(run))
     if keeper is not None:
         wrapped = _offload(wrapped, keeper, list_blocks(transformer)[0])
     if compiled:
         wrapped = _with_like_inputs(wrapped)
     transformer.enable_gradient_checkpointing(wrapped)
+
+
+def _limited(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what is compiled have its variants: both kinds of blocks, sizes, batches, attentions."""
+    limit = torch._dynamo.config.patch(recompile_limit=_VARIANTS)
+
+    def run_limited(*inputs: Any) -> Any:
+        with limit:
+            return run(*inputs)
+
+    return run_limited
 
 
 def _call(block: nn.Module, *inputs: Any) -> Any:
