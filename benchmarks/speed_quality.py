@@ -10,8 +10,8 @@ the distance of spectra are told beside.
 Each candidate writes its own JSON after every batch, and a run that was broken off goes on from
 there; `results.md` is made anew from what is there. Exact pictures are kept beside, as PNG.
 Step caches that decide by what they see decide for a batch at once: --batch 1 is what a user of
-single pictures gets. Several processes can share a GPU, a candidate each, once `--candidates exact`
-is done.
+single pictures gets. Several processes can share a GPU: one with `--candidates exact`, the others
+with a candidate each and --beside, which wait for exact pictures that are not there yet.
 """
 
 import argparse
@@ -55,6 +55,7 @@ CANDIDATES = (
 )
 ON_GPU = ("fp8", "4bit")
 _MAX_WAITING = 16  # batches that are made and not checked yet
+_MAX_WAIT_SECONDS = 300  # for an exact picture
 _MAX_PSNR = 99.0  # of equal pictures
 _Z = 1.959964
 _LEAST_SHARE = 0.5  # of exact pictures that pass, for a loss to show
@@ -175,12 +176,27 @@ def examine(
         exact[0].parent.mkdir(exist_ok=True)
         for picture, path in zip(pictures, exact, strict=True):
             write_atomic(path, encode_picture(picture, "PNG"))
+    for path in exact:
+        wait_for(path)
     others = [decode_picture(path.read_bytes()) for path in exact]
     reports = [check_scene(p.numpy(), s) for p, s in zip(pictures, scenes, strict=True)]
     failed = [[part for part, holds in asdict(each).items() if not holds] for each in reports]
     psnr = [compute_psnr(one, other) for one, other in zip(pictures, others, strict=True)]
     spectrum = radial_spectrum(torch.stack(pictures).float() / 255).sum(0)
     return failed, psnr, [seconds / len(pictures)] * len(pictures), spectrum
+
+
+def wait_for(path: Path) -> None:
+    """Wait for a picture that another process is to make.
+
+    Raises:
+        FileNotFoundError: If it does not come.
+    """
+    for _ in range(_MAX_WAIT_SECONDS):
+        if path.exists():
+            return
+        time.sleep(1)
+    raise FileNotFoundError(f"{path} does not come; run --candidates exact first, or beside this")
 
 
 def compute_psnr(picture: Tensor, other: Tensor) -> float:
@@ -198,7 +214,7 @@ def add(
 ) -> None:
     """Add a batch to a candidate's record."""
     record["passed"] += [not parts for parts in failed]
-    record["failed"] += failed
+    record["failed"] = [*record.get("failed", []), *failed]  # older files have none
     record["psnr"] += [round(each, 2) for each in psnr]
     record["seconds"] += [round(each, 4) for each in seconds]
     before = torch.tensor(record["spectrum"] or [0.0] * len(spectrum))
@@ -272,9 +288,16 @@ def list_row(name: str, found: dict[str, Any], *, bar: bool = True) -> list[Any]
     return [name, int(found["count"]), share, interval if bar else "-", *figures, verdict]
 
 
-def list_candidates(names: Sequence[str], on_gpu: bool) -> Iterator[str]:
-    """Name candidates as their parts say themselves, those that no CPU can run left out."""
-    yield EXACT
+def list_candidates(names: Sequence[str], on_gpu: bool, *, beside: bool = False) -> Iterator[str]:
+    """Name candidates as their parts say themselves, those that no CPU can run left out.
+
+    Args:
+        names: Those that were asked for; none for all.
+        on_gpu: Whether this runs on one.
+        beside: Whether another process makes the exact pictures.
+    """
+    if not beside:
+        yield EXACT
     for name in names or (*(ON_GPU if on_gpu else ()), *CANDIDATES):
         if name != EXACT:
             yield "+".join(map(str, resolve_parts(None, name.split("+"))))
@@ -286,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="miniature-dev")
     parser.add_argument("--adapter", action="append", default=[], help="in order; repeatable")
     parser.add_argument("--candidates", nargs="+", default=[], metavar="PART", help="default: all")
+    parser.add_argument("--beside", action="store_true", help="another process makes exact ones")
     parser.add_argument("--side", type=int, default=1024, help="pixels; the miniature's 4K")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3, help="pictures a caption")
@@ -301,7 +325,8 @@ def main() -> None:
     """Measure what is missing, the exact pictures first."""
     arguments = parse_arguments()
     device = pick_device()
-    names = list(list_candidates(arguments.candidates, device.type == "cuda"))
+    on_gpu = device.type == "cuda"
+    names = list(list_candidates(arguments.candidates, on_gpu, beside=arguments.beside))
     pipe = load_pipeline(arguments.model, dtype=pick_dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     urae.adapt(pipe, arguments.adapter)

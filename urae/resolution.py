@@ -49,7 +49,7 @@ class ResolutionPolicy:
     "dynamic" is the resolution-dependent shift of stock diffusers. Training has its own."""
     attention: Literal["full", "local"] = "full"
     """Where a picture is larger than native: "local" lets image tokens see their neighbourhood, the
-    text and a coarse view of the rest, an approximation with a tenth of the keys at 4K."""
+    text and a coarse view of the rest, an approximation with an eighth of the keys at 4K."""
 
     def __post_init__(self) -> None:
         factor = self.ntk_factor

@@ -111,8 +111,25 @@ def test_candidates_by_machine():
     assert "fp8" in list_candidates([], on_gpu=True)
     assert "fp8" not in list_candidates([], on_gpu=False)
     assert list(list_candidates([EXACT], on_gpu=False)) == [EXACT]
+    assert list(list_candidates(["mag-cache=1"], on_gpu=False, beside=True)) == ["mag-cache=1"]
     assert list(list_candidates(["mag-cache"], on_gpu=False)) == [EXACT, "mag-cache=0.06"]
     joined = list_candidates(["taylorseer-cache=3+fp8"], on_gpu=True)
     assert list(joined) == [EXACT, "fp8+taylorseer-cache=3"]
     with pytest.raises(ValueError, match="part 'magic' is unknown"):
         list(list_candidates(["magic"], on_gpu=False))
+
+
+def test_exact_pictures_are_waited_for(tmp_path, monkeypatch):
+    path, slept = tmp_path / "00000.png", []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            path.touch()
+
+    monkeypatch.setattr(speed_quality.time, "sleep", sleep)
+    speed_quality.wait_for(path)
+    assert len(slept) == 3
+    monkeypatch.setattr(speed_quality, "_MAX_WAIT_SECONDS", 2)
+    with pytest.raises(FileNotFoundError, match="run --candidates exact first, or beside this"):
+        speed_quality.wait_for(tmp_path / "00001.png")

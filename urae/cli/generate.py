@@ -94,7 +94,7 @@ def generate_command(
     ] = Memory.auto,
     speed: Annotated[
         Speed,
-        typer.Option(help="fast and turbo may approximate; until that is measured they are exact."),
+        typer.Option(help="fast and turbo approximate, as far as was measured on the miniature."),
     ] = Speed.exact,
     part: Annotated[
         list[str] | None,

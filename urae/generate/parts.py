@@ -44,7 +44,7 @@ _PAYING = tuple(name for name in EXACT if name != "merged-adapters")
 
 PRESETS: dict[Speed, tuple[str, ...]] = {
     "exact": _PAYING,
-    "fast": (*_PAYING, "fp8", "progressive=0.35", "taylorseer-cache=2"),
+    "fast": (*_PAYING, "fp8", "progressive=0.35", "taylorseer-cache=3"),
     "turbo": (*_PAYING, "fp8", "progressive=0.35", "taylorseer-cache=5"),
 }
 BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}

@@ -42,7 +42,7 @@ DEFAULT_STRENGTH: dict[StepCacheKind, float] = {
     "mag-cache": MagCacheConfig.threshold,
     "taylorseer-cache": TaylorSeerCacheConfig.cache_interval,
 }
-"""The libraries' own: no other has been measured here."""
+"""The libraries' own."""
 
 _WARM_UP = 2  # whole steps that a first extrapolation needs
 _SAMPLE = 16  # numbers of each parameter that tell models apart
