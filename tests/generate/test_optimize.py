@@ -70,7 +70,7 @@ def test_strengths_default_to_the_libraries_own():
         (["mag-cache=inf"], "must be a number from 0"),
         (["taylorseer-cache=2.5"], "must be a whole number from 1"),
         (["taylorseer-cache=0"], "must be a whole number from 1"),
-        (["mag-cache", "taylorseer-cache"], "mag-cache=0.06 and taylorseer-cache=5 exclude"),
+        (["mag-cache", "taylorseer-cache"], "mag-cache=0.06 and taylorseer-cache=3 exclude"),
         (["progressive=1"], "strength 1.0 of progressive must be a number from 0 and below 1"),
         (["fp8", "4bit"], "exclude each other"),
         (["joined-adapters", "merged-adapters"], "exclude each other"),

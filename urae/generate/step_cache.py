@@ -40,9 +40,9 @@ StepCacheKind = Literal["first-block-cache", "mag-cache", "taylorseer-cache"]
 DEFAULT_STRENGTH: dict[StepCacheKind, float] = {
     "first-block-cache": FirstBlockCacheConfig.threshold,
     "mag-cache": MagCacheConfig.threshold,
-    "taylorseer-cache": TaylorSeerCacheConfig.cache_interval,
+    "taylorseer-cache": 3,
 }
-"""The libraries' own."""
+"""The libraries' own, but for TaylorSeer's, whose 5 loses too much (docs/performance.md)."""
 
 _WARM_UP = 2  # whole steps that a first extrapolation needs
 _SAMPLE = 16  # numbers of each parameter that tell models apart

@@ -44,7 +44,6 @@ _WORKSPACE_BYTES = 2**25  # of matrix products
 # Operations a second of attention on one H200, beside generate.estimate's (docs/performance.md);
 # tests/train/test_estimate.py holds the rows that none was fitted to against them
 _BACKWARD_RATE = 559e12  # compiled steps that keep attention's outputs, at 2048^2 and 4096^2
-_LOCAL_RATE = 254e12  # both ways; the one step with local attention, at 4096^2
 _EAGER_RATE = 312e12  # both ways, by flash; the two steps at 2048^2 that were not compiled
 _EAGER_TOKENS = 12_000  # at least: at 1024^2 launches cost as much again
 _BACKWARD = 2.5  # attention's backward pass, in forwards
@@ -239,23 +238,21 @@ def estimate_seconds(
         None for what was not measured, or cannot be told by what was.
     """
     split = config.shard or config.context_parallel > 1
-    known = not split and not is_variant(config.adapter.kind)
+    known = not split and not is_variant(config.adapter.kind) and keys is None
     least = RATES_TOKENS if compiled else _EAGER_TOKENS
     if not known or transformer.inner_dim != RATES_WIDTH or config.batch_size * tokens < least:
         return None
-    forward = count_forward(transformer, tokens, keys)
+    forward = count_forward(transformer, tokens)
     linear = 3 * forward.linear / LINEAR_RATE[compiled]
     backward = _BACKWARD * forward.attention / _BACKWARD_RATE
     once = forward.attention / ATTENTION_RATE
     both = (2 + _BACKWARD) * forward.attention
-    match (*way, compiled, keys is not None):
-        case ("resident" | "offload", "full", True, False):
+    match (*way, compiled):
+        case ("resident" | "offload", "full", True):
             return linear + 2 * once + backward
-        case ("resident", "selective", True, False):
+        case ("resident", "selective", True):
             return linear + once + backward
-        case ("resident", "full", True, True):
-            return linear + both / _LOCAL_RATE
-        case ("resident", "full", False, False):
+        case ("resident", "full", False):
             return linear + both / _EAGER_RATE
     return None
 
