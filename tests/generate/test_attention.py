@@ -73,7 +73,8 @@ def test_each_shape_is_timed_once(adapted, sample, choose):
 
 
 def test_both_shapes_of_a_progressive_picture_are_timed(adapted, choose):
-    assert choose(adapted(), parts=["progressive=0.5"]) == [(1, 2 * 3 + 64, 2, 32), WIDE]
+    pipe = adapted(policy=urae.ResolutionPolicy(native_sequence_length=2 * 3 + 64))
+    assert choose(pipe, parts=["progressive=0.5"]) == [(1, 2 * 3 + 64, 2, 32), WIDE]
 
 
 def test_a_gpu_that_comes_later_is_chosen_for(adapted, sample, choose, monkeypatch):
