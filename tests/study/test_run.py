@@ -130,7 +130,7 @@ def test_cells_in_several_processes(study, two_cells):
     assert len({json.loads(file.read_text())["figures"]["held_out_loss"] for file in files}) == 2
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_fails_leaves_the_others_alone(workers, caplog):
     done = []
     errors = run._run_all(math.sqrt, [4.0, -1.0, 9.0, -4.0], workers, lambda: done.append(1))
