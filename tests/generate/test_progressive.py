@@ -94,6 +94,17 @@ def test_the_last_step_is_whole(adapted, draw):
     assert draw(progressive(adapted(), 0.99), num_inference_steps=1)[1] == [64]
 
 
+def test_a_preset_hands_over_at_a_high_noise_level(adapted, draw):
+    pipe = urae.optimize(adapted(), speed="fast", parts=["taylorseer-cache=1"])
+    _, tokens = draw(pipe, num_inference_steps=40)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    early = tokens.count(16)
+    assert 0 < early < round(0.35 * 40)
+    assert sigmas[early] >= 0.95 > sigmas[early + 1]
+    named = urae.optimize(pipe, speed="fast", parts=["taylorseer-cache=1", "progressive=0.35"])
+    assert draw(named, num_inference_steps=40)[1].count(16) == round(0.35 * 40)
+
+
 def test_a_native_picture_is_made_whole(adapted, draw):
     pipe = adapted()
     wanted, _ = draw(pipe, side=64)

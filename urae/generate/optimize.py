@@ -22,7 +22,7 @@ from urae.generate.finite import check_finite
 from urae.generate.joined_adapters import join_adapters
 from urae.generate.memory import Memory
 from urae.generate.parts import BARS, EXACT, SCHEDULED, Part, PartName, Speed, resolve_parts
-from urae.generate.progressive import Progressive
+from urae.generate.progressive import PRESET_LEVEL, Progressive
 from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
 from urae.generate.speed import can_compile, check_compiler, compile_blocks, list_blocks
@@ -232,7 +232,9 @@ def _apply(
             return keep_constants(pipe.transformer)
         case "progressive":
             assert part.strength is not None
-            return Progressive(pipe, schedule, part.strength).attach(pipe.transformer)
+            level = PRESET_LEVEL if part.is_preset else 0.0
+            early = Progressive(pipe, schedule, part.strength, least_level=level)
+            return early.attach(pipe.transformer)
         case "compile":
             return compile_blocks(pipe.transformer)
         case "striped-vae" | "tiled-vae":

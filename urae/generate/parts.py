@@ -6,7 +6,7 @@ miniature at 1024 x 1024 (`benchmarks/speed_quality.py`), and not before.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
 from urae.generate.step_cache import DEFAULT_STRENGTH
@@ -82,6 +82,8 @@ class Part:
     """Which."""
     strength: float | None = None
     """Higher is faster and further from exact; None where there is nothing to set."""
+    is_preset: bool = False
+    """Whether nobody named it."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PartName):
@@ -141,7 +143,7 @@ def resolve_parts(speed: Speed | None, parts: Sequence[str] = ()) -> tuple[Part,
             if _exclude(part, other):
                 raise ValueError(f"parts {other} and {part} exclude each other; name one of them")
     for text in PRESETS[speed] if speed else ():
-        part = Part.parse(text)
+        part = replace(Part.parse(text), is_preset=True)
         if not any(_exclude(part, other) for other in chosen):
             chosen.append(part)
     names = get_args(PartName)

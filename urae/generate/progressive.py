@@ -47,6 +47,11 @@ from urae.resolution import find_policy, read_base_policy, widen_ids
 logger = logging.getLogger(__name__)
 
 
+PRESET_LEVEL = 0.95
+"""Noise level down to which a preset may stay at half the side. On the miniature textures of the
+small picture show from 0.92 on, whatever share of the steps that is (docs/performance.md)."""
+
+
 class Progressive:
     """Early steps at half the side, on one transformer.
 
@@ -54,12 +59,15 @@ class Progressive:
         pipe: That will run; only `FluxPipeline` starts at noise and has no second picture.
         schedule: Follows it; attached before this.
         share: Of the steps that are early, 0 to 1; the last step never is.
+        least_level: Noise level, 0 to 1, below which no whole step may be the first.
 
     Raises:
         ValueError: If the pipe is another one.
     """
 
-    def __init__(self, pipe: Any, schedule: Schedule, share: float) -> None:
+    def __init__(
+        self, pipe: Any, schedule: Schedule, share: float, *, least_level: float = 0.0
+    ) -> None:
         if not isinstance(pipe, FluxPipeline):
             raise ValueError(
                 f"progressive resolution goes with FluxPipeline; a {type(pipe).__name__} begins at "
@@ -67,6 +75,7 @@ class Progressive:
             )
         self._schedule = schedule
         self._share = share
+        self._least_level = least_level
         self._base_policy = read_base_policy(pipe.config.get("_name_or_path"))
         self._decided = 0  # for which picture
         self._is_whole = False
@@ -95,7 +104,8 @@ class Progressive:
     @property
     def _num_early(self) -> int:
         steps = self._schedule.num_steps
-        return min(round(self._share * steps), steps - 1)
+        high = sum(sigma >= self._least_level for sigma in self._schedule.sigmas)
+        return min(round(self._share * steps), steps - 1, max(high - 1, 0))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(
