@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -150,7 +149,7 @@ def choose_parts(
     parts: Sequence[str],
     *,
     compiled: bool,
-    unfit: Mapping[PartName, str] = MappingProxyType({}),
+    unfit: Mapping[PartName, str],
 ) -> tuple[Part, ...]:
     """List the parts to put in place, in order.
 

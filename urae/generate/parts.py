@@ -68,7 +68,7 @@ _EXCLUSIVE: tuple[tuple[PartName, ...], ...] = (
 )
 _STRENGTHS: Mapping[str, float] = {
     **{str(name): strength for name, strength in DEFAULT_STRENGTH.items()},
-    "progressive": 0.35,  # of the steps; from 0.5 on textures suffer (docs/performance.md)
+    "progressive": 0.35,  # of the steps; with 0.5 textures suffer (docs/performance.md)
 }
 _WHOLE: tuple[PartName, ...] = ("taylorseer-cache",)  # strengths that are counts
 _SHARES: tuple[PartName, ...] = ("progressive",)  # and those that are shares
