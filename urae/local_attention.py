@@ -208,6 +208,7 @@ class LocalForward:
 
     def __init__(self, native_side: int) -> None:
         self.native_side = native_side
+        self.is_on = True  # or full for now
         self._pattern: LocalAttention | None = None
         self._ids: Tensor | None = None
         self._grid = (0, 0)
@@ -267,7 +268,7 @@ class LocalForward:
 
     def _find_pattern(self, arguments: dict[str, Any], given_ids: Tensor) -> LocalAttention | None:
         image_ids, text_ids = arguments["img_ids"], arguments["txt_ids"]
-        if image_ids.shape[-2] <= self.native_side**2:
+        if not self.is_on or image_ids.shape[-2] <= self.native_side**2:
             return None
         if given_ids is not self._ids:
             self._ids, self._grid = given_ids, find_grid(image_ids)

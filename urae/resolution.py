@@ -307,13 +307,14 @@ def remove_policy(module: nn.Module) -> None:
         module.pos_embed = positions.stock
 
 
-def change_policy(module: nn.Module, policy: ResolutionPolicy) -> None:
+def change_policy(module: nn.Module, policy: ResolutionPolicy) -> ResolutionPositions:
     """Let an adapted transformer follow another policy; its adapters stay what they are."""
     before = find_policy(module)
     assert before is not None
     after = apply_policy(module, policy, before.adapter_names)
     after.adapter_sources = before.adapter_sources
     after.adapters_4k = before.adapters_4k
+    return after
 
 
 def find_policy(module: nn.Module) -> ResolutionPositions | None:

@@ -95,8 +95,11 @@ def test_a_backend_of_the_user_or_of_local_attention_is_kept(adapted, sample, ch
     assert choose(pipe) == []
     urae.restore(pipe)
     assert backends(pipe) == {AttentionBackendName.NATIVE}
-    local = adapted(policy=urae.ResolutionPolicy(attention="local"))
-    assert choose(local) == []
+    tiny = urae.ResolutionPolicy(native_sequence_length=64 + 64, attention="local")
+    local = adapted(policy=tiny)
+    assert choose(local) == [WIDE]  # within the native size it is full
+    sample(local, 512, 512)
+    assert len(choose(local)) == 1
 
 
 def test_a_backend_with_wrong_outputs_is_named():

@@ -71,7 +71,8 @@ def test_strengths_default_to_the_libraries_own():
         (["taylorseer-cache=2.5"], "must be a whole number from 1"),
         (["taylorseer-cache=0"], "must be a whole number from 1"),
         (["mag-cache", "taylorseer-cache"], "mag-cache=0.06 and taylorseer-cache=3 exclude"),
-        (["progressive=1"], "strength 1.0 of progressive must be a number from 0 and below 1"),
+        (["progressive=1.1"], "strength 1.1 of progressive must be a number from 0 to 1"),
+        (["local-attention=2"], "strength 2.0 of local-attention must be a number from 0 to 1"),
         (["fp8", "4bit"], "exclude each other"),
         (["joined-adapters", "merged-adapters"], "exclude each other"),
         (["compile", "compile"], "exclude each other"),
@@ -88,6 +89,7 @@ def test_a_speed_that_is_none(load_pipe):
 
 
 def find(load_pipe, speed, **settings):
+    settings = {"known": {}, **settings}
     return optimize.find_unfit(speed, load_pipe().transformer, CPU, **settings)
 
 
@@ -103,7 +105,9 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     assert "fp8" in names(choose_parts("fast", ["fp8"], compiled=False, unfit=unfit))
     assert not find(load_pipe, "exact")
     assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
-    assert find(load_pipe, "turbo", whole="it is small")["progressive"] == "it is small"
+    small = find(load_pipe, "turbo", known={"progressive": "it is small"})
+    assert small["progressive"] == "it is small"
+    assert small["local-attention"] == "it is faster on CUDA GPUs only"
     other = find(load_pipe, "turbo", plain=False)
     assert set(other) >= set(parts.SCHEDULED)
     assert other["progressive"] == "it goes with FluxPipeline, which this is not"
@@ -119,9 +123,9 @@ def test_presets_go_with_every_pipeline(load_pipe, speed, caplog):
 def test_weights_that_are_quantised_stay_so(load_pipe, monkeypatch):
     monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
     transformer = load_pipe().transformer
-    assert "fp8" not in optimize.find_unfit("fast", transformer, CPU)
+    assert "fp8" not in optimize.find_unfit("fast", transformer, CPU, known={})
     quantize.quantize_blocks(transformer, "8bit", CPU)
-    unfit = optimize.find_unfit("fast", transformer, CPU)
+    unfit = optimize.find_unfit("fast", transformer, CPU, known={})
     assert unfit["fp8"] == "the weights are quantised already"
 
 
@@ -137,7 +141,7 @@ def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expe
 def test_few_steps_have_no_approximations_of_steps(load_pipe):
     transformer = load_pipe().transformer
     transformer.register_to_config(guidance_embeds=False)
-    found = optimize.find_unfit("fast", transformer, CPU)
+    found = optimize.find_unfit("fast", transformer, CPU, known={})
     assert set(found) == {"fp8", *parts.SCHEDULED}
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from urae.backbones.attention import CANDIDATES, Shape, backend, find_lack, pick_attention
 from urae.backbones.context_parallel import find_degree, supports_context_parallel
-from urae.resolution import find_policy
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
     """Let forwards on a GPU choose an exact attention backend; elsewhere torch decides.
 
     Each shape is timed once in a process: a picture of another size, the later steps of a
-    progressive one. A backend that the user has set is kept, and so is that of local attention.
+    progressive one. A backend that the user has set is kept, and so is that of a local forward.
 
     Args:
         transformer: A stock FLUX transformer, adapted or not.
@@ -35,8 +34,6 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
     """
     processors = list(transformer.attn_processors.values())
     chosen: AttentionBackendName | None = None
-    positions = find_policy(transformer)
-    is_local = positions is not None and positions.policy.attention == "local"
 
     def set_all(name: AttentionBackendName | None) -> None:
         nonlocal chosen
@@ -44,10 +41,18 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
             processor._attention_backend = name
         chosen = name
 
+    def release() -> None:
+        for processor in processors:
+            if processor._attention_backend == chosen:
+                processor._attention_backend = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(_module: nn.Module, _args: Any, _kwargs: dict[str, Any]) -> None:
+        release()
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def choose(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        taken = any(each._attention_backend not in (None, chosen) for each in processors)
-        if taken or is_local:
+        if any(each._attention_backend is not None for each in processors):
             return
         tokens = kwargs["hidden_states"]
         if not _decides(tokens.device):
@@ -60,13 +65,17 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
         names = (n for n in list_candidates() if degree == 1 or supports_context_parallel(n))
         set_all(_find_fastest(tuple(names), shape, tokens.dtype, tokens.device))
 
-    def undo() -> None:
-        hook.remove()
-        for processor in processors:
-            if processor._attention_backend == chosen:
-                processor._attention_backend = None
+    # before and after the policy's hook, which sets one where a forward is local
+    hooks = [
+        transformer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+        transformer.register_forward_pre_hook(choose, with_kwargs=True),
+    ]
 
-    hook = transformer.register_forward_pre_hook(choose, with_kwargs=True)
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+        release()
+
     return undo
 
 

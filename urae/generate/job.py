@@ -57,7 +57,7 @@ from urae.generate.optimize import (
     choose_parts,
     find_unfit,
 )
-from urae.generate.parts import BARS, EXACT, Part, find_bits
+from urae.generate.parts import BARS, EXACT, Part, PartName, find_bits
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.progressive import can_halve
 from urae.generate.quantize import build_quantization, check_quantization
@@ -138,7 +138,7 @@ def _generate(
         config.speed,
         meta["transformer"],
         device,
-        whole=_find_why_whole(config, sampling, model_path),
+        known=_find_unfit(config, sampling, model_path, len(pictures) < ranks.count),
         memory=config.memory,
     )
     parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
@@ -181,18 +181,26 @@ def _generate(
     return paths
 
 
-def _find_why_whole(config: GenerateConfig, sampling: Sampling, model_path: Path) -> str | None:
-    """Say why a preset's pictures may have no step at half the side, if something is against it."""
+def _find_unfit(
+    config: GenerateConfig, sampling: Sampling, model_path: Path, shared: bool
+) -> dict[PartName, str]:
+    """Say which approximations of a preset such pictures exclude, alone or `shared` by GPUs."""
     if config.speed not in BARS:
-        return None
-    if not can_halve(config.height, config.width):
-        return "half the sides are no multiples of 16 pixels"
+        return {}
     adapters = [*map(read_adapter, config.adapters)]
     policy = choose_policy(config.policy, adapters, model_path)
     tokens = num_image_tokens(config.height, config.width) + sampling.max_sequence_length
     if tokens <= policy.native_sequence_length:
-        return "the pictures are within the native size"
-    return ONLY_4K if adapters and all(map(is_4k, adapters)) else None
+        reason = "the pictures are within the native size"
+        return {"local-attention": reason, "progressive": reason}
+    unfit: dict[PartName, str] = {}
+    if shared:
+        unfit["local-attention"] = "GPUs share a picture, and each would hold a part of the keys"
+    if not can_halve(config.height, config.width):
+        unfit["progressive"] = "half the sides are no multiples of 16 pixels"
+    elif adapters and all(map(is_4k, adapters)):
+        unfit["progressive"] = ONLY_4K
+    return unfit
 
 
 def _list_tiers(

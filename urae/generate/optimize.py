@@ -4,7 +4,6 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,15 +18,22 @@ from urae.generate.constants import keep_constants
 from urae.generate.estimate import QUANTIZED
 from urae.generate.finite import check_finite
 from urae.generate.joined_adapters import join_adapters
+from urae.generate.local_steps import attend_locally
 from urae.generate.memory import Memory
 from urae.generate.parts import BARS, EXACT, SCHEDULED, Part, PartName, Speed, resolve_parts
 from urae.generate.progressive import PRESET_LEVEL, Progressive
 from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
-from urae.generate.speed import can_compile, check_compiler, compile_blocks, list_blocks
+from urae.generate.speed import (
+    can_compile,
+    check_compiler,
+    compile_blocks,
+    find_compiler_lack,
+    list_blocks,
+)
 from urae.generate.step_cache import StepCache, StepCacheKind
 from urae.generate.vae_parts import decode_in_stripes, decode_tiled
-from urae.resolution import change_policy, find_policy
+from urae.resolution import find_policy
 from urae.undo import keep_undo, undo
 
 logger = logging.getLogger(__name__)
@@ -68,14 +74,13 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     check_machine(parts, device)
     compiled = speed is not None and can_compile(device)
     positions = find_policy(transformer)
-    only_4k = positions is not None and positions.is_only_4k
-    unfit = find_unfit(
-        speed,
-        transformer,
-        device,
-        plain=isinstance(pipe, FluxPipeline),
-        whole=ONLY_4K if only_4k else None,
-    )
+    known: dict[PartName, str] = {}
+    if positions is None:
+        known["local-attention"] = "the pipeline is not adapted"
+    elif positions.is_only_4k:
+        known["progressive"] = ONLY_4K
+    plain = isinstance(pipe, FluxPipeline)
+    unfit = find_unfit(speed, transformer, device, plain=plain, known=known)
     apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
     return pipe
 
@@ -102,7 +107,7 @@ def find_unfit(
     device: torch.device,
     *,
     plain: bool = True,
-    whole: str | None = None,
+    known: Mapping[PartName, str],
     memory: Memory = "auto",
 ) -> dict[PartName, str]:
     """Say which approximations of a preset do not go here, and why.
@@ -112,16 +117,18 @@ def find_unfit(
         transformer: On the meta device where its weights are not loaded yet.
         device: Where it will run.
         plain: Whether the pipeline is a `FluxPipeline`.
-        whole: Why no step may be at half the side, if something else speaks against it.
+        known: What else speaks against some, by part.
         memory: Where its weights will live.
     """
-    unfit: dict[PartName, str] = {}
     if speed not in BARS:
-        return unfit
+        return {}
+    unfit = dict(known)
     if fault := _find_fp8_fault(transformer, device, memory):
         unfit["fp8"] = fault
-    if whole is not None:
-        unfit["progressive"] = whole
+    if device.type != "cuda":
+        unfit["local-attention"] = "it is faster on CUDA GPUs only"
+    elif lack := find_compiler_lack(device):
+        unfit["local-attention"] = f"it needs {lack}"
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:
@@ -194,7 +201,7 @@ def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:
         schedule = Schedule(pipe)
         for part in parts:
             stack.callback(_apply(part, pipe, schedule, parts, device))
-        if any(part.name in SCHEDULED for part in parts):
+        if any(part.is_scheduled for part in parts):
             stack.callback(schedule.attach(transformer).remove)
         stack.callback(check_finite(transformer, parts))
         # first of all that are there by now, which look for inputs by name
@@ -222,7 +229,8 @@ def _apply(
         case "fp8" | "8bit" | "4bit":
             return quantize_blocks(pipe.transformer, part.name, device)
         case "local-attention":
-            return _attend_locally(pipe.transformer)
+            assert part.strength is not None
+            return attend_locally(pipe.transformer, schedule, part.strength)
         case "attention-backend":
             return use_fastest_attention(pipe.transformer)
         case "joined-adapters" | "merged-adapters":
@@ -241,20 +249,6 @@ def _apply(
             return decode(pipe.vae) if pipe.vae is not None else lambda: None
         case _:
             return _cache_steps(part.name, part, pipe, schedule, parts)
-
-
-def _attend_locally(transformer: Any) -> Undo:
-    """Let the policy of an adapted transformer say `local`."""
-    positions = find_policy(transformer)
-    if positions is None:
-        logger.warning(
-            "local attention is for pictures beyond the native size of an adapted pipeline, which "
-            "this is not: nothing changes"
-        )
-        return lambda: None
-    before = positions.policy
-    change_policy(transformer, replace(before, attention="local"))
-    return lambda: change_policy(transformer, before)
 
 
 def _cache_steps(

@@ -47,19 +47,20 @@ _MEASURED = (*_PAYING, "fp8", "progressive=0.35", "taylorseer-cache=3")
 PRESETS: dict[Speed, tuple[str, ...]] = {
     "exact": _PAYING,
     "fast": _MEASURED,
-    "turbo": _MEASURED,  # nothing faster is good enough yet: with a cache of 5 a quarter is lost
+    "turbo": (*_MEASURED, "local-attention=0.92"),
 }
 BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}
 """What a preset's pictures may lose at most of the scene check's share: the lower end of the 95%
 interval of the difference. What they gain does not count against it."""
 
 SCHEDULED: tuple[PartName, ...] = (
+    "local-attention",
     "progressive",
     "first-block-cache",
     "mag-cache",
     "taylorseer-cache",
 )
-"""Parts that act on some steps only."""
+"""Parts that can act on some steps only."""
 _EXCLUSIVE: tuple[tuple[PartName, ...], ...] = (
     get_args(Bits),
     ("first-block-cache", "mag-cache", "taylorseer-cache"),
@@ -68,10 +69,11 @@ _EXCLUSIVE: tuple[tuple[PartName, ...], ...] = (
 )
 _STRENGTHS: Mapping[str, float] = {
     **{str(name): strength for name, strength in DEFAULT_STRENGTH.items()},
+    "local-attention": 1.0,  # noise level from which on it is local: in all steps
     "progressive": 0.35,  # of the steps; with 0.5 textures suffer (docs/performance.md)
 }
 _WHOLE: tuple[PartName, ...] = ("taylorseer-cache",)  # strengths that are counts
-_SHARES: tuple[PartName, ...] = ("progressive",)  # and those that are shares
+_TO_ONE: tuple[PartName, ...] = ("local-attention", "progressive")  # and those that are shares
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,20 @@ class Part:
         if self.name not in _STRENGTHS:
             raise ValueError(f"part {self.name} has no strength to set; leave out ={self.strength}")
         least = 1 if self.name in _WHOLE else 0
-        most = 1 if self.name in _SHARES else math.inf
-        inside = least <= self.strength < most
+        most = 1 if self.name in _TO_ONE else math.inf
+        inside = least <= self.strength <= most and math.isfinite(self.strength)
         if not inside or (self.name in _WHOLE and self.strength != round(self.strength)):
             kind = "whole number" if self.name in _WHOLE else "number"
-            below = f" and below {most}" if self.name in _SHARES else ""
+            to = f" to {most}" if self.name in _TO_ONE else ""
             raise ValueError(
-                f"strength {self.strength} of {self.name} must be a {kind} from {least}{below}"
+                f"strength {self.strength} of {self.name} must be a {kind} from {least}{to}"
             )
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether it has to know the step."""
+        always = self.name == "local-attention" and self.strength == 1
+        return self.name in SCHEDULED and not always
 
     @classmethod
     def parse(cls, text: str) -> Self:

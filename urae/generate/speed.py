@@ -54,7 +54,7 @@ def can_compile(device: torch.device) -> bool:
     """Tell whether blocks can be compiled where they run: on a GPU, with a compiler."""
     if device.type != "cuda":
         return False
-    if lack := _find_lack(device):
+    if lack := find_compiler_lack(device):
         logger.warning("the blocks are not compiled, and slower for it: that needs %s", lack)
     return lack is None
 
@@ -65,14 +65,14 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ValueError: If what generates or compiles their code is missing.
     """
-    if lack := _find_lack(device):
+    if lack := find_compiler_lack(device):
         raise ValueError(
             f"compiled blocks need {lack}, which this machine lacks; install it (compilers come "
             "with apt-get install build-essential), or leave out compile"
         )
 
 
-def _find_lack(device: torch.device) -> str | None:
+def find_compiler_lack(device: torch.device) -> str | None:
     """Say what compiling for a device needs and this machine lacks, if anything."""
     if device.type == "cuda":
         if not has_triton():
