@@ -89,7 +89,7 @@ def test_a_speed_that_is_none(load_pipe):
 
 
 def find(load_pipe, speed, **settings):
-    settings = {"known": {}, **settings}
+    settings = {"compiled": False, "known": {}, **settings}
     return optimize.find_unfit(speed, load_pipe().transformer, CPU, **settings)
 
 
@@ -107,7 +107,8 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
     small = find(load_pipe, "turbo", known={"progressive": "it is small"})
     assert small["progressive"] == "it is small"
-    assert small["local-attention"] == "it is faster on CUDA GPUs only"
+    assert small["local-attention"].startswith("it has to be compiled")
+    assert "local-attention" not in find(load_pipe, "turbo", compiled=True)
     other = find(load_pipe, "turbo", plain=False)
     assert set(other) >= set(parts.SCHEDULED)
     assert other["progressive"] == "it goes with FluxPipeline, which this is not"
@@ -123,9 +124,9 @@ def test_presets_go_with_every_pipeline(load_pipe, speed, caplog):
 def test_weights_that_are_quantised_stay_so(load_pipe, monkeypatch):
     monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
     transformer = load_pipe().transformer
-    assert "fp8" not in optimize.find_unfit("fast", transformer, CPU, known={})
+    assert "fp8" not in optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
     quantize.quantize_blocks(transformer, "8bit", CPU)
-    unfit = optimize.find_unfit("fast", transformer, CPU, known={})
+    unfit = optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
     assert unfit["fp8"] == "the weights are quantised already"
 
 
@@ -141,7 +142,7 @@ def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expe
 def test_few_steps_have_no_approximations_of_steps(load_pipe):
     transformer = load_pipe().transformer
     transformer.register_to_config(guidance_embeds=False)
-    found = optimize.find_unfit("fast", transformer, CPU, known={})
+    found = optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
     assert set(found) == {"fp8", *parts.SCHEDULED}
 
 
@@ -382,7 +383,11 @@ def test_fp8_is_dynamic_with_a_scale_a_row():
 
     built = quantize._build_torchao("fp8")
     assert all(isinstance(each, PerRow) for each in built.granularity)
-    assert not built.set_inductor_config
+
+
+@pytest.mark.parametrize("bits", ["fp8", "8bit"])
+def test_how_the_process_compiles_is_left_alone(bits):
+    assert not quantize._build_torchao(bits).set_inductor_config
 
 
 def test_what_cannot_be_quantised_here(adapted, monkeypatch):

@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
+from torch._dynamo.testing import CompileCounter
 
 import urae
 from urae.adapters.attach import active_adapters
@@ -175,6 +176,19 @@ def test_other_parts_beside_it(adapted, draw, other):
     pipe = progressive(adapted(), 0.5, other)
     for _ in range(2):
         assert torch.equal(draw(pipe)[0], wanted)
+
+
+def test_early_steps_are_not_compiled(adapted, draw, rel, monkeypatch):
+    wanted, _ = draw(progressive(adapted(), 0.5))
+    torch._dynamo.reset()
+    counter, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_function(f, backend=counter))
+    pipe = progressive(adapted(), 0.5, "compile")
+    for _ in range(2):
+        assert rel(draw(pipe)[0], wanted) < 1e-5
+    assert counter.frame_count == 2  # both kinds of blocks, in one size
+    draw(progressive(pipe, 0, "compile"), side=64)
+    assert counter.frame_count == 4
 
 
 def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):

@@ -138,6 +138,7 @@ def _generate(
         config.speed,
         meta["transformer"],
         device,
+        compiled=pays,
         known=_find_unfit(config, sampling, model_path, len(pictures) < ranks.count),
         memory=config.memory,
     )

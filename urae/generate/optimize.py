@@ -24,13 +24,7 @@ from urae.generate.parts import BARS, EXACT, SCHEDULED, Part, PartName, Speed, r
 from urae.generate.progressive import PRESET_LEVEL, Progressive
 from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
-from urae.generate.speed import (
-    can_compile,
-    check_compiler,
-    compile_blocks,
-    find_compiler_lack,
-    list_blocks,
-)
+from urae.generate.speed import can_compile, check_compiler, compile_blocks, list_blocks
 from urae.generate.step_cache import StepCache, StepCacheKind
 from urae.generate.vae_parts import decode_in_stripes, decode_tiled
 from urae.resolution import find_policy
@@ -80,7 +74,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     elif positions.is_only_4k:
         known["progressive"] = ONLY_4K
     plain = isinstance(pipe, FluxPipeline)
-    unfit = find_unfit(speed, transformer, device, plain=plain, known=known)
+    unfit = find_unfit(speed, transformer, device, plain=plain, compiled=compiled, known=known)
     apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
     return pipe
 
@@ -107,6 +101,7 @@ def find_unfit(
     device: torch.device,
     *,
     plain: bool = True,
+    compiled: bool,
     known: Mapping[PartName, str],
     memory: Memory = "auto",
 ) -> dict[PartName, str]:
@@ -117,6 +112,7 @@ def find_unfit(
         transformer: On the meta device where its weights are not loaded yet.
         device: Where it will run.
         plain: Whether the pipeline is a `FluxPipeline`.
+        compiled: Whether a preset's compiled blocks pay here.
         known: What else speaks against some, by part.
         memory: Where its weights will live.
     """
@@ -125,10 +121,8 @@ def find_unfit(
     unfit = dict(known)
     if fault := _find_fp8_fault(transformer, device, memory):
         unfit["fp8"] = fault
-    if device.type != "cuda":
-        unfit["local-attention"] = "it is faster on CUDA GPUs only"
-    elif lack := find_compiler_lack(device):
-        unfit["local-attention"] = f"it needs {lack}"
+    if not compiled:
+        unfit["local-attention"] = "it has to be compiled, which does not pay or go here"
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:

@@ -23,6 +23,8 @@ share of early ones matters.
 A picture within the base's native size is made whole, as half of it would be smaller than the base
 knows; so is one that has no half or begins at latents that hold a picture, with a warning.
 
+Early steps run uncompiled: there are few of them, and another size takes seconds to compile.
+
 Adapters for larger pictures than the small one rest in early steps, as in the reference's
 coarse-to-fine pipelines, which load the 4K adapter when the high stage begins: 4K adapters beside
 others, and all that `urae.adapt` attached where the small picture is within the base's native size.
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 
 from urae.adapters.attach import Rest
 from urae.generate.schedule import Schedule
+from urae.generate.speed import switch_compiled
 from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
 from urae.local_attention import find_grid
 from urae.resolution import find_policy, read_base_policy, widen_ids
@@ -97,6 +100,7 @@ class Progressive:
         def detach() -> None:
             for hook in hooks:
                 hook.remove()
+            switch_compiled(transformer, True)
             self._wake(transformer)
 
         return detach
@@ -116,7 +120,9 @@ class Progressive:
         if self._decided != self._schedule.picture:
             self._decided = self._schedule.picture
             self._is_whole = self._must_be_whole(module, kwargs)
-        if self._is_whole or self._schedule.index >= self._num_early:
+        is_late = self._is_whole or self._schedule.index >= self._num_early
+        switch_compiled(module, is_late)
+        if is_late:
             self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])

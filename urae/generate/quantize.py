@@ -180,13 +180,14 @@ def _quantize_4bit(
 
 
 def _build_torchao(bits: Bits) -> Any:
+    # without the inductor settings that it recommends: they are the whole process's, and compiling
+    # a block of FLUX.1 takes minutes with them
     if bits == "8bit":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return Int8WeightOnlyConfig(version=2)
+        return Int8WeightOnlyConfig(version=2, set_inductor_config=False)
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    # the inductor settings that it recommends are the whole process's
     return Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow(), set_inductor_config=False
     )

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
 _PAYS_FROM_TOKEN_STEPS = 1_600_000
 _HOOK = "urae_compiled_forward"
-_VARIANTS = 2  # of a block: for the first size, and for any
+_VARIANTS = 3  # of a block: for the first size, with local attention too, and for any
 _TOKENS = ("hidden_states", "encoder_hidden_states")  # what the transformer hands its blocks
 _COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -54,7 +54,7 @@ def can_compile(device: torch.device) -> bool:
     """Tell whether blocks can be compiled where they run: on a GPU, with a compiler."""
     if device.type != "cuda":
         return False
-    if lack := find_compiler_lack(device):
+    if lack := _find_lack(device):
         logger.warning("the blocks are not compiled, and slower for it: that needs %s", lack)
     return lack is None
 
@@ -65,14 +65,14 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ValueError: If what generates or compiles their code is missing.
     """
-    if lack := find_compiler_lack(device):
+    if lack := _find_lack(device):
         raise ValueError(
             f"compiled blocks need {lack}, which this machine lacks; install it (compilers come "
             "with apt-get install build-essential), or leave out compile"
         )
 
 
-def find_compiler_lack(device: torch.device) -> str | None:
+def _find_lack(device: torch.device) -> str | None:
     """Say what compiling for a device needs and this machine lacks, if anything."""
     if device.type == "cuda":
         if not has_triton():
@@ -110,6 +110,18 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
             registry.remove_hook(_HOOK, recurse=False)
 
     return undo
+
+
+def switch_compiled(transformer: FluxTransformer2DModel, is_on: bool) -> None:
+    """Let forwards from here on go through compiled blocks or past them; both stay what they are.
+
+    Each size is compiled for itself, which few forwards at a small one do not pay back.
+    """
+    for block in list_blocks(transformer):
+        registry = getattr(block, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook(_HOOK)
+        if hook is not None:
+            hook.is_on = is_on
 
 
 def keep_compiled() -> None:
@@ -168,12 +180,15 @@ class _CompiledForward(ModelHook):  # type: ignore[misc]
         # torch's limit of 8 blocks would run uncompiled, and only torch's log would say so
         limit = max(num_variants, torch._dynamo.config.recompile_limit)
         self.limited = torch._dynamo.config.patch(recompile_limit=limit)
+        self.is_on = True
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.compiled = torch.compile(module.forward)
         return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_on:
+            return self.fn_ref.original_forward(*args, **kwargs)
         usual = {name: with_usual_strides(kwargs[name]) for name in _TOKENS if name in kwargs}
         with self.limited:
             return self.compiled(*args, **{**kwargs, **usual})
