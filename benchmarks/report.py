@@ -82,7 +82,7 @@ def write_report(folder: Path, parts: list[str]) -> None:
         lines += ["", *table_cache(results["cache_4k"])]
     if "cold_start" in results:
         seconds = [
-            f"{entry['first_step_seconds']:.1f} s ({name})"
+            f"{entry['steps_at'][0]:.1f} s ({name})"
             for name, entry in results["cold_start"].items()
         ]
         lines += ["", f"From the start of the process to its first step: {', '.join(seconds)}."]
@@ -170,18 +170,21 @@ def table_several(runs: dict[str, Any]) -> list[str]:
 
 
 def table_generate(result: dict[str, Any]) -> list[str]:
-    """List what each picture took from the command line."""
+    """List what pictures took from the command line: the first of a process, and a further one."""
     rows = []
     for name, entry in result.items():
         width, height = entry["pixels"]
         seconds, peaks = entry["seconds"], entry["peaks_gib"]
-        stages = [seconds.get(stage) for stage in ("load", "sample", "decode")]
+        stages = [sum(seconds["load"]), seconds["sample"][0], seconds["decode"][0]]
+        further = [seconds[stage][1] for stage in ("sample", "decode") if len(seconds[stage]) > 1]
         peak = [peaks.get(stage) for stage in ("sample", "decode")]
         where = f"{entry['memory']}{', compiled' if entry['compiled'] == 'true' else ''}"
         where += f", capped at {cap:g} GiB" if (cap := entry.get("cap_gib")) else ""
         label = f"{width} x {height}, {name}"
-        rows.append([label, entry["steps"], where, entry["total_seconds"], *stages, *peak])
+        total = entry["total_seconds"]
+        rows.append([label, entry["steps"], where, total, *stages, sum(further) or None, *peak])
     header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]
+    header.append("a further picture, sample and decode")
     return table([*header, "peak sampling, GiB", "peak decoding, GiB"], rows)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/watch.py figures.json generate "a prompt" --size 4k ...
 
-The JSON holds seconds and, on a GPU, the peak of allocated memory of each stage, and the seconds
-from the start of the process to the end of the first denoising step. URAE_BENCHMARK_CAP_GIB caps
-the device memory that torch may take.
+The JSON holds, of each stage, the seconds of every call and, on a GPU, the peak of allocated
+memory; the seconds from the start of the process to the end of each denoising step; and what the
+compiler found in its caches. URAE_BENCHMARK_CAP_GIB caps the device memory that torch may take.
 """
 
 import functools
@@ -20,12 +20,15 @@ import psutil
 
 STAGES = {
     "generate": {
+        "check": ("urae.generate.job", "check_adapters"),
         "load": ("urae.generate.job", "load_pipeline"),
         "adapt": ("urae.generate.job", "adapt"),
         "encode": ("urae.generate.job", "_encode_prompts"),
+        "parts": ("urae.generate.job", "apply_parts"),
         "place": ("urae.generate.job", "place"),
         "sample": ("diffusers.FluxPipeline", "__call__"),
         "decode": ("urae.generate.job", "decode"),
+        "write": ("urae.generate.job", "save_picture"),
     },
     "train": {
         "load": ("urae.train.loop", "load_transformer"),
@@ -36,12 +39,12 @@ STAGES = {
         "pictures": ("urae.features.encoders.Encoders", "encode_image"),
     },
 }
-FIRST = {"generate": ("diffusers.FlowMatchEulerDiscreteScheduler", "step")}
+STEP = {"generate": ("diffusers.FlowMatchEulerDiscreteScheduler", "step")}
 REST = "rest"  # before, between and after: of `train`, its steps
 
 
 class Watch:
-    """Seconds and peak memory by stage; a stage that comes twice adds up."""
+    """Seconds of every call and peak memory, by stage."""
 
     def __init__(self) -> None:
         import torch
@@ -49,10 +52,10 @@ class Watch:
         self.torch = torch
         self.on_gpu = torch.cuda.is_available()
         self.began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {}
         self.peaks: dict[str, float] = {}
         self.reserved = 0.0
-        self.first_step_seconds: float | None = None
+        self.steps_at: list[float] = []
 
     def wrap(self, owner: Any, name: str, stage: str) -> None:
         """Time every call of a function of a module or class."""
@@ -67,20 +70,19 @@ class Watch:
             finally:
                 self._take_peak(stage)
                 passed = time.perf_counter() - began
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + passed
+                self.seconds.setdefault(stage, []).append(round(passed, 2))
 
         setattr(owner, name, timed)
 
-    def wait_for_first(self, owner: Any, name: str) -> None:
-        """Note when a method is called for the first time, and what it waits for has been made."""
+    def note_steps(self, owner: Any, name: str) -> None:
+        """Note when a method is called, and what it waits for has been made."""
         function = getattr(owner, name)
 
         @functools.wraps(function)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            if self.first_step_seconds is None:
-                if self.on_gpu:
-                    self.torch.cuda.synchronize()
-                self.first_step_seconds = time.time() - psutil.Process().create_time()
+            if self.on_gpu:
+                self.torch.cuda.synchronize()
+            self.steps_at.append(round(time.time() - psutil.Process().create_time(), 2))
             return function(*args, **kwargs)
 
         setattr(owner, name, noted)
@@ -105,12 +107,23 @@ class Watch:
         self._take_peak(REST)
         return {
             "total_seconds": round(time.perf_counter() - self.began, 2),
-            "first_step_seconds": self.first_step_seconds and round(self.first_step_seconds, 2),
-            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
+            "steps_at": self.steps_at,
+            "seconds": self.seconds,
+            "compiler": _count_compiled(),
             "peaks_gib": {stage: round(value, 2) for stage, value in self.peaks.items()},
             "peak_gib": round(max(self.peaks.values()), 2) if self.peaks else None,
             "reserved_gib": round(self.reserved, 2) if self.on_gpu else None,
         }
+
+
+def _count_compiled() -> dict[str, int]:
+    """Count graphs that were found in the compiler's caches, were not, or went past them."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return {}
+    from torch._dynamo.utils import counters
+
+    found = {**counters["aot_autograd"], **counters["inductor"]}
+    return {name: count for name, count in found.items() if "cache_" in name}
 
 
 def main() -> None:
@@ -124,8 +137,8 @@ def main() -> None:
     watch = Watch()
     for stage, (owner, name) in STAGES.get(arguments[0], {}).items():
         watch.wrap(_find(owner), name, stage)
-    if first := FIRST.get(arguments[0]):
-        watch.wait_for_first(_find(first[0]), first[1])
+    if step := STEP.get(arguments[0]):
+        watch.note_steps(_find(step[0]), step[1])
     if cap := os.environ.get("URAE_BENCHMARK_CAP_GIB"):
         watch.cap(float(cap))
     sys.argv = ["urae", *arguments]

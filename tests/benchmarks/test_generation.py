@@ -36,7 +36,7 @@ def test_every_part_of_generation_is_one_of_the_benchmark():
 def test_parts_run_at_a_small_shape(tmp_path):
     folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     parts = ["base", "generate_4k_schnell_turbo", "generate_2k_streamed_8gib", "cold_start"]
-    parts.append("cache_4k")
+    parts += ["generate_2k_turbo", "cache_4k"]
     run = [sys.executable, "benchmarks/h200.py", "--shape", "tiny", *folders, "--parts", *parts]
     subprocess.run(run, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     found = {part: json.loads((tmp_path / "out" / f"{part}.json").read_text()) for part in parts}
@@ -48,7 +48,10 @@ def test_parts_run_at_a_small_shape(tmp_path):
         8,
     )
     for each in found["cold_start"]["result"].values():
-        assert 0 < each["first_step_seconds"] < each["total_seconds"] + 60
+        assert 0 < each["steps_at"][0] < each["total_seconds"] + 60
+    fast = found["generate_2k_turbo"]["result"]["2K LoRA, turbo"]
+    assert [len(fast["seconds"][stage]) for stage in ("load", "sample", "decode")] == [1, 2, 2]
+    assert len(fast["steps_at"]) == 2 * fast["steps"]
     pictures = found["cache_4k"]["result"]["pictures at 4096^2, cap 10 GiB"]
     assert pictures["pictures_per_second"] > 0
     assert "captions" not in pictures["seconds"]  # they came before
