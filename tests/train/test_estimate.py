@@ -12,6 +12,7 @@ from urae.adapters.attach import attach_trainable
 from urae.adapters.files import LowRank
 from urae.backbones.flux import build_meta_models, load_transformer, predict_velocity
 from urae.backbones.weights import find_attention_linears
+from urae.local_attention import build_local_attention
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig
 from urae.train.adapter import attach_for_training
 from urae.train.chunks import chunk_mlps
@@ -62,6 +63,8 @@ def test_a_step_is_what_was_measured(flux, kind, measured):
         ("minor", 2048, Way("offload", "full"), 25.23),
         ("minor", 4096, Way("resident", "selective"), 75.7),
         ("minor", 4096, Way("resident", "full"), 53.4),
+        ("minor", 4096, Way("resident", "full"), 52.3),
+        ("minor", 2048, Way("streamed", "full"), 3.64),
     ],
 )
 def test_other_ways_take_what_was_measured(flux, kind, side, way, measured):
@@ -79,6 +82,8 @@ def test_other_ways_take_what_was_measured(flux, kind, side, way, measured):
         (2048, ("resident", "full"), True, 2.72),
         (2048, ("resident", "full"), True, 2.76),  # minor
         (2048, ("offload", "full"), True, 2.85),
+        (4096, ("resident", "full"), True, 28.5),
+        (2048, ("streamed", "full"), True, 3.15),  # fitted to
     ],
 )
 def test_a_step_takes_the_time_that_was_measured(flux, side, way, compiled, measured):
@@ -87,15 +92,28 @@ def test_a_step_takes_the_time_that_was_measured(flux, side, way, compiled, meas
     assert found == pytest.approx(measured, rel=0.1)
 
 
+def test_a_step_with_local_attention_takes_the_time_that_was_measured(flux):
+    """The row that its rate was fitted to; a larger picture takes about as much a token."""
+    way = Way("resident", "selective")
+    pattern = build_local_attention(256, 256, 512, 64, torch.device("cpu"))
+    found, larger = (
+        estimate_seconds(flux, config(), tokens, way, compiled=True, keys=pattern.num_keys)
+        for tokens in (TOKENS[4096], 2 * TOKENS[4096])
+    )
+    assert found == pytest.approx(7.99, rel=0.02)
+    assert larger == pytest.approx(2 * found, rel=0.01)
+
+
 def test_what_was_not_measured_has_no_time(flux):
     def find(run, tokens=TOKENS[2048], way=("resident", "full"), compiled=True, keys=None):
         return estimate_seconds(flux, run, tokens, Way(*way), compiled=compiled, keys=keys)
 
     assert find(config()) is not None
-    for tier in ("streamed", "8bit", "4bit"):
+    for tier in ("8bit", "4bit"):
         assert find(config(), way=(tier, "full")) is None
-    for way in (("resident", "off"), ("offload", "selective")):
+    for way in (("resident", "off"), ("offload", "selective"), ("streamed", "selective")):
         assert find(config(), way=way) is None
+    assert find(config(), way=("streamed", "full"), compiled=False) is None
     assert find(config(), keys=7954.5) is None
     assert find(config(), compiled=False, tokens=TOKENS[1024]) is None
     assert find(config(), tokens=512) is None

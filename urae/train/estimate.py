@@ -46,6 +46,8 @@ _WORKSPACE_BYTES = 2**25  # of matrix products
 _BACKWARD_RATE = 559e12  # compiled steps that keep attention's outputs, at 2048^2 and 4096^2
 _EAGER_RATE = 312e12  # both ways, by flash; the two steps at 2048^2 that were not compiled
 _EAGER_TOKENS = 12_000  # at least: at 1024^2 launches cost as much again
+_LOCAL_RATE = 389e12  # both ways, by flex; the one compiled step with local attention, at 4096^2
+_STREAMED = 1.15  # times the same with resident weights; the one such step, at 2048^2
 _BACKWARD = 2.5  # attention's backward pass, in forwards
 COMPILING_SECONDS = 24.0
 """What the first compiled step took longer, and that of a second size."""
@@ -238,18 +240,24 @@ def estimate_seconds(
         None for what was not measured, or cannot be told by what was.
     """
     split = config.shard or config.context_parallel > 1
-    known = not split and not is_variant(config.adapter.kind) and keys is None
+    known = not split and not is_variant(config.adapter.kind)
     least = RATES_TOKENS if compiled else _EAGER_TOKENS
     if not known or transformer.inner_dim != RATES_WIDTH or config.batch_size * tokens < least:
         return None
-    forward = count_forward(transformer, tokens)
+    forward = count_forward(transformer, tokens, keys)
     linear = 3 * forward.linear / LINEAR_RATE[compiled]
     backward = _BACKWARD * forward.attention / _BACKWARD_RATE
     once = forward.attention / ATTENTION_RATE
     both = (2 + _BACKWARD) * forward.attention
     match (*way, compiled):
+        case ("resident", "selective", True) if keys is not None:
+            return linear + (1 + _BACKWARD) * forward.attention / _LOCAL_RATE
+        case _ if keys is not None:
+            return None
         case ("resident" | "offload", "full", True):
             return linear + 2 * once + backward
+        case ("streamed", "full", True):
+            return _STREAMED * (linear + 2 * once + backward)
         case ("resident", "selective", True):
             return linear + once + backward
         case ("resident", "full", False):
