@@ -1,5 +1,5 @@
 # make demo    install into .venv and run the whole chain on a tiny model: pictures in runs/demo/
-# make test    install and run the tests
+# make test    install and run the tests; test-slow and test-gpu run the others
 #
 # PYTHON=python3.12 picks the interpreter; a torch that .venv has already is kept, so GPU users
 # install theirs first (or name it: TORCH='torch==2.13.0 --index-url ...').
@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS := .venv/.runs
 
-.PHONY: demo test test-slow check install
+.PHONY: demo test test-slow test-gpu check install
 
 demo: $(RUNS)
 	$(BIN)/python demo/run.py
@@ -20,6 +20,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check
