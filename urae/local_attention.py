@@ -41,6 +41,7 @@ WINDOW = (5, 9)
 SMALLEST_SIDE = 8
 """Tokens; below it a tile of s/4 x s/8 would be none."""
 _BLOCK = 128  # FlexAttention's own, and s^2 / 32 of FLUX.1
+_REMEDY = "use ResolutionPolicy(attention='full') and leave out the part local-attention"
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +180,7 @@ def find_grid(image_ids: Float[Tensor, "*b tokens 3"]) -> tuple[int, int]:
     if ids.shape != grid.shape or not torch.equal(ids, grid):
         raise ValueError(
             f"local attention needs the tokens of one picture, rows first; these {len(ids)} "
-            "position ids are not (reference pictures, as Kontext's, are not supported); use "
-            "ResolutionPolicy(attention='full')"
+            f"position ids are not (reference pictures, as Kontext's, are not supported); {_REMEDY}"
         )
     return rows, columns
 
@@ -208,12 +208,12 @@ class LocalForward:
 
     def __init__(self, native_side: int) -> None:
         self.native_side = native_side
-        self.is_on = True  # or full for now
+        self.is_on = True  # or full for now, with the tokens in the same order
         self._pattern: LocalAttention | None = None
         self._ids: Tensor | None = None
         self._grid = (0, 0)
         self._chosen: dict[Any, AttentionBackendName] = {}  # by processor
-        self._compiled: list[nn.Module] = []
+        self._compiled: dict[nn.Module, Any] = {}  # attention modules, and how they are called
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(
@@ -227,6 +227,9 @@ class LocalForward:
             given_ids: The image's position ids as the caller gave them. Pipelines give the same
                 tensor in each step, so that the device is waited for once a picture.
 
+        While it is off the tokens go in the same order, since step caches carry outputs from one
+        step to the next.
+
         Returns:
             The keys that an image token sees; None where attention is full.
 
@@ -234,17 +237,20 @@ class LocalForward:
             ValueError: If the tokens are no picture, or something here excludes the mask.
         """
         self._pattern = self._find_pattern(arguments, given_ids)
+        self._release()
         if self._pattern is None:
-            self._release_backend()
             return None
         _check_possible(module, arguments)
         device = arguments["hidden_states"].device
         backend = self._choose_backend(module, device)
+        reorder_inputs(arguments, self._pattern.order)
+        if not self.is_on:
+            self._release()
+            return None
         if device.type == "cuda":
             self._compile_attention(module)
         flex = backend == AttentionBackendName.FLEX
         mask = self._pattern.block_mask if flex else self._pattern.build_mask()
-        reorder_inputs(arguments, self._pattern.order)
         given = arguments.get("joint_attention_kwargs") or {}
         arguments["joint_attention_kwargs"] = {**given, "attention_mask": mask}
         return self._pattern.num_keys
@@ -261,14 +267,12 @@ class LocalForward:
 
     def remove(self) -> None:
         """Take back what was set on the transformer."""
-        self._release_backend()
-        for attention in self._compiled:
-            attention._compiled_call_impl = None
-        self._compiled = []
+        self._release()
+        self._compiled = {}
 
     def _find_pattern(self, arguments: dict[str, Any], given_ids: Tensor) -> LocalAttention | None:
         image_ids, text_ids = arguments["img_ids"], arguments["txt_ids"]
-        if not self.is_on or image_ids.shape[-2] <= self.native_side**2:
+        if image_ids.shape[-2] <= self.native_side**2:
             return None
         if given_ids is not self._ids:
             self._ids, self._grid = given_ids, find_grid(image_ids)
@@ -291,27 +295,40 @@ class LocalForward:
             names = ", ".join(sorted(str(getattr(each, "value", each)) for each in backends))
             raise ValueError(
                 f"local attention needs the attention backend flex on a GPU, one for all blocks, "
-                f"not {names}; call transformer.reset_attention_backend(), or use "
-                "ResolutionPolicy(attention='full')"
+                f"not {names}; call transformer.reset_attention_backend(), or {_REMEDY}"
             )
         return AttentionBackendName(backends.pop())
 
-    def _release_backend(self) -> None:
+    def _release(self) -> None:
+        for attention in self._compiled:
+            attention._compiled_call_impl = None
         for processor, backend in self._chosen.items():
             if processor._attention_backend == backend:
                 processor._attention_backend = None
         self._chosen = {}
 
     def _compile_attention(self, module: Any) -> None:
-        """Compile the attention of blocks that are not compiled themselves.
+        """Compile the attention of blocks that are not compiled themselves, for this forward.
 
         FlexAttention outside of a compiled function holds all L^2 scores.
         """
         blocks: Iterable[Any] = (*module.transformer_blocks, *module.single_transformer_blocks)
         for block in blocks:
-            if block._compiled_call_impl is None and block.attn._compiled_call_impl is None:
-                block.attn.compile()
-                self._compiled.append(block.attn)
+            attention = block.attn
+            if _is_compiled(block) or attention._compiled_call_impl is not None:
+                continue
+            if attention not in self._compiled:
+                attention.compile()
+                self._compiled[attention] = attention._compiled_call_impl
+            attention._compiled_call_impl = self._compiled[attention]
+
+
+def _is_compiled(block: Any) -> bool:
+    """Tell whether a block is compiled as a whole: by torch, or by a hook that says so."""
+    registry = getattr(block, "_diffusers_hook", None)
+    hooks = () if registry is None else registry.hooks.values()
+    by_hook = any(getattr(hook, "is_compiled", False) for hook in hooks)
+    return by_hook or block._compiled_call_impl is not None
 
 
 def _check_possible(module: Any, arguments: dict[str, Any]) -> None:
@@ -319,10 +336,10 @@ def _check_possible(module: Any, arguments: dict[str, Any]) -> None:
     if parallel is not None and parallel.context_parallel_config is not None:
         raise ValueError(
             "local attention does not go with context parallelism: each rank holds a part of the "
-            "keys; use ResolutionPolicy(attention='full')"
+            f"keys; {_REMEDY}"
         )
     if "attention_mask" in (arguments.get("joint_attention_kwargs") or {}):
         raise ValueError(
             "local attention brings an attention_mask of its own; leave it out of "
-            "joint_attention_kwargs, or use ResolutionPolicy(attention='full')"
+            f"joint_attention_kwargs, or {_REMEDY}"
         )

@@ -21,6 +21,7 @@ from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
 from urae.generate.chunks import token_chunks
 from urae.generate.estimate import list_estimates
+from urae.generate.inputs import Sampling
 from urae.generate.memory import Room
 from urae.generate.parts import PRESETS
 from urae.generate.speed import pays_to_compile
@@ -523,6 +524,54 @@ def test_parts_by_name(settings, expected, tmp_path, caplog, monkeypatch):
     assert "taylorseer-cache=3: the pictures are approximations" in caplog.text
     (path,) = generate(settings(parts=("mag-cache=0",), overwrite=True, **changes))
     assert Image.open(path).tobytes() == Image.open(exact).tobytes()
+
+
+def test_the_policy_in_a_picture_is_that_of_the_adapters(settings, expected):
+    lora = (str(expected / "dev_2k_lora.safetensors"),)
+    policy = ResolutionPolicy(native_sequence_length=64 + 512)
+    parts = ("local-attention=0.8",)
+    (path,) = generate(
+        settings(adapters=lora, policy=policy, parts=parts, height=256, width=256, steps=4)
+    )
+    with Image.open(path) as image:
+        assert json.loads(image.text["policy"])["attention"] == "full"
+        assert "local-attention=0.8" in json.loads(image.text["parts"])
+
+
+def test_a_presets_local_attention_goes_where_blocks_are_compiled(
+    settings, expected, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    lora = (str(expected / "dev_2k_lora.safetensors"),)
+    policy = ResolutionPolicy(native_sequence_length=64 + 512)
+    config = settings(
+        adapters=lora, policy=policy, speed="turbo", height=256, width=256, overwrite=True
+    )
+    for pays, memory, is_local in (
+        (True, "resident", True),
+        (True, "8bit", False),
+        (False, "resident", False),
+    ):
+        monkeypatch.setattr(job_module, "pays_to_compile", lambda *_, pays=pays: pays)
+        caplog.clear()
+        (path,) = generate(replace(config, memory=memory))
+        with Image.open(path) as image:
+            found = json.loads(image.text["parts"])
+        assert ("local-attention=0.85" in found) == ("compile" in found) == is_local
+        assert ("local-attention is left out: it has to be compiled" in caplog.text) != pays
+
+
+def test_a_picture_that_gpus_share_is_not_local_by_a_preset(settings, tmp_path):
+    policy = ResolutionPolicy(native_sequence_length=64 + 64)
+    turbo = settings(speed="turbo", height=256, width=256, policy=policy)
+    sampling = Sampling(2, 3.5, 64)
+    shared, alone = (job_module._find_unfit(turbo, sampling, tmp_path, n) for n in (True, False))
+    assert "local-attention" not in alone
+    assert shared["local-attention"].startswith("GPUs share a picture")
+    native = job_module._find_unfit(
+        replace(turbo, height=64, width=64, policy=ResolutionPolicy()), sampling, tmp_path, True
+    )
+    assert set(native.values()) == {"the pictures are within the native size"}
 
 
 def test_parts_are_checked_before_weights_load(settings, no_weights):

@@ -72,7 +72,7 @@ def test_it_is_undone(adapted, draw):
     assert torch.equal(draw(pipe)[0], wanted)
 
 
-@pytest.mark.parametrize("part", ["constants", "progressive=0.25", "taylorseer-cache=1"])
+@pytest.mark.parametrize("part", ["constants", "progressive=0.25", "joined-adapters"])
 def test_other_parts_beside_it(adapted, draw, part):
     pipe = optimized(adapted(), f"local-attention={LEVEL}", part)
     latents, steps = draw(pipe)
@@ -82,10 +82,58 @@ def test_other_parts_beside_it(adapted, draw, part):
         assert torch.equal(latents, wanted)
 
 
-def test_an_adapter_that_was_trained_with_it_always_has_it(adapted, draw):
+def test_what_a_step_cache_predicts_keeps_its_tokens_in_place(adapted, sample, rel):
+    """The first local step is predicted from full ones: as if it were full."""
+
+    def run(*parts):
+        pipe = optimized(adapted(), "taylorseer-cache=3", *parts)
+        found = []
+        hook = pipe.transformer.register_forward_hook(lambda _m, _a, out: found.append(out[0]))
+        sample(pipe, 512, 512, num_inference_steps=6)
+        hook.remove()
+        return found
+
+    sigmas = [1.0, 0.9375, 0.857, 0.75, 0.6, 0.375]  # the first two are computed, and the last
+    full, local = run(), run("local-attention=0.86")
+    for index in range(len(sigmas)):
+        if sigmas[index] > 0.86 or index == 2:
+            assert rel(local[index], full[index]) < 1e-5
+    assert rel(local[-1], full[-1]) > 1e-3
+
+
+def test_numbers_that_are_not_finite_in_local_steps_are_found(adapted, sample):
+    pipe = optimized(adapted(), f"local-attention={LEVEL}")
+    transformer = pipe.transformer
+
+    def break_local(_module, _args, output):
+        return output * torch.nan if find_policy(transformer)._num_local_keys else output
+
+    transformer.proj_out.register_forward_hook(break_local)
+    with pytest.raises(FloatingPointError, match=r"leave out local-attention=0\.8"):
+        sample(pipe, 512, 512, num_inference_steps=len(SIGMAS))
+
+
+def test_what_excludes_it_is_said_before_the_first_step(adapted, sample):
+    pipe = optimized(adapted(), f"local-attention={LEVEL}")
+    steps = []
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="leave out the part local-attention"):
+        sample(
+            pipe,
+            512,
+            512,
+            num_inference_steps=len(SIGMAS),
+            joint_attention_kwargs={"attention_mask": mask},
+            callback_on_step_end=lambda *given: steps.append(given) or given[-1],
+        )
+    assert steps == []
+
+
+def test_an_adapter_that_was_trained_with_it_always_has_it(adapted, draw, caplog):
     local = urae.ResolutionPolicy(native_sequence_length=64 + 64, attention="local")
     pipe = optimized(adapted(local), f"local-attention={LEVEL}")
     assert is_local(draw(pipe)[1]) == [True] * 4
+    assert "which is on in all steps" in caplog.text
 
 
 def test_full_steps_have_the_fastest_backend(adapted, draw, monkeypatch):

@@ -1,4 +1,4 @@
-"""The first forward at each size is looked at: numbers that are not finite are named at once."""
+"""The first forward of each kind is looked at: numbers that are not finite are named at once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
 
 def check_finite(transformer: FluxTransformer2DModel, parts: Sequence[Part]) -> Callable[[], None]:
-    """Look at the transformer's output once for each size, batch and dtype.
+    """Look at the transformer's output once for each size, batch, dtype and kind of attention.
 
     That one look waits for the device; later steps do not.
 
@@ -30,7 +30,9 @@ def check_finite(transformer: FluxTransformer2DModel, parts: Sequence[Part]) -> 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         velocity: Tensor = output[0]
-        kind = (velocity.shape, velocity.dtype, velocity.device)
+        is_local = "attention_mask" in (kwargs.get("joint_attention_kwargs") or {})
+        tokens = kwargs["hidden_states"].shape  # which may be fewer than those of the output
+        kind = (tokens, is_local, velocity.dtype, velocity.device)
         if kind in checked:
             return
         if not bool(velocity.isfinite().all()):

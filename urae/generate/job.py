@@ -65,7 +65,7 @@ from urae.generate.sample import PromptEmbeds, decode, sample
 from urae.generate.speed import pays_to_compile
 from urae.generate.spread import Spread, choose_spread, find_degrees
 from urae.geometry import num_image_tokens
-from urae.resolution import find_policy, read_base_policy
+from urae.resolution import ResolutionPolicy, find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +242,8 @@ class _Job:
         parts = self.list_parts(tier)
         pipe = self.load(tier)
         prompts = tuple(self.pictures[number].prompt for number in todo)
+        positions = find_policy(pipe.transformer)  # which parts may change for now
+        policy = None if positions is None else positions.policy
         embeds = _encode_prompts(pipe, prompts, self.sampling.max_sequence_length, device, tier)
         # compiling fuses an MLP by itself
         chunks = nullcontext() if _is_compiled(parts) else token_chunks(pipe.transformer)
@@ -261,18 +263,24 @@ class _Job:
                     continue  # one of the group writes it
                 path = self.pictures[number].path
                 num_gpus = 1 if group is None else group.size()
-                save_picture(path, image, self.describe(pipe, number, tier, num_gpus))
+                save_picture(path, image, self.describe(policy, number, tier, num_gpus))
                 self.written.append(path)
         self.ranks.wait()
 
     def list_parts(self, tier: Tier) -> list[Part]:
-        """List what makes it faster on a tier: quantised blocks are not compiled."""
-        return [part for part in self.parts if part.name != "compile" or tier not in QUANTIZED]
+        """List what makes it faster on a tier: quantised blocks are not compiled.
+
+        Nor are they local by a preset, which takes compiled ones.
+        """
+        if tier not in QUANTIZED:
+            return [*self.parts]
+        local = [part for part in self.parts if part.name == "local-attention" and part.is_preset]
+        return [part for part in self.parts if part.name != "compile" and part not in local]
 
     def load(self, tier: Tier) -> FluxPipeline:
         """Load the model with its adapters, on the CPU."""
         config = self.config
-        inexact = [str(part) for part in self.parts if part.name not in EXACT]
+        inexact = [str(part) for part in self.list_parts(tier) if part.name not in EXACT]
         if tier in QUANTIZED:
             inexact.append(f"weights in {tier}")
         if inexact:
@@ -308,11 +316,10 @@ class _Job:
         return decode(pipe, tokens, height, width, self.ranks.device, group)
 
     def describe(
-        self, pipe: FluxPipeline, number: int, tier: Tier, num_gpus: int
+        self, policy: ResolutionPolicy | None, number: int, tier: Tier, num_gpus: int
     ) -> dict[str, Any]:
         """Say how a picture was made, for its PNG."""
         config, parts = self.config, self.list_parts(tier)
-        positions = find_policy(pipe.transformer)
         libraries = ("torch", "diffusers", "peft", "transformers")
         return {
             "prompt": self.pictures[number].prompt,
@@ -322,7 +329,7 @@ class _Job:
             "model": config.model,
             "adapters": list(config.adapters),
             "loras": [list(lora) for lora in config.loras],
-            "policy": None if positions is None else asdict(positions.policy),
+            "policy": None if policy is None else asdict(policy),
             **asdict(self.sampling),
             "versions": {"urae": __version__, **{name: version(name) for name in libraries}},
             "memory": tier,

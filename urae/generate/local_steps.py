@@ -44,6 +44,12 @@ def attend_locally(
         return lambda: None
     before = positions.policy
     if before.attention == "local":
+        if level < 1:
+            logger.warning(
+                "local-attention=%s: the adapters were trained with local attention, which is on "
+                "in all steps",
+                level,
+            )
         return lambda: None
     local = change_policy(transformer, replace(before, attention="local")).local
     assert local is not None

@@ -12,6 +12,7 @@ from torch import nn
 
 from urae.adapters.adapt import transformer_of
 from urae.backbones.attention import check_active_backend
+from urae.backbones.context_parallel import find_degree
 from urae.backbones.devices import pick_device
 from urae.generate.attention import use_fastest_attention
 from urae.generate.constants import keep_constants
@@ -62,6 +63,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         ModuleNotFoundError: If the package of the attention backend cannot be used here.
     """
     transformer = transformer_of(pipe)
+    undo(transformer)
     device: Any = transformer.device
     if device.type in ("cpu", "meta"):  # not where it will run, if there is a GPU
         device = pick_device()
@@ -73,6 +75,8 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         known["local-attention"] = "the pipeline is not adapted"
     elif positions.is_only_4k:
         known["progressive"] = ONLY_4K
+    if positions is not None and (fault := _find_local_fault(transformer)):
+        known["local-attention"] = fault
     plain = isinstance(pipe, FluxPipeline)
     unfit = find_unfit(speed, transformer, device, plain=plain, compiled=compiled, known=known)
     apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
@@ -122,12 +126,21 @@ def find_unfit(
     if fault := _find_fp8_fault(transformer, device, memory):
         unfit["fp8"] = fault
     if not compiled:
-        unfit["local-attention"] = "it has to be compiled, which does not pay or go here"
+        reason = "it has to be compiled, which does not pay or go here"
+        unfit.setdefault("local-attention", reason)
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:
         unfit |= dict.fromkeys(SCHEDULED, "it was measured on a base with distilled guidance")
     return unfit
+
+
+def _find_local_fault(transformer: Any) -> str | None:
+    if any(each._attention_backend is not None for each in transformer.attn_processors.values()):
+        return "the transformer has an attention backend of its own"
+    if find_degree(transformer) > 1:
+        return "GPUs share a picture, and each holds a part of the keys"
+    return None
 
 
 def _find_fp8_fault(

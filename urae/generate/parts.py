@@ -101,10 +101,10 @@ class Part:
         most = 1 if self.name in _TO_ONE else math.inf
         inside = least <= self.strength <= most and math.isfinite(self.strength)
         if not inside or (self.name in _WHOLE and self.strength != round(self.strength)):
-            kind = "whole number" if self.name in _WHOLE else "number"
+            kind = "whole" if self.name in _WHOLE else "finite"
             to = f" to {most}" if self.name in _TO_ONE else ""
             raise ValueError(
-                f"strength {self.strength} of {self.name} must be a {kind} from {least}{to}"
+                f"strength {self.strength} of {self.name} must be a {kind} number from {least}{to}"
             )
 
     @property

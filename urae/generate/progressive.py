@@ -23,7 +23,8 @@ share of early ones matters.
 A picture within the base's native size is made whole, as half of it would be smaller than the base
 knows; so is one that has no half or begins at latents that hold a picture, with a warning.
 
-Early steps run uncompiled: there are few of them, and another size takes seconds to compile.
+Early steps run uncompiled at first: another size takes seconds to compile, which pays from as many
+of them on as make a long job.
 
 Adapters for larger pictures than the small one rest in early steps, as in the reference's
 coarse-to-fine pipelines, which load the 4K adapter when the high stage begins: 4K adapters beside
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 
 from urae.adapters.attach import Rest
 from urae.generate.schedule import Schedule
-from urae.generate.speed import switch_compiled
+from urae.generate.speed import PAYS_FROM_TOKEN_STEPS, switch_compiled
 from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
 from urae.local_attention import find_grid
 from urae.resolution import find_policy, read_base_policy, widen_ids
@@ -80,6 +81,7 @@ class Progressive:
         self._share = share
         self._least_level = least_level
         self._base_policy = read_base_policy(pipe.config.get("_name_or_path"))
+        self._token_steps = 0  # that were early
         self._decided = 0  # for which picture
         self._is_whole = False
         self._early: tuple[Tensor, Tensor] | None = None  # full latents, what the transformer sees
@@ -121,11 +123,12 @@ class Progressive:
             self._decided = self._schedule.picture
             self._is_whole = self._must_be_whole(module, kwargs)
         is_late = self._is_whole or self._schedule.index >= self._num_early
-        switch_compiled(module, is_late)
+        switch_compiled(module, is_late or self._token_steps >= PAYS_FROM_TOKEN_STEPS)
         if is_late:
             self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])
+        self._token_steps += len(self._small_ids)
         self._let_rest(module, kwargs["encoder_hidden_states"].shape[1] + len(self._small_ids))
         tokens, timestep, sigma = kwargs["hidden_states"], kwargs["timestep"], self._schedule.sigma
         rows, columns = self._grid

@@ -19,9 +19,10 @@ from urae.geometry import num_image_tokens
 logger = logging.getLogger(__name__)
 
 # on an H200 compiling took 19 s and saved 1.2e-5 s a token and step (docs/performance.md)
-_PAYS_FROM_TOKEN_STEPS = 1_600_000
+PAYS_FROM_TOKEN_STEPS = 1_600_000
+"""Image tokens times steps from which on compiling a size takes less than it saves."""
 _HOOK = "urae_compiled_forward"
-_VARIANTS = 3  # of a block: for the first size, with local attention too, and for any
+_VARIANTS = 4  # of a block: for the first size and for any, attention full and local
 _TOKENS = ("hidden_states", "encoder_hidden_states")  # what the transformer hands its blocks
 _COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -35,7 +36,7 @@ def is_long(height: int, width: int, steps: int, num_pictures: float) -> bool:
         steps: Denoising steps of a picture.
         num_pictures: In this job; of several GPUs, the share of each.
     """
-    return num_image_tokens(height, width) * steps * num_pictures >= _PAYS_FROM_TOKEN_STEPS
+    return num_image_tokens(height, width) * steps * num_pictures >= PAYS_FROM_TOKEN_STEPS
 
 
 def pays_to_compile(
@@ -115,13 +116,13 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> Callable[[], None]:
 def switch_compiled(transformer: FluxTransformer2DModel, is_on: bool) -> None:
     """Let forwards from here on go through compiled blocks or past them; both stay what they are.
 
-    Each size is compiled for itself, which few forwards at a small one do not pay back.
+    Each size is compiled for itself, which few forwards at it do not pay back.
     """
     for block in list_blocks(transformer):
         registry = getattr(block, "_diffusers_hook", None)
         hook = None if registry is None else registry.get_hook(_HOOK)
         if hook is not None:
-            hook.is_on = is_on
+            hook.is_compiled = is_on
 
 
 def keep_compiled() -> None:
@@ -180,14 +181,14 @@ class _CompiledForward(ModelHook):  # type: ignore[misc]
         # torch's limit of 8 blocks would run uncompiled, and only torch's log would say so
         limit = max(num_variants, torch._dynamo.config.recompile_limit)
         self.limited = torch._dynamo.config.patch(recompile_limit=limit)
-        self.is_on = True
+        self.is_compiled = True
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.compiled = torch.compile(module.forward)
         return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_on:
+        if not self.is_compiled:
             return self.fn_ref.original_forward(*args, **kwargs)
         usual = {name: with_usual_strides(kwargs[name]) for name in _TOKENS if name in kwargs}
         with self.limited:

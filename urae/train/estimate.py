@@ -48,6 +48,7 @@ _EAGER_RATE = 312e12  # both ways, by flash; the two steps at 2048^2 that were n
 _EAGER_TOKENS = 12_000  # at least: at 1024^2 launches cost as much again
 _LOCAL_RATE = 389e12  # both ways, by flex; the one compiled step with local attention, at 4096^2
 _STREAMED = 1.15  # times the same with resident weights; the one such step, at 2048^2
+_STREAMED_TOKENS = 16_384  # at least: with fewer the weights take longer to come than to be used
 _BACKWARD = 2.5  # attention's backward pass, in forwards
 COMPILING_SECONDS = 24.0
 """What the first compiled step took longer, and that of a second size."""
@@ -256,7 +257,7 @@ def estimate_seconds(
             return None
         case ("resident" | "offload", "full", True):
             return linear + 2 * once + backward
-        case ("streamed", "full", True):
+        case ("streamed", "full", True) if config.batch_size * tokens >= _STREAMED_TOKENS:
             return _STREAMED * (linear + 2 * once + backward)
         case ("resident", "selective", True):
             return linear + once + backward
