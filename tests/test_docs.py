@@ -92,6 +92,7 @@ def tiny(bases, expected, tmp_path, monkeypatch):
         "2048": "32",
         "steps=2000": "steps=2",
         "guidance_scale=3.5": "guidance_scale=3.5, num_inference_steps=2",
+        "num_inference_steps=24": "num_inference_steps=1",
         "strength=0.4": "strength=0.4, num_inference_steps=5",
         "seed=7": "seed=7, steps=2",
     }
@@ -154,8 +155,9 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
 @pytest.fixture
 def jobs(monkeypatch, tmp_path):
     """Put recorders in the place of the four jobs, and what the pages name in a folder."""
-    from urae.features.cache import CacheReport
+    from urae.features.cache import CacheReport, Counts
     from urae.features.pack import PackReport
+    from urae.generate import estimate as generation
     from urae.generate.plan import Plan
     from urae.study import StudyResult
     from urae.train import Pushed, StepReport, TrainResult
@@ -172,7 +174,9 @@ def jobs(monkeypatch, tmp_path):
 
         return job
 
-    monkeypatch.setattr("urae.features.cache.cache", stand_in("cache", CacheReport()))
+    monkeypatch.setattr(
+        "urae.features.cache.cache", stand_in("cache", CacheReport(Counts(encoded=1)))
+    )
     monkeypatch.setattr("urae.features.pack.pack", stand_in("pack", PackReport()))
     result = TrainResult(1, Path("adapter.safetensors"), True)
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
@@ -181,7 +185,9 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.generate.generate", stand_in("generate", [Path("a.png")]))
     monkeypatch.setattr("urae.cli.generate.launch", stand_in("generate", None))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan((), 2**30, False)))
+    stage = generation.Stage(0, 0)
+    tiers = (generation.Estimate("resident", stage, stage, stage, 0),)
+    monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan(tiers, 2**30, False)))
     step = StepReport(1, 0.1, 1.0, 1e-4, 2.0, 0.0, (None,), 32, 32, None)
     terms = {name: 2**30 for name in (*TERMS, "host_bytes")}
     training = TrainPlan((), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 1, 1, 1)
@@ -201,7 +207,7 @@ def jobs(monkeypatch, tmp_path):
         "score.load_scored": None,
         "score.default_sampling": (24, 3.5),
         "score.score_pipeline": [SceneReport(*[True] * 9)] * 500,
-        "sources.write_folder": None,
+        "sources.write_folder": 0,
     }.items():
         monkeypatch.setattr(f"urae.miniature.{name}", stand_in("miniature", result))
     for folder in ("recipes", "demo"):

@@ -45,6 +45,15 @@ def test_sizes_are_width_by_height(text, height, width):
     assert parse_size(text) == (height, width)
 
 
+def test_named_sizes_are_the_models_own():
+    assert [parse_size(name, 256) for name in ("1k", "2k", "4k")] == [
+        (256,) * 2,
+        (512,) * 2,
+        (1024,) * 2,
+    ]
+    assert parse_size("512", 256) == (512, 512)
+
+
 @pytest.mark.parametrize("text", ["", "8k", "2048x", "axb", "1x2x3", "-16x32", "20.5x16"])
 def test_no_size(text):
     with pytest.raises(ValueError, match="is not 1k, 2k, 4k"):

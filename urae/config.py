@@ -12,6 +12,17 @@ from pydantic import TypeAdapter, ValidationError
 
 Config = TypeVar("Config")
 
+_RULES = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dataclass_type": "must be a section",
+}
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
@@ -28,15 +39,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
 
 
-def override(settings: dict[str, Any], arguments: Sequence[str]) -> None:
+def override(settings: dict[str, Any], arguments: Sequence[str]) -> dict[str, str]:
     """Set fields from `--section.field value` arguments, in place.
 
     Values are read as TOML (numbers, true, ["a", "b"]), and as plain text where they are not.
+
+    Returns:
+        What was typed for each field, `--section.field value`, by the field's dotted name.
 
     Raises:
         ValueError: If an argument is no option or lacks its value.
     """
     remaining = list(arguments)
+    typed: dict[str, str] = {}
     while remaining:
         option = remaining.pop(0)
         if not option.startswith("--") or len(option) < 3:
@@ -46,13 +61,16 @@ def override(settings: dict[str, Any], arguments: Sequence[str]) -> None:
             if not remaining:
                 raise ValueError(f"option --{key} needs a value")
             text = remaining.pop(0)
-        *sections, name = key.replace("-", "_").split(".")
+        dotted = key.replace("-", "_")
+        typed[dotted] = f"--{key} {text}"
+        *sections, name = dotted.split(".")
         target = settings
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ValueError(f"option --{key}: {section} is a value, not a section")
         target[name] = _parse_value(text)
+    return typed
 
 
 def _parse_value(text: str) -> Any:
@@ -62,32 +80,78 @@ def _parse_value(text: str) -> Any:
         return None if text == "none" else text
 
 
-def build_config(kind: type[Config], settings: Mapping[str, Any], origin: str) -> Config:
+def build_config(
+    kind: type[Config],
+    settings: Mapping[str, Any],
+    origin: str,
+    typed: Mapping[str, str] | None = None,
+) -> Config:
     """Build a config object from plain settings.
 
     Args:
         kind: A dataclass whose `__pydantic_config__` forbids extra keys.
         settings: Field values, nested as the dataclass is.
         origin: Where they come from, for the error.
+        typed: What `override` returned; an error of such a field names the option, not the origin.
 
     Raises:
         ValueError: One line that names the field, what is wrong and, for an unknown key, the
             nearest one.
     """
+    typed = typed or {}
+    _check_options(kind, typed)
     adapter = TypeAdapter(kind)
     try:
         return adapter.validate_python(dict(settings))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(_explain(adapter, error, origin, typed)) from error
+
+
+def _check_options(kind: type[Any], typed: Mapping[str, str]) -> None:
+    known = [name for name, _, _ in describe_fields(kind)] if typed else []
+    for name, option in typed.items():
+        if any(f"{name}.".startswith(f"{each}.") or each.startswith(f"{name}.") for each in known):
+            continue
+        near = _find_near(name, known)
+        hint = f"; did you mean --{near.replace('_', '-')}?" if near else ";"
+        raise ValueError(
+            f"{option.partition(' ')[0]}: no such field{hint} urae train --fields lists all"
+        )
+
+
+def _explain(
+    adapter: TypeAdapter[Any], error: ValidationError, origin: str, typed: Mapping[str, str]
+) -> str:
+    """Say in one line what is wrong: the option as it was typed, or the origin and the field."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    field = f"{where}: " if where else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{origin}: {field}unknown key{_suggest(adapter, first['loc'])}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{origin}: {field}is required"
+    if "error" in first.get("ctx", {}):  # a rule of the config itself: "rank 0 must be ..."
         message = first["msg"].removeprefix("Value error, ")
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            message = "unknown key" + _suggest(adapter, first["loc"])
-        elif first["type"] in ("missing", "missing_argument"):
-            message = "is required"
-        elif "ctx" not in first or "error" not in first["ctx"]:
-            message += f", not {first['input']!r}"
-        raise ValueError(f"{origin}: {f'{where}: ' if where else ''}{message}") from error
+        name, _, rest = message.partition(" ")
+        if option := typed.get(f"{where}.{name}" if where else name):
+            return f"{option.partition(' ')[0]} {rest}"
+        return f"{origin}{' and the options' if typed else ''}: {field}{message}"
+    for name, option in typed.items():
+        if f"{where}.".startswith(f"{name}."):
+            return f"{option}: {_describe_rules(error, name)}"
+    rule = _RULES.get(first["type"], first["msg"])
+    return f"{origin}: {field}{rule}, not {first['input']!r}"
+
+
+def _describe_rules(error: ValidationError, name: str) -> str:
+    """Say what a field may be; a union has an error for each of its choices."""
+    rules = [
+        _RULES.get(each["type"], each["msg"].replace("Input should be", "must be", 1))
+        for each in error.errors()
+        if f"{'.'.join(map(str, each['loc']))}.".startswith(f"{name}.")
+    ]
+    first, *others = dict.fromkeys(rules)
+    return " or ".join([first, *(rule.removeprefix("must be ") for rule in others)])
 
 
 def check_types(config: Any) -> None:
@@ -163,6 +227,19 @@ def _suggest(adapter: TypeAdapter[Any], location: tuple[int | str, ...]) -> str:
     level = schema
     for part in location[:-1]:
         level = _follow(level.get("properties", {}).get(part, {}), schema) or {}
-    known = list(level.get("properties", {}))
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
+    names = list(level.get("properties", {}))
+    if near := difflib.get_close_matches(str(location[-1]), names, n=1):
+        return f"; did you mean {near[0]}?"
+    fields = [name for name, _, _ in _walk_fields(schema, schema, "")]
+    if len(location) == 1 and (other := _find_near(str(location[0]), fields)):
+        return f"; did you mean {other}?"
+    return f"; known keys: {', '.join(names)}"
+
+
+def _find_near(name: str, known: Sequence[str]) -> str | None:
+    """Find the dotted name that is most like another one, by its last part or as a whole."""
+    texts = {each.rpartition(".")[2]: each for each in known}
+    if "." not in name:
+        texts |= {each: each for each in known}
+    near = difflib.get_close_matches(name.rpartition(".")[2], texts, n=1)
+    return texts[near[0]] if near else None

@@ -91,11 +91,15 @@ def build_text_ids(length: int, device: torch.device | str | None = None) -> Flo
     return torch.zeros(length, 3, device=device)
 
 
-_NAMED_SIZES = {"1k": 1024, "2k": 2048, "4k": 4096}
+_NAMED_SIZES = {"1k": 1, "2k": 2, "4k": 4}  # of the native side
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, native_side: int = 1024) -> tuple[int, int]:
     """Read a picture size: `1k`, `2k`, `4k` (squares), a side, or WIDTHxHEIGHT.
+
+    Args:
+        text: The size.
+        native_side: What the model calls 1k, in pixels: FLUX.1 1024, the miniature 256.
 
     Returns:
         Height and width in pixels.
@@ -104,7 +108,7 @@ def parse_size(text: str) -> tuple[int, int]:
         ValueError: If the text is no size, or FLUX has no whole number of tokens for it.
     """
     named = _NAMED_SIZES.get(text.lower())
-    parts = [str(named)] if named else text.lower().split("x")
+    parts = [str(named * native_side)] if named else text.lower().split("x")
     if not 1 <= len(parts) <= 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"size {text!r} is not 1k, 2k, 4k, a side, or WIDTHxHEIGHT as 3840x2160")
     width, height = int(parts[0]), int(parts[-1])

@@ -81,6 +81,7 @@ def urae(monkeypatch, capsys, tmp_path):
     [
         ((), ()),
         (("--size", 512), ("miniature-2k",)),
+        (("--size", "4k"), ("miniature-2k", "miniature-4k")),  # its own: 1024
         (("--size", "1024x512"), ("miniature-2k", "miniature-4k")),
         (("--size", 512, "--model", "miniature-dev"), ()),
         (("--size", 1024, "--adapter", "mine.safetensors"), ("mine.safetensors",)),
@@ -97,6 +98,21 @@ def test_beyond_native_size_the_default_is_adapted(urae, monkeypatch, options, a
     line = f"with {' and '.join(adapters)}, beyond 256 x 256; without: --model miniature-dev\n"
     assert (line in told) == (adapters[:1] == ("miniature-2k",))
     assert told.count("\n") == 1 + (line in told)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "is_told"),
+    [
+        ("a red circle", (), False),
+        ("a lighthouse at dawn", (), True),
+        ("a lighthouse at dawn", ("--model", "flux-dev"), False),
+    ],
+)
+def test_a_prompt_that_the_miniature_cannot_draw(urae, monkeypatch, prompt, options, is_told):
+    monkeypatch.setattr("urae.generate.generate", lambda *_, **__: [])
+    _, told = urae("generate", prompt, *options)
+    wanted = "miniature-dev knows only scenes of its grammar, and will draw another: caption"
+    assert (wanted in told) == is_told
 
 
 @pytest.mark.parametrize(
@@ -126,9 +142,11 @@ def test_fields_of_a_recipe():
         (("generate",), "give either a prompt or --prompts FILE"),
         (("generate", "x", "--model", "{dev}", "--memory", "4bit"), "4bit needs a CUDA device"),
         (("plan", "generate"), "no CUDA device; name the memory of the one to plan for: --gpu 24"),
+        (("plan", "generate", "--gpu", "1GiB"), "nothing fits with --memory auto: 1.0 GiB GPU, "),
         (("plan", "generate", "--gpu", "much"), "memory 'much' is not an amount as 24GiB or 24GB"),
         (("generate", "x", "--adapter", "no.safetensors", "--model", "{dev}"), "neither an exist"),
         (("convert", "x.ckpt", "--output", "y.safetensors"), "x.ckpt is a pickle"),
+        (("generate", "x", "--model", "flux-dex"), "model 'flux-dex' is neither a local path"),
         (("cache", "nowhere", "--model", "{dev}"), "nowhere"),
         (("train", "no.toml", "--data", "d", "--output", "o"), "recipe no.toml does not exist"),
     ],
@@ -174,11 +192,21 @@ def test_what_is_skipped_is_named(urae, tmp_path):
     assert "  none.png is not a JPEG" in told
 
 
+def test_nothing_to_train_on_is_an_error(urae, tmp_path):
+    shutil.copytree(GOLDEN / "train_data", tmp_path / "data")
+    for file in (tmp_path / "data").glob("*.safetensors"):
+        file.unlink()
+    large = ("--resolution", 2048, "--max-sequence-length", 48)
+    code, told = urae("cache", "data", "--model", GOLDEN / "base_dev", *large)
+    assert code == 2
+    assert "no picture in data can be trained on at --resolution 2048; choose a smaller" in told
+
+
 def test_unknown_options_of_a_recipe(urae):
     recipe = ROOT / "recipes" / "flux_dev_2k_lora.toml"
     code, errors = urae("train", recipe, "--data", "d", "--output", "o", "--stesp", 3)
     assert code == 2
-    assert "stesp: unknown key; did you mean steps?" in errors
+    assert "error: --stesp: no such field; did you mean --steps?" in errors
 
 
 @pytest.mark.parametrize(

@@ -151,15 +151,41 @@ def test_amounts_of_memory():
             parse_bytes(text)
 
 
-def test_the_table(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_table(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     done = CliRunner().invoke(app, ["plan", "generate", "--size", "4k", "--gpu", "24GiB"])
     assert done.exit_code == 0, done.output
-    for text in ("4096 x 4096", "resident", "streamed", "8bit", "4bit", "26.5", "yes", "no"):
-        assert text in done.output
-    assert "compiled" in done.output
-    assert "28 steps of 3,908 TFLOP" in done.output
-    assert "on an H200, resident" in done.output
-    assert "6.46 s a step" in done.output
-    done = CliRunner().invoke(app, ["plan", "generate", "--size", "4k", "--gpu", "4GiB"])
-    assert "nothing fits" in done.output
+    told = " ".join(done.output.split())
+    for text in (
+        "24.0 GiB GPU, 21.6 GiB of it usable 4096 x 4096",
+        "--memory encode sample decode host fits H200",
+        "resident 9.6 GiB 26.5 GiB 23.7 GiB 0 no 3:23",
+        "streamed: 1.5 GiB of weights",
+        "28 steps of 3,908 TFLOP",
+        "on an H200, resident",
+        "6.46 s a step",
+        "blocks compiled",
+    ):
+        assert text in told
+    assert told.endswith("--memory auto would take streamed")
+    assert "…" not in told
+    assert max(map(len, done.output.splitlines())) <= columns
+
+
+def test_a_small_model_has_figures_and_no_empty_column():
+    small = ["plan", "generate", "--model", "miniature-dev", "--size", "512", "--gpu", "24GiB"]
+    done = CliRunner().invoke(app, [*small, "--memory", "streamed"])
+    assert done.exit_code == 0, done.output
+    assert "MiB" in done.output and "GFLOP" in done.output
+    assert " 0.0" not in done.output
+    assert "H200" not in done.output
+    assert done.output.endswith("--memory streamed fits\n")
+
+
+def test_what_does_not_fit_is_refused():
+    done = CliRunner().invoke(app, ["plan", "generate", "--size", "4k", "--gpu", "2GiB"])
+    assert "resident 1.0 GiB 26.5 GiB - 0 no" in " ".join(done.output.split())
+    assert isinstance(done.exception, MemoryError)  # of which the command makes code 2
+    message = "nothing fits with --memory auto: 2.0 GiB GPU, 1.8 GiB of it usable; choose a smaller"
+    assert str(done.exception).startswith(message)

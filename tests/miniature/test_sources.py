@@ -129,7 +129,7 @@ def test_several_processes_write_what_one_does(tmp_path):
     for workers in (1, 2):
         write_folder(tmp_path / str(workers), "real", range(10), 4, 64, 96, workers=workers)
     one, two = (
-        {path.name: path.read_bytes() for path in (tmp_path / str(workers)).iterdir()}
+        {path.name: path.read_bytes() for path in (tmp_path / str(workers)).glob("0*")}
         for workers in (1, 2)
     )
     assert len(one) == 20
@@ -142,7 +142,7 @@ def test_a_folder_is_gone_on_with(tmp_path):
     kept.write_text(json.dumps({"prompt": "by hand"}))
     (tmp_path / "000000.png").unlink()
     write_folder(tmp_path, "clean", range(3), 0, 32, 32)
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.glob("0*"))) == 6
     assert "by hand" in kept.read_text()
 
 
@@ -154,3 +154,12 @@ def test_no_such_size(tmp_path):
         with pytest.raises(ValueError, match="height 100 is not a positive multiple of 16"):
             call()
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("other", [("real", 0, 32, 32), ("clean", 1, 32, 32), ("clean", 0, 32, 48)])
+def test_a_folder_holds_one_set(tmp_path, other):
+    assert write_folder(tmp_path, "clean", range(2), 0, 32, 32) == 2
+    kind, seed, height, width = other
+    with pytest.raises(ValueError, match=r"holds pictures of another set \(kind clean, seed 0"):
+        write_folder(tmp_path, kind, range(3), seed, height, width)
+    assert write_folder(tmp_path, "clean", range(3), 0, 32, 32) == 1

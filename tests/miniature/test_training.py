@@ -375,7 +375,9 @@ def test_the_committed_recipe_is_one(pytestconfig):
 @pytest.mark.slow
 def test_the_stages_follow_one_another(recipe, tmp_path):
     work = tmp_path / "work"
-    with pytest.raises(FileNotFoundError, match="train that stage first: urae miniature train"):
+    with pytest.raises(
+        FileNotFoundError, match="unpack, or train that stage first: urae miniature train"
+    ):
         train_stage("base", recipe, work)
     for name in STAGES:
         while (path := train_stage(name, recipe, work, max_seconds=0)) is None:

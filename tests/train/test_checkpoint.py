@@ -216,6 +216,18 @@ def test_a_signal_ends_the_pause_at_once(tmp_path):
     assert 0.2 < time.monotonic() - began < 5
 
 
+def test_a_stop_is_announced_before_the_step_is_done(settings, caplog):
+    told = []
+
+    def stop(report):
+        for _ in range(2):  # as `timeout` does, and launchers
+            os.kill(os.getpid(), signal.SIGTERM)
+        told.append(caplog.text.count("stopping after this step, with a checkpoint"))
+
+    assert train(settings(), on_step=stop).step == 2
+    assert told == [1, 1]
+
+
 def test_several_processes_do_not_wait_for_long(tmp_path, monkeypatch, caplog):
     """The others wait in a collective for this one, ten minutes at most."""
     tries = []

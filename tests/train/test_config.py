@@ -37,7 +37,8 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"optimizer": {"lrr": 1}}, r"optimizer.lrr: unknown key; did you mean lr\?"),
         ({"optimizer": {"zzz": 1}}, r"zzz: unknown key; known keys: name, lr"),
         ({"policy": {"ntk": 1}}, r"policy.ntk: unknown key; known keys: ntk_factor"),
-        ({"steps": "many"}, r"steps: .*integer.*'many'"),
+        ({"lr": 2}, r"recipe.toml: lr: unknown key; did you mean optimizer.lr\?"),
+        ({"steps": "many"}, r"recipe.toml: steps: must be a whole number, not 'many'"),
         ({"steps": 0}, r"steps 0 must be at least 1"),
         ({"keep_checkpoints": 0}, r"keep_checkpoints 0 must be at least 1"),
         ({"validate_every": 0}, r"validate_every 0 must be at least 1"),
@@ -65,7 +66,7 @@ def test_there_are_recipes_for_both_models_and_stages():
         ),
         ({"optimizer": {"schedule": "cosin"}}, r"optimizer.schedule: .*'cosine', not 'cosin'"),
         ({"optimizer": {"warmup_steps": -1}}, r"optimizer: warmup_steps -1 must be 0 or more"),
-        ({"optimizer": {"warmup_steps": 0.5}}, r"optimizer.warmup_steps: .*integer"),
+        ({"optimizer": {"warmup_steps": 0.5}}, r"optimizer.warmup_steps: .*whole number"),
         (
             {"optimizer": {"name": "schedule-free", "schedule": "linear"}},
             r"optimizer: schedule linear does not go with schedule-free, which takes a warm-up",
@@ -112,6 +113,45 @@ def test_overrides():
 def test_bad_overrides(arguments, message):
     with pytest.raises(ValueError, match=message):
         override({"steps": 3}, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--lr 2", "--lr: no such field; did you mean --optimizer.lr? urae train --fields lists"),
+        ("--optimiser.lr 2", "--optimiser.lr: no such field; did you mean --optimizer.lr?"),
+        ("--optimizer.rank 2", "--optimizer.rank: no such field; did you mean --adapter.rank?"),
+        ("--batchsize=2", "--batchsize: no such field; did you mean --batch-size?"),
+        ("--warmup 2", "--warmup: no such field; did you mean --optimizer.warmup-steps?"),
+        ("--zzz 2", "--zzz: no such field; urae train --fields lists all"),
+        ("--steps x", "--steps x: must be a whole number"),
+        ("--compile 2", "--compile 2: must be true or false"),
+        ("--timestep-shift x", "--timestep-shift x: must be a number or 'resolution'"),
+        ("--adapter.kind loha", "--adapter.kind loha: must be 'lora', 'minor'"),
+        ("--adapter 3", "--adapter 3: must be a section"),
+        ("--caption-weights.prompt x", "--caption-weights.prompt x: must be a number"),
+        ('--preview-seeds [1,"x"]', '--preview-seeds [1,"x"]: must be a whole number'),
+        ("--steps 0", "--steps 0 must be at least 1"),
+        ("--adapter.rank 0", "--adapter.rank 0 must be at least 1"),
+        (
+            "--optimizer.name muon --adapter.kind oft",
+            "recipe.toml and the options: muon is for matrices",
+        ),
+    ],
+)
+def test_errors_of_options_name_them_as_typed(arguments, message):
+    settings = {"model": "flux-dev", **PATHS}
+    typed = override(settings, arguments.split())
+    with pytest.raises(ValueError) as caught:
+        build_config(TrainConfig, settings, "recipe.toml", typed)
+    assert str(caught.value).startswith(message)
+
+
+def test_errors_of_a_recipe_name_it_beside_options():
+    settings = {"model": "flux-dev", **PATHS, "stesp": 3}
+    typed = override(settings, ["--batch-size", "2"])
+    with pytest.raises(ValueError, match=r"^recipe.toml: stesp: unknown key; did you mean steps"):
+        build_config(TrainConfig, settings, "recipe.toml", typed)
 
 
 def test_one_of_a_list_needs_no_list():

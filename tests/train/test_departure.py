@@ -11,7 +11,7 @@ from PIL import Image
 
 from urae.train import OptimizerConfig, train
 from urae.train.checkpoint import find_checkpoints
-from urae.train.departure import Measurement, find_rise, measure_change
+from urae.train.departure import MIN_STEPS, Measurement, find_rise, measure_change
 
 NUM_HELD_OUT = 8
 
@@ -104,14 +104,17 @@ def test_a_run_that_learns_says_nothing(settings, data_dir, caplog):
     assert measure_change(config.output_dir)[:2] == (0, 12)
 
 
-def test_an_adapter_that_does_nothing_is_told_of(settings, caplog):
+def test_an_adapter_that_does_nothing_is_told_of_once_it_should(settings, caplog):
     config = settings(
-        steps=2, preview_prompts=("a lighthouse",), optimizer=OptimizerConfig("adamw", lr=1e-12)
+        steps=MIN_STEPS,
+        preview_prompts=("a lighthouse",),
+        preview_every=MIN_STEPS // 2,
+        optimizer=OptimizerConfig("adamw", lr=1e-12),
     )
     with caplog.at_level(logging.WARNING):
         train(config)
     (record,) = caplog.records
-    assert "the previews of step 2 differ from those of step 0 by 0.00 of 255" in record.message
+    assert "the previews of step 20 differ from those of step 0 by 0.00 of 255" in record.message
 
 
 def test_the_picture_that_changed_most_counts(tmp_path):

@@ -2,13 +2,16 @@
 
 import io
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from urae.cli import train as command
-from urae.train import StepReport
+from urae.cli.main import app
+from urae.train import StepReport, TrainResult
 
 
 def report(step: int, **changes) -> StepReport:
@@ -73,6 +76,67 @@ def test_the_panel_has_room_for_a_long_run(show):
 def test_no_memory_on_a_cpu(show, monkeypatch):
     monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", 0.0)
     assert "GPU" not in show(report(1, memory_gib=None), terminal=False)
+
+
+def test_the_held_out_loss_is_shown(show, monkeypatch):
+    late = report(1, seconds=131.5, held_out_loss=0.40812)
+    assert "held-out 0.4081" in show(late, terminal=True)
+    monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert "loss 0.5000, held-out 0.4081, lr" in show(late, terminal=False)
+    assert "held-out" not in show(report(1), terminal=False)
+
+
+@pytest.fixture
+def finish(monkeypatch, tmp_path):
+    """Run the command to a result; return what it said."""
+
+    def run(result: TrainResult | type[BaseException], recipe: str = "") -> str:
+        def train(config, on_step):
+            if isinstance(result, TrainResult):
+                return result
+            raise result
+
+        output = io.StringIO()
+        console = Console(file=output, width=100, color_system=None)
+        monkeypatch.setattr(command, "console", console)
+        monkeypatch.setattr("urae.train.train", train)
+        path = tmp_path / "recipe.toml"
+        path.write_text(recipe or 'model = "miniature-dev"\nresolution = 512')
+        CliRunner().invoke(app, ["train", str(path), "--data", "d", "--output", "my run"])
+        return output.getvalue()
+
+    return run
+
+
+def test_the_last_line_says_what_its_figures_are(finish):
+    losses = (9.0,) + 50 * (0.5,)
+    text = finish(TrainResult(51, Path("a"), True, 3, losses, (0.40812, 0.5, 0.29104)))
+    assert text.splitlines() == [
+        "done: 51 steps, adapter a (mean loss of the last 50 steps 0.5000, "
+        "held-out 0.4081 -> 0.2910)",
+        "next: urae generate \"...\" --adapter 'my run' --size 512",
+    ]
+    assert "done: 1 step, adapter a (mean loss of one step 0.5000)" in finish(
+        TrainResult(1, Path("a"), True, 1, (0.5,))
+    )
+
+
+def test_a_run_that_was_finished_says_so(finish):
+    text = finish(TrainResult(30, Path("a"), True, 0, (0.5, 0.7)))
+    assert text.startswith(
+        "finished already: 30 steps, adapter a (mean loss of the last 2 steps 0.6"
+    )
+
+
+def test_the_next_command_has_what_the_run_needs(finish):
+    recipe = 'model = "flux-dev"\nresolution = 4096\nadapter.kind = "minor"\nadapter.over = ["2k"]'
+    text = finish(TrainResult(1, Path("a"), True), recipe)
+    command = "--model flux-dev --adapter 2k --adapter 'my run' --size 4096"
+    assert text.splitlines()[-1] == f'next: urae generate "..." {command}'
+
+
+def test_what_stops_at_once_says_so(finish):
+    assert finish(KeyboardInterrupt).startswith("stopped at once without saving; --resume goes on")
 
 
 def test_durations():

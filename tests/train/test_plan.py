@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from urae.backbones import flux
 from urae.cli.main import app
 from urae.features.cache import CacheConfig, cache
 from urae.features.dataset import list_samples
@@ -19,6 +20,7 @@ from urae.train import plan as plan_module
 from urae.train import probe as probe_module
 from urae.train.config import DataConfig
 from urae.train.estimate import TIERS, Way
+from urae.train.inputs import check_inputs
 from urae.train.plan import plan_training
 from urae.train.probe import probe
 
@@ -41,13 +43,12 @@ def test_every_sample_is_in_a_bucket(settings):
     assert plan.cache_bytes == size
 
 
-def test_all_rungs_are_planned_and_the_first_that_fits_chosen(settings):
-    config = replace(settings(), model="flux-dev", gradient_checkpointing="full")
-    plan = plan_training(config, 24 * GIB)
+def test_all_rungs_are_planned_and_the_first_that_fits_chosen(flux_small):
+    plan = plan_training(flux_small, 24 * GIB)
     assert [each.way.tier for each in plan.estimates] == list(TIERS)
     assert plan.chosen.way.tier == "streamed"
-    assert plan_training(config, 48 * GIB).chosen.way.tier == "resident"
-    assert plan_training(config, GIB).chosen is None
+    assert plan_training(flux_small, 48 * GIB).chosen.way.tier == "resident"
+    assert plan_training(flux_small, GIB).chosen is None
 
 
 def test_local_attention_takes_fewer_operations(settings):
@@ -166,6 +167,53 @@ def flux_sized(tmp_path, settings):
     )
 
 
+@pytest.fixture
+def flux_small(tmp_path, settings):
+    """A run of FLUX.1 on a picture of 256 x 256 that is not cached yet."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    Image.new("RGB", (256, 256)).save(folder / "0.png")
+    (folder / "0.txt").write_text("a")
+    return settings(data_dir=folder, model="flux-dev", gradient_checkpointing="full")
+
+
+@pytest.fixture
+def cached(tmp_path, bases, settings):
+    """A run on a picture that is cached at 64 x 64."""
+    folder = tmp_path / "cached"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "0.png")
+    (folder / "0.txt").write_text("a")
+    cache(CacheConfig(folder, str(bases["dev"]), 64))
+    return settings(data_dir=folder, resolution=64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 128}, "resolution is 64, this run wants 128"),
+        ({"model": "flux-dev"}, "width of T5's embeddings is 32, this run wants 4096"),
+        ({"model": "miniature-dev"}, "was cached for another setting"),
+        ({"caption_weights": {"promt": 1.0}}, "promt"),
+    ],
+)
+def test_a_plan_refuses_what_training_refuses(cached, change, message, monkeypatch):
+    """And nothing is fetched to say so."""
+
+    def fetch(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(flux, "snapshot_download", fetch)
+    monkeypatch.setattr(flux.DiffusionPipeline, "download", fetch)
+    assert plan_training(cached, GIB).num_pictures is None
+    check_inputs(cached)
+    wrong = replace(cached, **change)
+    with pytest.raises(ValueError, match=message):
+        plan_training(wrong, GIB)
+    with pytest.raises(ValueError, match=message):
+        check_inputs(wrong)
+
+
 def test_a_folder_that_is_not_cached_is_planned_from_its_pictures(flux_sized):
     plan = plan_training(flux_sized, 80 * GIB)
     (bucket,) = plan.buckets
@@ -195,8 +243,8 @@ def test_a_plan_from_pictures_is_that_of_their_features(settings, bases, tmp_pat
     assert cached.num_pictures is None
 
 
-def test_several_gpus_hold_what_each_of_them_has(settings):
-    config = replace(settings(), model="flux-dev", gradient_checkpointing="full")
+def test_several_gpus_hold_what_each_of_them_has(flux_small):
+    config = flux_small
     one, shared, spread = (
         {each.way.tier: each for each in plan_training(run, GIB).estimates}
         for run in (config, replace(config, context_parallel=2), replace(config, shard=True))
@@ -207,28 +255,27 @@ def test_several_gpus_hold_what_each_of_them_has(settings):
     assert spread["resident"].weights < 0.6 * one["resident"].weights
 
 
-def test_the_host_counts_where_the_gpu_is_this_machines(settings, monkeypatch):
-    config = replace(settings(), model="flux-dev", gradient_checkpointing="full")
+def test_the_host_counts_where_the_gpu_is_this_machines(flux_small, monkeypatch):
     monkeypatch.setattr(plan_module, "pick_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(plan_module, "free_bytes", lambda _: 20 * GIB)
     monkeypatch.setattr(plan_module, "_count_keys", lambda *_: None)
     for host_gib, tier in ((64, "streamed"), (16, "8bit")):
         monkeypatch.setattr(plan_module, "free_host_bytes", lambda g=host_gib: g * GIB)
-        assert plan_training(config).chosen.way.tier == tier
+        assert plan_training(flux_small).chosen.way.tier == tier
 
 
 def test_the_command_prints_it(bases, settings):
     arguments = [
         "plan", "train", str(ROOT / "recipes" / "flux_dev_2k_lora.toml"),
         "--data", str(settings().data_dir), "--gpu", "24GiB", "--resolution", "256",
+        "--model", str(bases["dev"]), "--adapter.rank", "4", "--probe",
     ]  # fmt: skip
-    done = CliRunner().invoke(app, [*arguments, "--gradient-checkpointing", "auto"])
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    for text in ("256 x 256", "no sample is dropped", "GiB of features", "streamed, selective"):
+    for text in ("256 x 256", "no sample is dropped; ", "MiB of features", "streamed, full"):
         assert text in done.stdout
-    small = ["--model", str(bases["dev"]), "--adapter.rank", "4", "--probe"]
-    done = CliRunner().invoke(app, [*arguments, *small])
-    assert done.exit_code == 0, done.output
+    for text in ("H200", " 0.0 GiB", "held out", "left out"):  # its times are not known
+        assert text not in done.stdout
     assert (
         "measured at 256 x 256, memory resident, gradient checkpointing full: "
         in done.stdout.replace("\n", " ")
@@ -236,14 +283,26 @@ def test_the_command_prints_it(bases, settings):
     assert "by the operations of all sizes" in done.stdout
 
 
-def test_the_command_says_that_it_is_planned_from_pictures(flux_sized, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_command_says_what_fits(flux_sized, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     arguments = [
         "plan", "train", str(ROOT / "recipes" / "flux_dev_2k_lora.toml"),
         "--data", str(flux_sized.data_dir), "--gpu", "80GiB",
     ]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "planned from 4 pictures" in done.stdout
-    assert "time on an H200" in done.stdout
-    assert "2.73 │ 1:31:" in done.stdout
+    told = " ".join(done.stdout.split())
+    assert told.startswith("planned from 4 pictures")
+    assert "without a caption: 2 pictures of an epoch" in told
+    assert "2,000 steps train on each 500 times" in told
+    assert "80.0 GiB GPU, 72.0 GiB of it usable" in told
+    assert "resident, full 30.6 GiB 0 yes 2.73 s 1:31:" in told
+    assert "the base's weights 22.2 GiB" in told
+    assert told.endswith("--memory auto would take resident, gradient checkpointing full")
+    assert "…" not in told
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    done = CliRunner().invoke(app, [*arguments, "--memory", "offload"])
+    assert "--memory offload fits, gradient checkpointing full" in done.stdout
+    done = CliRunner().invoke(app, [*arguments[:-1], "2GiB"])
+    assert "nothing fits with --memory auto: 2.0 GiB GPU, 1.8 GiB of it" in done.stdout

@@ -115,6 +115,15 @@ def test_the_card_is_for_a_base_of_the_hub(run):
     assert data["license_link"].endswith("FLUX.1-dev/blob/main/LICENSE.md")
 
 
+def test_the_card_loads_a_base_that_ships_with_the_package(run):
+    text = (run.output_dir / "run.toml").read_text()
+    (run.output_dir / "run.toml").write_text(text.replace(f'"{run.model}"', '"miniature-dev"', 1))
+    card = ModelCard.load(write_folder(options(run)) / "README.md").text
+    assert 'pipe = load_pipeline("miniature-dev", dtype=torch.float32)' in card
+    assert 'pipe("a large red circle on a striped green background", height=256' in card
+    assert "FluxPipeline" not in card
+
+
 def test_what_is_published_is_the_run_without_its_folders(run, trained):
     folder = write_folder(options(run, license="other"))
     ours, published = load_file(run.output_dir / LORA), load_file(folder / LORA)

@@ -87,6 +87,23 @@ def test_the_curve_resumes(settings, tmp_path):
     assert len(resumed) == 5
 
 
+def test_a_run_reports_its_held_out_losses_and_all_steps_after_a_resume(settings):
+    reports = []
+    run = partial(settings, num_validation=1, validate_every=2, checkpoint_every=2)
+    first = train(run(steps=2), on_step=reports.append)
+    again = train(run(steps=4, resume=True), on_step=reports.append)
+    measured = [sum(each) / len(each) for _, each in read_validation(settings().output_dir)]
+    assert list(again.held_out_losses) == pytest.approx(measured)
+    assert again.losses == tuple(report.loss for report in reports)
+    assert (first.num_steps, again.num_steps) == (2, 2)
+    assert [report.held_out_loss for report in reports] == [
+        again.held_out_losses[at] for at in (0, 0, 1, 1)
+    ]
+    done = train(run(steps=4, resume=True))
+    assert (done.num_steps, done.losses) == (0, again.losses)
+    assert done.held_out_losses == again.held_out_losses
+
+
 def test_what_failed_to_be_measured_is_made_up_for(settings, monkeypatch):
     measure, calls = monitor_module.measure_loss, []
 

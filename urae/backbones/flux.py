@@ -82,6 +82,8 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
         return path
     hub_id = HUB_IDS.get(model, model)
     try:
+        if "/" not in hub_id:
+            raise HFValidationError(hub_id)  # a name that is mistyped, which no one need look for
         if configs_only:
             folder = snapshot_download(hub_id, allow_patterns="*.json")
         else:

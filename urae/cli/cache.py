@@ -72,6 +72,10 @@ def cache_command(
             console.print(f"  {name}{skip.detail}", markup=False)
     ready = report.latents.encoded + report.latents.unchanged + report.latents.kept
     ready += report.latents.shared
-    color = "green" if ready else "red"
+    if not ready:
+        raise ValueError(
+            f"no picture in {data_dir} can be trained on at --resolution {resolution}; choose a "
+            "smaller one, or mend what is listed above"
+        )
     text = f"{ready} pictures in {data_dir} are ready to train on"
-    console.print(f"[{color}]done:[/]", Text(text))
+    console.print("[green]done:[/]", Text(text))

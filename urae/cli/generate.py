@@ -3,7 +3,7 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -17,6 +17,9 @@ from urae.cli.terminal import (
     is_first_rank,
     quiet_progress_bars,
 )
+
+if TYPE_CHECKING:
+    from urae.generate import GenerateConfig
 
 
 class Memory(StrEnum):
@@ -61,8 +64,8 @@ def generate_command(
     size: Annotated[
         str | None,
         typer.Option(
-            help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16 "
-            "[dim](the model's own: FLUX.1 1024, the miniature 256)[/]."
+            help="1k, 2k, 4k (once, twice, four times the model's own side), a side, or "
+            "WIDTHxHEIGHT; multiples of 16 [dim](1k: FLUX.1 1024, the miniature 256)[/]."
         ),
     ] = None,
     adapter: Annotated[
@@ -113,42 +116,44 @@ def generate_command(
     texts = _read_prompts(prompt, prompts)
     if gpus is not None and wants_launch(gpus):
         return launch(gpus, sys.argv[1:])
-    from urae.backbones.flux import find_native_side
-    from urae.generate import GenerateConfig, Progress, generate
-    from urae.geometry import parse_size
-
-    native_side = find_native_side(model or BASE)
-    height, width = parse_size(size or str(native_side))
-    own = pick_adapters(height, width, native_side) if model is None and not adapter else ()
-    config = GenerateConfig(
-        prompts=texts,
-        model=model or BASE,
-        height=height,
-        width=width,
-        adapters=own or tuple(adapter or ()),
-        loras=tuple(split_weight(text) for text in lora or ()),
-        steps=steps,
-        guidance_scale=guidance,
-        max_sequence_length=max_sequence_length,
-        seed=seed,
-        num_images=num_images,
-        output_dir=output,
-        overwrite=overwrite,
-        memory=memory.value,
-        speed=speed.value,
-        parts=tuple(part or ()),
-    )
-    if own and is_first_rank():
-        text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
-        console.print(Text(f"{text} {BASE}"), soft_wrap=True)
-    quiet_progress_bars()
     with build_progress() as bar:
         task = bar.add_task("loading", total=None)
+        # libraries take seconds to import
+        from urae.backbones.flux import find_native_side
+        from urae.generate import GenerateConfig, Progress, generate
+        from urae.geometry import parse_size
+
+        native_side = find_native_side(model or BASE)
+        height, width = parse_size(size or "1k", native_side)
+        own = pick_adapters(height, width, native_side) if model is None and not adapter else ()
+        config = GenerateConfig(
+            prompts=texts,
+            model=model or BASE,
+            height=height,
+            width=width,
+            adapters=own or tuple(adapter or ()),
+            loras=tuple(split_weight(text) for text in lora or ()),
+            steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=max_sequence_length,
+            seed=seed,
+            num_images=num_images,
+            output_dir=output,
+            overwrite=overwrite,
+            memory=memory.value,
+            speed=speed.value,
+            parts=tuple(part or ()),
+        )
+        if is_first_rank():
+            _tell_of_the_miniature(config, own, native_side)
+        quiet_progress_bars()
 
         def show(progress: Progress) -> None:
             name = f"picture {progress.picture} of {progress.num_pictures}"
             if progress.step == 1:
                 bar.reset(task, total=progress.num_steps)
+            if progress.step == progress.num_steps:
+                name += ", decoding"
             bar.update(task, description=name, completed=progress.step)
 
         paths = generate(config, on_progress=show)
@@ -158,6 +163,29 @@ def generate_command(
         typer.echo(path)
     plural = "s" if len(paths) > 1 else ""
     console.print("[green]done:[/]", Text(f"{len(paths)} picture{plural} in {output}"))
+
+
+def _tell_of_the_miniature(
+    config: "GenerateConfig", own: tuple[str, ...], native_side: int
+) -> None:
+    """Say which adapters it takes by itself, and what it cannot draw."""
+    from urae.backbones.flux import PACKAGED
+    from urae.miniature.grammar import parse_caption
+
+    if own:
+        text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
+        console.print(Text(f"{text} {BASE}"), soft_wrap=True)
+    if config.model not in PACKAGED:
+        return
+    for prompt in config.prompts:
+        try:
+            parse_caption(prompt)
+        except ValueError as reason:
+            text = (
+                f"{config.model} knows only scenes of its grammar, and will draw another: {reason}"
+            )
+            console.print(Text(text, style="yellow"), soft_wrap=True)
+            return
 
 
 def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:

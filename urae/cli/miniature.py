@@ -101,15 +101,16 @@ def data_command(
     if source is not Source.synthetic:
         kind: Literal["clean", "real"] = "real" if source is Source.real else "clean"
         workers = workers or os.cpu_count() or 1
-        write_folder(output, kind, range(count), seed, side, side, workers=workers)
+        new = write_folder(output, kind, range(count), seed, side, side, workers=workers)
     else:
         quiet_progress_bars()
         stage = Stage.teacher_512 if side <= 512 else Stage.teacher_1024
         device = pick_device()
         pipe = load_stage(stage.value, work).to(device, pick_dtype(device))
         pipe.set_progress_bar_config(disable=True)
-        write_synthetic(output, pipe, range(count), seed=seed, side=side)
-    console.print("[green]done:[/]", Text(f"{count} pictures in {output}"))
+        new = write_synthetic(output, pipe, range(count), seed=seed, side=side)
+    kept = f", {count - new} of them from before" if new < count else ""
+    console.print("[green]done:[/]", Text(f"{count} pictures in {output}{kept}"))
 
 
 @miniature_app.command("score")
@@ -142,6 +143,7 @@ def score_command(
 ) -> None:
     """Generate pictures of held-out captions and print how many pass the scene check."""
     import json
+    from dataclasses import asdict
 
     from urae.miniature.score import (
         ScoreConfig,
@@ -160,10 +162,17 @@ def score_command(
     guidance = usual_guidance if guidance is None else guidance
     config = ScoreConfig(side, captions, seeds, steps, guidance, workers)
     found = summarize(score_pipeline(pipe, config), captions)
-    console.print(Text(", ".join(f"{name} {value:.3f}" for name, value in found.items())))
+    what = {"stage": name} if name else {"model": model or BASE, "adapters": adapters}
+    whole = f"{name or model or BASE}{' with ' if adapters else ''}{' and '.join(adapters)}"
+    interval = f"{found['low']:.1%} to {found['high']:.1%}"
+    typer.echo(
+        f"{whole}, {side} x {side}, {steps} steps: in {found['share']:.1%} of {found['count']:.0f} "
+        f"pictures all of the caption holds (95%: {interval})"
+    )
+    parts = [part for part in found if part not in ("share", "low", "high", "count")]
+    typer.echo(", ".join(f"{part} {found[part]:.1%}" for part in parts))
     if output:
-        what = {"stage": name} if name else {"model": model or BASE, "adapters": adapters}
-        write_atomic(output, json.dumps({**what, **found}, indent=1).encode())
+        write_atomic(output, json.dumps({**what, **asdict(config), **found}, indent=1).encode())
 
 
 @miniature_app.command("export")
@@ -202,5 +211,6 @@ def unpack_command(work: Work = _WORK, verbose: Verbose = False) -> None:
     """Write the stages' files that come with the package, to train others from them."""
     from urae.miniature.export import unpack_pipelines
 
+    quiet_progress_bars()
     for path in unpack_pipelines(work):
         console.print("[green]done:[/]", Text(str(path)))

@@ -1,5 +1,6 @@
 """`urae plan`: what a job will take, before it is started."""
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from urae.cli.generate import MODELS, Memory, split_weight
-from urae.cli.terminal import Verbose, console, quiet_progress_bars
+from urae.cli.terminal import Verbose, quiet_progress_bars
 from urae.cli.train import Data, format_seconds, read_recipe
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from urae.generate.estimate import Stage
     from urae.generate.plan import Plan
+    from urae.train.config import TrainConfig
     from urae.train.plan import TrainPlan
     from urae.train.probe import Probe
 
@@ -29,6 +33,18 @@ Gpu = Annotated[
     str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
 ]
 
+_UNKNOWN = "-"
+
+_PARTS = {
+    "weights": "the base's weights",
+    "adapter": "adapters and the optimizer's state",
+    "gradients": "gradients",
+    "kept": "kept for the backward pass",
+    "block": "the block that is gone back through",
+    "loss": "inputs, output and loss",
+}
+"""What the terms of a training step's peak are, in words."""
+
 plan_app = typer.Typer(no_args_is_help=True)
 
 
@@ -41,7 +57,7 @@ def plan() -> None:
 def generate_command(
     model: Annotated[str, typer.Option(help=f"{MODELS}.")] = "flux-dev",
     size: Annotated[
-        str, typer.Option(help="1k, 2k, 4k, a side, or WIDTHxHEIGHT; multiples of 16.")
+        str, typer.Option(help="1k (the model's own), 2k, 4k, a side, or WIDTHxHEIGHT.")
     ] = "1k",
     gpu: Gpu = None,
     adapter: Annotated[
@@ -67,10 +83,11 @@ def generate_command(
     verbose: Verbose = False,
 ) -> None:
     """Print what `urae generate` would take in GPU and host memory and time, tier by tier."""
+    from urae.backbones.flux import find_native_side
     from urae.generate.plan import PlanConfig, parse_bytes, plan
     from urae.geometry import parse_size
 
-    height, width = parse_size(size)
+    height, width = parse_size(size, find_native_side(model))
     found = plan(
         PlanConfig(
             model=model,
@@ -87,37 +104,44 @@ def generate_command(
             part=None if part is None else part.value,
         )
     )
-    where = "a GPU" if gpus == 1 else f"each of {gpus} GPUs"
-    _show(found, f"{width} x {height} on {where} of {_gib(found.gpu_bytes)} GiB")
+    title = f"{width} x {height}" + (f", each of {gpus} GPUs" if gpus > 1 else "")
+    _show(found, title)
+    if found.chosen is not None:
+        typer.echo(_say_choice(memory.value, found.chosen.tier))
+    else:
+        room = _say_room(found.gpu_bytes, found.host_bytes)
+        raise MemoryError(
+            f"nothing fits with --memory {memory.value}: {room}; choose a smaller --size"
+        )
 
 
 def _show(plan: "Plan", title: str) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     output = Console(highlight=False)
-    table = Table(title=f"{title}: GiB at the peak, time on an H200")
-    table.add_column("--memory")
-    for name in ("encode", "weights", "activations", "sample", "decode", "host"):
-        table.add_column(name, justify="right")
-    table.add_column("fits")
-    table.add_column("time", justify="right")
-    for each in plan.estimates:
-        working = each.sample.working or 0
-        time = plan.seconds.get(each.tier)
-        table.add_row(
-            each.tier,
-            _peak(each.encode),
-            _gib(each.sample.weights),
-            _gib(working),
-            _peak(each.sample),
-            _peak(each.decode),
-            _gib(each.host_bytes),
-            _say_fits(plan.fits(each)),
-            "-" if time is None else format_seconds(time.total(plan.steps, plan.num_images)),
+    output.print(_say_room(plan.gpu_bytes, plan.host_bytes))
+    times = [plan.seconds.get(each.tier) for each in plan.estimates]
+    columns: dict[str, list[str]] = {
+        "--memory": [each.tier for each in plan.estimates],
+        "encode": [_peak(each.encode) for each in plan.estimates],
+        "sample": [_peak(each.sample) for each in plan.estimates],
+        "decode": [_peak(each.decode) for each in plan.estimates],
+        "host": [_size(each.host_bytes) for each in plan.estimates],
+        "fits": [_say_fits(plan.fits(each)) for each in plan.estimates],
+        "H200": [
+            format_seconds(time.total(plan.steps, plan.num_images)) if time else _UNKNOWN
+            for time in times
+        ],
+    }
+    clock = ", time on an H200" if plan.seconds else ""
+    output.print(_build_table(f"{title}: the peak of each stage{clock}", columns))
+    if plan.chosen is not None:
+        sample = plan.chosen.sample
+        output.print(
+            f"sampling with {plan.chosen.tier}: {_size(sample.weights)} of weights, "
+            f"{_size(sample.working or 0)} of activations"
         )
-    output.print(table)
-    output.print(f"operations by count: {plan.steps} steps of {plan.operations / 1e12:,.0f} TFLOP")
+    output.print(f"operations by count: {plan.steps} steps of {_flop(plan.operations)}")
     for tier, time in plan.seconds.items():
         output.print(
             f"on an H200, {tier}, by rates that were measured there: {time.first:.0f} s before the "
@@ -125,9 +149,7 @@ def _show(plan: "Plan", title: str) -> None:
             "encoding the prompt are not counted"
         )
     if plan.compiled:
-        console.print("blocks compiled, where Triton and a C compiler are there")
-    if plan.chosen is None:
-        console.print("[yellow]nothing fits:[/] choose a smaller --size")
+        output.print("blocks compiled, where Triton and a C compiler are there")
 
 
 @plan_app.command(
@@ -150,67 +172,81 @@ def train_command(
     from urae.train import probe as probing
 
     found = planning.plan_training(config, None if gpu is None else parse_bytes(gpu))
-    _show_training(found, config.steps)
+    _show_training(found, config)
     if probe:
         quiet_progress_bars()
         _show_probe(probing.probe(config), config.steps)
 
 
-def _show_training(plan: "TrainPlan", steps: int) -> None:
+def _show_training(plan: "TrainPlan", config: "TrainConfig") -> None:
     from rich.console import Console
-    from rich.table import Table
-
-    from urae.train.estimate import TERMS
 
     output = Console(highlight=False)
     if plan.num_pictures is not None:
         output.print(
             f"planned from {plan.num_pictures:,} pictures and their captions: not all are cached "
-            f"yet; {plan.num_left_out:,} are left out, too small, unreadable or without a caption"
+            "yet"
         )
-    table = Table(title="pictures, an epoch")
-    for name in ("size", "tokens", "samples", "batches", "TFLOP a batch, counted"):
-        table.add_column(name, justify="right")
-    for each in plan.buckets:
-        table.add_row(
-            f"{each.width} x {each.height}",
-            f"{each.tokens:,}",
-            f"{each.num_samples:,}",
-            f"{each.num_batches:,}",
-            f"{each.operations / 1e12:,.3g}",
+    if plan.num_left_out:
+        output.print(
+            f"left out as too small, unreadable or without a caption: {plan.num_left_out:,}"
         )
-    output.print(table)
+    columns = {
+        "size": [f"{each.width} x {each.height}" for each in plan.buckets],
+        "tokens": [f"{each.tokens:,}" for each in plan.buckets],
+        "samples": [f"{each.num_samples:,}" for each in plan.buckets],
+        "batches": [f"{each.num_batches:,}" for each in plan.buckets],
+        "a batch": [_flop(each.operations) for each in plan.buckets],
+    }
+    output.print(_build_table("pictures of an epoch, operations by count", columns))
+    held_out = f", {plan.num_held_out:,} held out" if plan.num_held_out else ""
     output.print(
-        f"no sample is dropped, {plan.num_held_out} are held out; {steps:,} steps train on each "
-        f"{plan.num_epochs:.1f} times, {plan.operations / 1e15:,.3g} PFLOP in all by count"
+        f"no sample is dropped{held_out}; {config.steps:,} steps train on each "
+        f"{_say_times(plan.num_epochs)}, {_flop(plan.operations)} in all"
     )
     output.print(
-        f"disk: {_gib(plan.cache_bytes)} GiB of features, {_gib(plan.checkpoint_bytes)} of "
+        f"disk: {_size(plan.cache_bytes)} of features, {_size(plan.checkpoint_bytes)} of "
         "checkpoints"
     )
-    table = Table(title=f"a GPU of {_gib(plan.gpu_bytes)} GiB: GiB at the peak, estimated")
-    table.add_column("--memory", no_wrap=True)
-    for name in (*TERMS, "sum", "host", "fits"):
-        table.add_column(name, justify="right")
-    for way in plan.estimates:
-        table.add_row(
-            f"{way.way.tier}, {way.way.checkpointing}",
-            *(_gib(getattr(way, term)) for term in TERMS),
-            _gib(way.peak),
-            _gib(way.host_bytes),
-            _say_fits(plan.fits(way)),
-        )
-    output.print(table)
-    table = Table(title="time on an H200, estimated")
-    for name in ("--memory", "s a step", "in all"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for way in plan.estimates:
-        time = plan.seconds.get(way.way)
-        cells = ("-", "-") if time is None else (f"{time.step:.3g}", format_seconds(time.total))
-        table.add_row(f"{way.way.tier}, {way.way.checkpointing}", *cells)
-    output.print(table)
+    output.print()
+    _show_ways(plan, config.memory)
+
+
+def _show_ways(plan: "TrainPlan", memory: str) -> None:
+    from rich.console import Console
+
+    from urae.train.estimate import TERMS
+
+    output = Console(highlight=False)
+    room = _say_room(plan.gpu_bytes, plan.host_bytes)
+    output.print(room)
+    ways = [each.way for each in plan.estimates]
+    times = [plan.seconds.get(way) for way in ways]
+    columns = {
+        "--memory": [f"{way.tier}, {way.checkpointing}" for way in ways],
+        "GPU": [_size(each.peak) for each in plan.estimates],
+        "host": [_size(each.host_bytes) for each in plan.estimates],
+        "fits": [_say_fits(plan.fits(each)) for each in plan.estimates],
+        "a step": [f"{time.step:.3g} s" if time else _UNKNOWN for time in times],
+        "in all": [format_seconds(time.total) if time else _UNKNOWN for time in times],
+    }
+    clock = ", time on an H200" if plan.seconds else ""
+    output.print(_build_table(f"the peak, by --memory and checkpointing{clock}", columns))
     if plan.chosen is None:
-        console.print("[yellow]nothing fits:[/] use --batch-size 1, or a lower resolution")
+        output.print(
+            f"[yellow]nothing fits with --memory {memory}:[/] {room}; use --batch-size 1, or a "
+            "lower resolution"
+        )
+        return
+    tier, checkpointing = plan.chosen.way
+    columns = {
+        f"{tier}, {checkpointing}": [_PARTS[term] for term in TERMS],
+        "GPU": [_size(getattr(plan.chosen, term)) for term in TERMS],
+    }
+    output.print()
+    output.print(_build_table("the peak, by what it is made of", columns))
+    output.print()
+    output.print(f"{_say_choice(memory, tier)}, gradient checkpointing {checkpointing}")
 
 
 def _show_probe(probe: "Probe", steps: int) -> None:
@@ -222,7 +258,7 @@ def _show_probe(probe: "Probe", steps: int) -> None:
         measured = f"{last.memory_gib:.1f} GiB at the peak"
     output.print(
         f"measured at {last.width} x {last.height}, {probe.estimate.way}: {last.seconds:.2f} s a "
-        f"step (the first {first.seconds:.2f}); memory: {measured}, {_gib(probe.estimate.peak)} "
+        f"step (the first {first.seconds:.2f}); memory: {measured}, {_size(probe.estimate.peak)} "
         "estimated"
     )
     output.print(
@@ -231,13 +267,68 @@ def _show_probe(probe: "Probe", steps: int) -> None:
     )
 
 
+def _build_table(title: str, columns: Mapping[str, Sequence[str]]) -> "Table":
+    """Build a table of short cells that 80 columns hold; what is unknown throughout is left out."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    known = {
+        name: cells for name, cells in columns.items() if any(cell != _UNKNOWN for cell in cells)
+    }
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for number, (name, cells) in enumerate(known.items()):
+        words = Text.from_markup(" ".join([name, *cells])).plain.split()
+        table.add_column(
+            name, justify="right" if number else "left", min_width=max(map(len, words))
+        )
+    for row in zip(*known.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _say_room(gpu_bytes: int, host_bytes: int | None) -> str:
+    """Say what a plan is for, and how much of it a job takes at most."""
+    from urae.backbones.free_memory import USABLE
+
+    room = {"GPU": gpu_bytes} if host_bytes is None else {"GPU": gpu_bytes, "host": host_bytes}
+    return "; ".join(
+        f"{_size(size)} {name}, {_size(int(USABLE * size))} of it usable"
+        for name, size in room.items()
+    )
+
+
+def _say_choice(memory: str, tier: str) -> str:
+    return f"--memory {memory} " + (f"would take {tier}" if memory == "auto" else "fits")
+
+
 def _peak(stage: "Stage") -> str:
-    return "no way" if stage.working is None else _gib(stage.peak)
+    return _UNKNOWN if stage.working is None else _size(stage.peak)
 
 
 def _say_fits(fits: bool) -> str:
     return "[green]yes[/]" if fits else "[red]no[/]"
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f}"
+def _say_times(count: float) -> str:
+    text = f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
+    return "once" if text == "1" else f"{text} times"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size / 10:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB" if num_bytes else "0"
+
+
+def _flop(count: float) -> str:
+    """Write operations, from 10 PFLOP on in PFLOP, below 0.1 TFLOP in GFLOP."""
+    unit, scale = ("GFLOP", 1e9) if count < 1e11 else ("TFLOP", 1e12)
+    if count >= 1e16:
+        unit, scale = "PFLOP", 1e15
+    amount = count / scale
+    return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"

@@ -1,5 +1,6 @@
 """`urae train`: a recipe and a folder of features to an adapter."""
 
+import shlex
 import time
 from collections import deque
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from urae.adapters.packaged import BASE
 from urae.cli.terminal import (
     Verbose,
     console,
@@ -24,7 +26,7 @@ from urae.cli.terminal import (
 from urae.config import build_config, describe_fields, override, read_toml
 
 if TYPE_CHECKING:
-    from urae.train import StepReport, TrainConfig
+    from urae.train import StepReport, TrainConfig, TrainResult
 
 _OWN_OPTIONS = {"data_dir", "output_dir", "resume", "overwrite"}
 _RECORD_SECTION = "record"  # of a run.toml: what the run was made from, no part of the recipe
@@ -76,25 +78,45 @@ class Display:
             ("s/step", f"{pace:.2f}"),
             ("ETA", format_seconds(pace * (self.num_steps - report.step))),
         ]
+        if report.held_out_loss is not None:
+            figures.insert(1, ("held-out", f"{report.held_out_loss:.4f}"))
         if report.memory_gib is not None:
             figures.append(("GPU", f"{report.memory_gib:.1f} GiB"))
         return [*figures, ("size", f"{report.width} x {report.height}")]
 
-    def summarize(self) -> str:
-        """Say the last figures in brackets; nothing if there was no step."""
-        if not self._recent:
-            return ""
-        figures = dict(self.describe(self._recent[-1]))
-        return f" (loss {figures['loss']}, {figures['s/step']} s/step)"
+    def summarize(self, result: "TrainResult") -> str:
+        """Say the last figures in brackets; losses are the whole run's, however often it stopped.
+
+        Nothing if there are none.
+        """
+        figures = []
+        if losses := result.losses[-_STEPS_IN_MEAN:]:
+            span = f"the last {len(losses)} steps" if len(losses) > 1 else "one step"
+            figures.append(f"mean loss of {span} {sum(losses) / len(losses):.4f}")
+        if result.held_out_losses:
+            first, last = result.held_out_losses[0], result.held_out_losses[-1]
+            figures.append(f"held-out {first:.4f} -> {last:.4f}")
+        if self._recent:
+            figures.append(f"{dict(self.describe(self._recent[-1]))['s/step']} s/step")
+        return f" ({', '.join(figures)})" if figures else ""
 
     def _build_panel(self, report: "StepReport") -> Panel:
         table = Table.grid(expand=True)
-        cells = [("step", f"{report.step} of {self.num_steps}"), *self.describe(report)]
+        figures = dict(self.describe(report))
+        held_out = figures.pop("held-out", None)  # on the border: there is no room in the table
+        cells = [("step", f"{report.step} of {self.num_steps}"), *figures.items()]
         table.add_row(*[Text(name, style="dim") for name, _ in cells])
         table.add_row(*[Text(value) for _, value in cells])
         bar = ProgressBar(total=self.num_steps, completed=report.step)
         width = min(_PANEL_WIDTH, console.width)
-        return Panel(Group(table, bar), title="train", title_align="left", width=width)
+        return Panel(
+            Group(table, bar),
+            title="train",
+            title_align="left",
+            subtitle=held_out and f"held-out {held_out}",
+            subtitle_align="left",
+            width=width,
+        )
 
 
 def format_seconds(seconds: float) -> str:
@@ -114,13 +136,13 @@ def read_recipe(recipe: Path, overrides: list[str], own: dict[str, Any]) -> "Tra
         raise ValueError(f"the recipe comes first: urae train RECIPE {recipe} ...")
     settings: dict[str, Any] = read_toml(recipe)
     settings.pop(_RECORD_SECTION, None)
-    override(settings, overrides)
+    typed = override(settings, overrides)
     for name in sorted(_OWN_OPTIONS & settings.keys()):
         option = name.removesuffix("_dir").replace("_", "-")
         raise ValueError(f"{name} is no field to override; it is given as --{option}")
     from urae.train import TrainConfig
 
-    return build_config(TrainConfig, settings | own, str(recipe))
+    return build_config(TrainConfig, settings | own, str(recipe), typed)
 
 
 def _list_fields(wanted: bool) -> None:
@@ -159,20 +181,43 @@ def train_command(
     Ctrl-C saves a checkpoint first. On several GPUs: accelerate launch -m urae train ...
     """
     own = {"data_dir": data, "output_dir": output, "resume": resume, "overwrite": overwrite}
-    config = read_recipe(recipe, context.args, own)
+    try:
+        config, display, result = _run(recipe, context.args, own)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            text = "without saving; --resume goes on from the last checkpoint, if there is one"
+            console.print("[yellow]stopped at once[/]", Text(text), soft_wrap=True)
+        raise
+    if not is_first_rank():
+        return  # one process speaks for all
+    if result.finished:
+        steps = f"{result.step} step{'s' if result.step != 1 else ''}"
+        text = f"{steps}, adapter {result.adapter_path}{display.summarize(result)}"
+        head = "finished already:" if result.num_steps == 0 else "done:"
+        console.print(f"[green]{head}[/]", Text(text), soft_wrap=True)
+        console.print(Text(f"next: {_suggest_next(config)}", style="dim"), soft_wrap=True)
+    else:
+        text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
+        console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"), soft_wrap=True)
+
+
+def _run(
+    recipe: Path, overrides: list[str], own: dict[str, Any]
+) -> "tuple[TrainConfig, Display, TrainResult]":
+    config = read_recipe(recipe, overrides, own)
     from urae.train import train
 
     quiet_progress_bars()
     display = Display(config.steps)
     try:
-        result = train(config, on_step=display.show)
+        return config, display, train(config, on_step=display.show)
     finally:
         display.close()
-    if not is_first_rank():
-        return  # one process speaks for all
-    if result.finished:
-        text = f"{result.step} steps, adapter {result.adapter_path}{display.summarize()}"
-        console.print("[green]done:[/]", Text(text), soft_wrap=True)
-    else:
-        text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
-        console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"), soft_wrap=True)
+
+
+def _suggest_next(config: "TrainConfig") -> str:
+    """Write the command that generates with a finished run's adapter."""
+    words = [] if config.model == BASE else ["--model", config.model]
+    for adapter in (*config.adapter.over, str(config.output_dir)):
+        words += ["--adapter", adapter]
+    return f'urae generate "..." {shlex.join([*words, "--size", str(config.resolution)])}'

@@ -6,7 +6,7 @@ them one word is wrong, in `VAGUE_SHARE`, independently, words are left out.
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ WRONG_SHARE = 0.2
 VAGUE_SHARE = 0.4
 _LEFT_OUT_SHARE = 0.5  # of the words of a vague caption that can be
 _CHUNK = 8  # indices that a process takes at a time
+_SET_FILE = Path(".urae") / "scenes.json"  # in a folder of samples: which set they are of
 
 _OBJECT_PARTS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES}
 _BACKGROUND_PARTS = {"texture": TEXTURES, "background": BACKGROUNDS, "light": LIGHTS}
@@ -99,7 +100,7 @@ def write_folder(
     width: int,
     *,
     workers: int = 1,
-) -> None:
+) -> int:
     """Write samples as a folder of captioned pictures that `urae cache` reads.
 
     Clean renders become PNG files, photographs JPEG files; the caption is the `prompt` of the JSON
@@ -114,29 +115,59 @@ def write_folder(
         width: The same.
         workers: Processes that share the indices.
 
+    Returns:
+        How many were written.
+
     Raises:
-        ValueError: If FLUX has no such size.
+        ValueError: If FLUX has no such size, or the folder holds samples of another set.
     """
     check_size(height, width)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, {"kind": kind, "seed": seed, "height": height, "width": width})
     write = partial(_write_sample, folder, kind, seed, height, width)
     if workers == 1:
-        for index in indices:
-            write(index)
-        return
+        return sum(map(write, indices))
     with start_processes(workers) as pool:
-        for _ in pool.map(write, indices, chunksize=_CHUNK):
-            pass
+        return sum(pool.map(write, indices, chunksize=_CHUNK))
 
 
-def _write_sample(folder: Path, kind: Kind, seed: int, height: int, width: int, index: int) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, str | int]) -> None:
+    """Make a folder for samples of one set, or see that it is that set's.
+
+    Args:
+        folder: Made if it is missing.
+        settings: What tells the set from others, by name.
+
+    Raises:
+        ValueError: If the folder holds samples of another set.
+    """
+    record = folder / _SET_FILE
+    if record.exists():
+        there = json.loads(record.read_text(encoding="utf-8"))
+        if there != settings:
+            raise ValueError(
+                f"{folder} holds pictures of another set ({_describe(there)}), this is "
+                f"{_describe(settings)}; choose another folder"
+            )
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(record, json.dumps(dict(settings)).encode())
+
+
+def _describe(settings: Mapping[str, str | int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _write_sample(folder: Path, kind: Kind, seed: int, height: int, width: int, index: int) -> bool:
+    """Tell whether it was not there."""
     draw, suffix = (sample_real, ".jpg") if kind == "real" else (sample_clean, ".png")
     image = folder / f"{index:06d}{suffix}"
-    if not image.exists():
+    is_new = not image.exists()
+    if is_new:
         sample = draw(index, seed, height, width)
         text = json.dumps({"prompt": sample.caption})
         write_atomic(image.with_suffix(".json"), text.encode())
         write_atomic(image, sample.file or encode_picture(sample.picture, "PNG"))
+    return is_new
 
 
 def spoil(described: Description, rng: random.Random) -> Description:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from urae.miniature.model import TEXT_TOKENS
 from urae.miniature.photograph import encode_picture
+from urae.miniature.sources import claim_folder
 from urae.miniature.world import caption, training_scene
 from urae.storage import write_atomic
 
@@ -65,7 +66,7 @@ def write_synthetic(
     side: int,
     steps: int = 24,
     guidance_scale: float = 3.5,
-) -> None:
+) -> int:
     """Write what a pipeline makes of scenes' captions, as `sources.write_folder` does renders.
 
     Args:
@@ -76,8 +77,14 @@ def write_synthetic(
         side: Of the square pictures in pixels.
         steps: As in `generate_pictures`.
         guidance_scale: As in `generate_pictures`.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        ValueError: If the folder holds samples of another set.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, {"kind": "synthetic", "seed": seed, "height": side, "width": side})
     missing = [index for index in indices if not (folder / f"{index:06d}.png").exists()]
     scenes = [training_scene(seed, index) for index in missing]
     captions = [caption(scene) for scene in scenes]
@@ -89,3 +96,4 @@ def write_synthetic(
         path = folder / f"{index:06d}.png"
         write_atomic(path.with_suffix(".json"), json.dumps({"prompt": text}).encode())
         write_atomic(path, encode_picture(picture, "PNG"))
+    return len(missing)

@@ -139,13 +139,22 @@ def _format_usage(config: TrainConfig, inputs: CardInputs, base: str | None) -> 
     side = config.resolution
     guided = "schnell" not in (base or config.model)
     options = "guidance_scale=3.5" if guided else "num_inference_steps=4, guidance_scale=0.0"
-    call = f'pipe("a lighthouse at dawn", height={side}, width={side}, {options})'
+    if config.model in PACKAGED:
+        prompt = "a large red circle on a striped green background"  # of its grammar
+        start = (
+            "import torch\n\nimport urae\nfrom urae.backbones.flux import load_pipeline\n\n"
+            f'pipe = load_pipeline("{config.model}", dtype=torch.float32)\n'
+        )
+    else:
+        prompt = "a lighthouse at dawn"
+        start = (
+            "import torch\nfrom diffusers import FluxPipeline\n\nimport urae\n\n"
+            f'pipe = FluxPipeline.from_pretrained("{base or "path/to/the/base"}", '
+            'dtype=torch.bfloat16).to("cuda")\n'
+        )
+    call = f'pipe("{prompt}", height={side}, width={side}, {options})'
     ours = (
-        "import torch\nfrom diffusers import FluxPipeline\n\nimport urae\n\n"
-        f'pipe = FluxPipeline.from_pretrained("{base or "path/to/the/base"}", '
-        'dtype=torch.bfloat16).to("cuda")\n'
-        f'urae.adapt(pipe, "{inputs.repo}/{inputs.adapter_file}")\n'
-        f"image = {call}.images[0]"
+        f'{start}urae.adapt(pipe, "{inputs.repo}/{inputs.adapter_file}")\nimage = {call}.images[0]'
     )
     text = (
         "With urae, which also sets the resolution policy that the adapter was trained with "

@@ -19,6 +19,8 @@ NUM_ERRORS = 3
 """Standard errors of the change beyond which it is a rise."""
 MIN_CHANGE = 1.0
 """Mean difference of previews, in levels of 255, from which the adapter is seen to act."""
+MIN_STEPS = 20
+"""Steps between previews from which an adapter is expected to act."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def warn_of_departure(output_dir: Path) -> None:
 def warn_of_standstill(output_dir: Path) -> None:
     """Say so if the last previews are as good as the first ones."""
     first, last, change = measure_change(output_dir)
-    if first < last and change < MIN_CHANGE:
+    if last - first >= MIN_STEPS and change < MIN_CHANGE:
         logger.warning(
             f"the previews of step {last} differ from those of step {first} by {change:.2f} of 255 "
             "levels: the adapter does next to nothing; try a higher learning rate"

@@ -1,11 +1,14 @@
 """What a run is guarded against: being stopped in the middle of a step."""
 
 import contextlib
+import logging
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+
+logger = logging.getLogger(__name__)
 
 _ONE_REQUEST_SECONDS = 1.0
 
@@ -35,6 +38,10 @@ def catch_stop() -> Iterator[threading.Event]:
         if asked_at is None:
             asked_at = now  # first: another signal may come while the event holds its lock
             stop.set()
+            logger.warning(
+                "stopping after this step, with a checkpoint; Ctrl-C again stops at once without "
+                "saving"
+            )
         elif now - asked_at > _ONE_REQUEST_SECONDS:
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)

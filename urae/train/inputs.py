@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from urae.adapters.files import AdapterFile, check_fits, read_adapter
 from urae.backbones.flux import (
+    build_meta_models,
     build_meta_transformer,
     fetch_model,
+    find_local,
     read_latent_scale,
 )
 from urae.features.captions import check_weights
@@ -56,28 +59,11 @@ def check_inputs(config: TrainConfig) -> Inputs:
     sources = open_sources(config)
     samples = [sample for source in sources for sample in source.samples]
     train_samples, held_out = hold_out(samples, config.num_validation, config.seed)
+    if find_local(config.model) is None:  # what does not fit is said before gigabytes come
+        check_features(config, sources, build_meta_models(config.model)["transformer"])
     model_path = fetch_model(config.model)  # encoders too: their fingerprints are checked
     meta = build_meta_transformer(model_path)
-    if config.caption_weights is not None:
-        check_weights(samples, config.caption_weights)
-    empty_prompt = sources[0].empty_prompt if config.caption_dropout else None
-    if config.caption_dropout and empty_prompt is None:
-        raise ValueError(
-            f"caption_dropout needs the empty prompt's embeddings, which are not in "
-            f"{config.sources[0].dir}; run `urae cache` on the folder once more, and `urae pack`"
-        )
-    check = partial(
-        check_cache,
-        latent_channels=meta.config.in_channels // PATCH**2,
-        t5_dim=meta.config.joint_attention_dim,
-        clip_dim=meta.config.pooled_projection_dim,
-        fingerprints=fingerprint_encoders(model_path),
-        empty_prompt=empty_prompt,
-    )
-    for source, part in zip(config.sources, sources, strict=True):
-        check(part.samples, resolution=source.resolution)
-    if len(config.sources) > 1:
-        check(samples)  # text of one length in all
+    empty_prompt = check_features(config, sources, meta, model_path)
     data_hash = fingerprint_features(samples, empty_prompt)
     check_rank(config.adapter, meta)
     over, initial = read_adapters(config.adapter)
@@ -99,6 +85,50 @@ def check_inputs(config: TrainConfig) -> Inputs:
         average,
         start,
     )
+
+
+def check_features(
+    config: TrainConfig,
+    sources: Sequence[Features],
+    transformer: Any,
+    model_path: Path | None = None,
+) -> FeatureFile | None:
+    """Check, by headers alone, that features are what a run wants.
+
+    Args:
+        config: Of the run.
+        sources: Its features, as `open_sources` found them.
+        transformer: That they are for, a FLUX one; its shape counts.
+        model_path: The whole model, whose encoders they should be from; None to take any.
+
+    Returns:
+        The empty prompt's embeddings, if the run draws them.
+
+    Raises:
+        ValueError: If a file or a caption column does not fit, or the empty prompt is missing.
+    """
+    samples = [sample for source in sources for sample in source.samples]
+    if config.caption_weights is not None:
+        check_weights(samples, config.caption_weights)
+    empty_prompt = sources[0].empty_prompt if config.caption_dropout else None
+    if config.caption_dropout and empty_prompt is None:
+        raise ValueError(
+            f"caption_dropout needs the empty prompt's embeddings, which are not in "
+            f"{config.sources[0].dir}; run `urae cache` on the folder once more, and `urae pack`"
+        )
+    check = partial(
+        check_cache,
+        latent_channels=transformer.config.in_channels // PATCH**2,
+        t5_dim=transformer.config.joint_attention_dim,
+        clip_dim=transformer.config.pooled_projection_dim,
+        fingerprints=None if model_path is None else fingerprint_encoders(model_path),
+        empty_prompt=empty_prompt,
+    )
+    for source, part in zip(config.sources, sources, strict=True):
+        check(part.samples, resolution=source.resolution)
+    if len(config.sources) > 1:
+        check(samples)  # text of one length in all
+    return empty_prompt
 
 
 def open_sources(config: TrainConfig) -> list[Features]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,7 @@ from urae.train.output import (
     check_same_policy,
     hold_output,
     prepare_output,
+    read_losses,
     warn_of_other_steps,
 )
 from urae.train.preview import Previewer
@@ -59,6 +60,12 @@ class TrainResult:
     adapter_path: Path
     """The finished adapter, or that of the last checkpoint if the run was stopped."""
     finished: bool
+    num_steps: int | None = None
+    """Steps taken since it started or went on: 0 if there was nothing left to do."""
+    losses: tuple[float, ...] = ()
+    """Of each step of the whole run; on the main process alone."""
+    held_out_losses: tuple[float, ...] = ()
+    """Of the whole run, as often as they were measured; on the main process alone."""
 
 
 def train(
@@ -151,8 +158,9 @@ class _Run:
                 report = stepper.advance(gradients)
                 with self._saved_on_failure():
                     self.monitor.log_step(report)
-                    if self.accelerator.is_main_process and on_step is not None:
-                        on_step(report)
+                    if self.monitor.curves is not None and on_step is not None:
+                        last = [None, *self.monitor.curves.held_out_losses][-1]
+                        on_step(replace(report, held_out_loss=last))
                 finished = state.step == config.steps
                 if finished or gradients.stopping or state.step % config.checkpoint_every == 0:
                     self._save(stop)  # before measuring, which may take longer than there is
@@ -166,7 +174,18 @@ class _Run:
             self.accelerator.wait_for_everyone()
         folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
         self.accelerator.end_training()
-        return TrainResult(state.step, folder / LORA_FILE_NAME, finished)
+        return self._build_result(folder / LORA_FILE_NAME)
+
+    def _build_result(self, adapter_path: Path) -> TrainResult:
+        step, curves = self.state.step, self.monitor.curves
+        return TrainResult(
+            step,
+            adapter_path,
+            finished=step == self.config.steps,
+            num_steps=step - self.inputs.start.step,
+            losses=tuple(read_losses(self.config.output_dir)) if curves else (),
+            held_out_losses=tuple(curves.held_out_losses) if curves else (),
+        )
 
     def _build_model(self) -> tuple[FluxTransformer2DModel, TrainingAdapter]:
         """Load the base, attach what trains, and put all of it where it is to be."""

@@ -72,6 +72,8 @@ class StepReport:
     width: int
     memory_gib: float | None
     """The most GPU memory that tensors took so far on the main process's device; None on a CPU."""
+    held_out_loss: float | None = None
+    """As last measured, before this step; None if it was not."""
 
 
 @dataclass(frozen=True)
@@ -273,11 +275,13 @@ class Curves:
     def __init__(self, output_dir: Path, step: int, *, num_validation: int) -> None:
         self._losses = output_dir / LOSS_FILE
         self._validation = output_dir / VALIDATION_FILE
+        self.held_out_losses: list[float] = []  # of the whole run, the first one first
         figures = ["loss", "grad_norm", "lr", "seconds", "loader_seconds"]
         _start_csv(self._losses, ["step", *figures, *_LEVELS], step)
         if num_validation:
             samples = [f"sample_{number}" for number in range(1, num_validation + 1)]
             _start_csv(self._validation, ["step", "loss", *_LEVELS, *samples], step)
+            self.held_out_losses = _read_column(self._validation, "loss")
 
     def write_step(self, report: StepReport) -> None:
         seconds = [f"{each:.4f}" for each in (report.seconds, report.loader_seconds)]
@@ -287,12 +291,18 @@ class Curves:
     def write_validation(self, step: int, losses: Float[Tensor, "samples levels"]) -> None:
         """Write the mean, the means by level, then by sample, which make for paired intervals."""
         means = [losses.mean(), *losses.mean(dim=0), *losses.mean(dim=1)]
-        _append_row(self._validation, [step, *(mean.item() for mean in means)])
+        figures = [mean.item() for mean in means]
+        _append_row(self._validation, [step, *figures])
+        self.held_out_losses.append(figures[0])
 
 
 def read_losses(output_dir: Path, column: str = "loss") -> list[float]:
     """Read the loss of each step of a run, or another figure, the first one first."""
-    with (output_dir / LOSS_FILE).open(newline="") as file:
+    return _read_column(output_dir / LOSS_FILE, column)
+
+
+def _read_column(path: Path, column: str) -> list[float]:
+    with path.open(newline="") as file:
         return [float(row[column]) for row in csv.DictReader(file)]
 
 

@@ -37,7 +37,7 @@ from urae.train.estimate import (
     estimate_seconds,
     list_ways,
 )
-from urae.train.inputs import open_sources, repeat_by_weight
+from urae.train.inputs import check_features, open_sources, repeat_by_weight
 from urae.train.memory import estimate_ways, fits
 from urae.train.recompute import wants_compiled
 from urae.train.validate import hold_out
@@ -124,8 +124,8 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
         gpu_bytes: Of the GPU to plan for; by default what is free on this machine's.
 
     Raises:
-        ValueError: If the features or pictures do not suffice, such a run cannot be, or there is no
-            GPU to plan for.
+        ValueError: If the features do not fit the run, they or the pictures do not suffice, such a
+            run cannot be, or there is no GPU to plan for.
         FileNotFoundError: If the model is missing.
     """
     device = pick_device()
@@ -168,7 +168,9 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
 def _read_data(config: TrainConfig, transformer: Any) -> _Data:
     """List what a run trains on: features, or where a folder has none yet, what they would be."""
     if all(_is_cached(source.dir) for source in config.sources):
-        samples = [sample for part in open_sources(config) for sample in part.samples]
+        sources = open_sources(config)
+        check_features(config, sources, transformer, find_local(config.model))
+        samples = [sample for part in sources for sample in part.samples]
         size = sum(count_bytes(file) for sample in samples for file in sample.files)
         return _Data(samples, samples[0].text_tokens, size)
     found = [_list_pictures(source) for source in config.sources]

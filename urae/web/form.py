@@ -49,7 +49,7 @@ def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig
         raise ValueError("no model is chosen; choose one, or type a hub id or a folder")
     native_side = find_native_side(form.model)
     own_size = not form.size or form.size == OWN_SIZE
-    height, width = parse_size(str(native_side) if own_size else str(form.size))
+    height, width = parse_size("1k" if own_size else str(form.size), native_side)
     adapters = form.adapters
     if AUTOMATIC in adapters:
         if len(adapters) > 1:
