@@ -156,7 +156,11 @@ def generate_command(
                 name += ", decoding"
             bar.update(task, description=name, completed=progress.step)
 
-        paths = generate(config, on_progress=show)
+        try:
+            paths = generate(config, on_progress=show)
+        except KeyboardInterrupt:
+            console.print("[yellow]stopped;[/]", Text(f"pictures that are done are in {output}"))
+            raise
     if not is_first_rank():
         return
     for path in paths:
