@@ -190,7 +190,9 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan(tiers, 2**30, False)))
     step = StepReport(1, 0.1, 1.0, 1e-4, 2.0, 0.0, (None,), 32, 32, None)
     terms = {name: 2**30 for name in (*TERMS, "host_bytes")}
-    training = TrainPlan((), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 1, 1, 1)
+    training = TrainPlan(
+        (), 0, 1.0, 1e15, (Estimate(Way("resident", "full"), **terms),), 2**40, 1, 1
+    )
     monkeypatch.setattr("urae.train.plan.plan_training", stand_in("plan", training))
     probed = Probe((step,), training.estimates[0], 1.0)
     monkeypatch.setattr("urae.train.probe.probe", stand_in("plan", probed))

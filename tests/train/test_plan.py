@@ -305,4 +305,4 @@ def test_the_command_says_what_fits(flux_sized, monkeypatch, columns):
     done = CliRunner().invoke(app, [*arguments, "--memory", "offload"])
     assert "--memory offload fits, gradient checkpointing full" in done.stdout
     done = CliRunner().invoke(app, [*arguments[:-1], "2GiB"])
-    assert "nothing fits with --memory auto: 2.0 GiB GPU, 1.8 GiB of it" in done.stdout
+    assert "nothing fits with --memory auto: 2.0 GiB GPU, 1.8 GiB of it" in str(done.exception)

@@ -233,11 +233,10 @@ def _show_ways(plan: "TrainPlan", memory: str) -> None:
     clock = ", time on an H200" if plan.seconds else ""
     output.print(_build_table(f"the peak, by --memory and checkpointing{clock}", columns))
     if plan.chosen is None:
-        output.print(
-            f"[yellow]nothing fits with --memory {memory}:[/] {room}; use --batch-size 1, or a "
-            "lower resolution"
+        raise MemoryError(
+            f"nothing fits with --memory {memory}: {room}; use --batch-size 1, or a lower "
+            "resolution"
         )
-        return
     tier, checkpointing = plan.chosen.way
     columns = {
         f"{tier}, {checkpointing}": [_PARTS[term] for term in TERMS],
