@@ -19,6 +19,9 @@ from urae.cli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
     from urae.generate import GenerateConfig
 
 
@@ -120,7 +123,7 @@ def generate_command(
         task = bar.add_task("loading", total=None)
         # libraries take seconds to import
         from urae.backbones.flux import find_native_side
-        from urae.generate import GenerateConfig, Progress, generate
+        from urae.generate import GenerateConfig
         from urae.geometry import parse_size
 
         native_side = find_native_side(model or BASE)
@@ -146,27 +149,36 @@ def generate_command(
         )
         if is_first_rank():
             _tell_of_the_miniature(config, own, native_side)
-        quiet_progress_bars()
-
-        def show(progress: Progress) -> None:
-            name = f"picture {progress.picture} of {progress.num_pictures}"
-            if progress.step == 1:
-                bar.reset(task, total=progress.num_steps)
-            if progress.step == progress.num_steps:
-                name += ", decoding"
-            bar.update(task, description=name, completed=progress.step)
-
-        try:
-            paths = generate(config, on_progress=show)
-        except KeyboardInterrupt:
-            console.print("[yellow]stopped;[/]", Text(f"pictures that are done are in {output}"))
-            raise
+        paths = _run(config, bar, task)
     if not is_first_rank():
         return
     for path in paths:
         typer.echo(path)
     plural = "s" if len(paths) > 1 else ""
     console.print("[green]done:[/]", Text(f"{len(paths)} picture{plural} in {output}"))
+
+
+def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
+    """Make the pictures, and show on the bar how far they are."""
+    from urae.generate import Progress, generate
+
+    quiet_progress_bars()
+
+    def show(progress: Progress) -> None:
+        name = f"picture {progress.picture} of {progress.num_pictures}"
+        if progress.step == 1:
+            bar.reset(task, total=progress.num_steps)
+        if progress.step == progress.num_steps:
+            name += ", decoding"
+        bar.update(task, description=name, completed=progress.step)
+
+    try:
+        return generate(config, on_progress=show)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            text = f"pictures that are done are in {config.output_dir}"
+            console.print("[yellow]stopped;[/]", Text(text))
+        raise
 
 
 def _tell_of_the_miniature(

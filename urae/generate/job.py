@@ -52,6 +52,7 @@ from urae.generate.memory import (
 )
 from urae.generate.optimize import (
     ONLY_4K,
+    SHARED_KEYS,
     apply_parts,
     check_machine,
     choose_parts,
@@ -196,7 +197,7 @@ def _find_unfit(
         return {"local-attention": reason, "progressive": reason}
     unfit: dict[PartName, str] = {}
     if shared:
-        unfit["local-attention"] = "GPUs share a picture, and each would hold a part of the keys"
+        unfit["local-attention"] = SHARED_KEYS
     if not can_halve(config.height, config.width):
         unfit["progressive"] = "half the sides are no multiples of 16 pixels"
     elif adapters and all(map(is_4k, adapters)):

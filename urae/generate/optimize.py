@@ -38,6 +38,8 @@ Undo = Callable[[], None]
 
 ONLY_4K = "a 4K adapter alone has not been measured at half the side; put a 2K adapter before it"
 """Why a preset has no step at half the side where one goes alone."""
+SHARED_KEYS = "GPUs share a picture, and each would hold a part of the keys"
+"""Why a preset has no local attention there."""
 
 _FORWARD = inspect.signature(FluxTransformer2DModel.forward)
 
@@ -139,7 +141,7 @@ def _find_local_fault(transformer: Any) -> str | None:
     if any(each._attention_backend is not None for each in transformer.attn_processors.values()):
         return "the transformer has an attention backend of its own"
     if find_degree(transformer) > 1:
-        return "GPUs share a picture, and each holds a part of the keys"
+        return SHARED_KEYS
     return None
 
 
