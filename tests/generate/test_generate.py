@@ -557,8 +557,8 @@ def test_a_presets_local_attention_goes_where_blocks_are_compiled(
         (path,) = generate(replace(config, memory=memory))
         with Image.open(path) as image:
             found = json.loads(image.text["parts"])
-        assert ("local-attention=0.85" in found) == ("compile" in found) == is_local
-        assert ("local-attention is left out: it has to be compiled" in caplog.text) != pays
+        assert ("local-attention=0.92" in found) == ("compile" in found) == is_local
+        assert ("local-attention is left out: it gains nothing" in caplog.text) != pays
 
 
 def test_a_picture_that_gpus_share_is_not_local_by_a_preset(settings, tmp_path):

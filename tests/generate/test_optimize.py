@@ -110,8 +110,11 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
     small = find(load_pipe, "turbo", known={"progressive": "it is small"})
     assert small["progressive"] == "it is small"
-    assert small["local-attention"].startswith("it has to be compiled")
+    assert small["local-attention"].startswith("it gains nothing on blocks that are not compiled")
     assert "local-attention" not in find(load_pipe, "turbo", compiled=True)
+    monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
+    assert find(load_pipe, "fast")["fp8"] == small["local-attention"]
+    assert "fp8" not in find(load_pipe, "fast", compiled=True)
     other = find(load_pipe, "turbo", plain=False)
     assert set(other) >= set(parts.SCHEDULED)
     assert other["progressive"] == "it goes with FluxPipeline, which this is not"

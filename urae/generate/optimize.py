@@ -128,8 +128,8 @@ def find_unfit(
     if fault := _find_fp8_fault(transformer, device, memory):
         unfit["fp8"] = fault
     if not compiled:
-        reason = "it has to be compiled, which does not pay or go here"
-        unfit.setdefault("local-attention", reason)
+        reason = "it gains nothing on blocks that are not compiled, which does not pay or go here"
+        unfit = dict.fromkeys(("fp8", "local-attention"), reason) | unfit
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:
