@@ -19,6 +19,7 @@ from urae.backbones.flux import build_meta_models
 from urae.backbones.ranks import Ranks
 from urae.generate import GenerateConfig, generate
 from urae.generate import job as job_module
+from urae.generate import sample as sample_module
 from urae.generate.chunks import token_chunks
 from urae.generate.estimate import list_estimates
 from urae.generate.inputs import Sampling
@@ -557,7 +558,7 @@ def test_a_presets_local_attention_goes_where_blocks_are_compiled(
         (path,) = generate(replace(config, memory=memory))
         with Image.open(path) as image:
             found = json.loads(image.text["parts"])
-        assert ("local-attention=0.92" in found) == ("compile" in found) == is_local
+        assert ("local-attention=0.85" in found) == ("compile" in found) == is_local
         assert ("local-attention is left out: it gains nothing" in caplog.text) != pays
 
 
@@ -629,3 +630,26 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
     with pytest.raises(MemoryError, match="decoding 256 x 256 pixels takes at least"):
         generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_steps_are_not_lost_where_decoding_runs_out_of_memory(settings, monkeypatch, tmp_path):
+    (whole,) = generate(settings(height=256, width=256, steps=1))
+    limits, decode = [], vae.decode
+
+    def fail_twice(*arguments, max_bytes, group):
+        limits.append(max_bytes)
+        if len(limits) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return decode(*arguments, max_bytes=max_bytes, group=group)
+
+    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 5 * 2**20)
+    monkeypatch.setattr("urae.backbones.vae.decode", fail_twice)
+    (path,) = generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "less"))
+    assert [limit / 2**20 for limit in limits] == pytest.approx([5, 4, 3.2])
+    found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
+    assert abs(found - wanted).max() <= 1
+    with pytest.raises(torch.OutOfMemoryError):  # others of a group would wait for this one
+        limits.clear()
+        latents = torch.zeros(1, 4, 8, 8)
+        sample_module._decode_in_stripes(None, latents, group=object())
+    assert len(limits) == 1

@@ -177,8 +177,8 @@ def has_fp8(gpu):
     return True
 
 
-def test_a_preset_names_its_parts_in_the_picture(make, gpu):
+def test_a_preset_names_its_parts_in_the_picture(make):
     _, info, _ = make("fast", speed="fast", steps=8)
     parts = json.loads(info["parts"])
     assert {"progressive=0.35", "taylorseer-cache=3"} <= set(parts)
-    assert ("fp8" in parts) == has_fp8(gpu)
+    assert "fp8" not in parts  # in so short a job nothing is compiled

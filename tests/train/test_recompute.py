@@ -6,6 +6,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from urae.train.attention import choose_attention, sound_attention
 from urae.train.estimate import Way
 from urae.train.host import HostKeeper
 from urae.train.inputs import check_inputs
-from urae.train.recompute import set_checkpointing
+from urae.train.recompute import set_checkpointing, wants_compiled
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 SHAPE = (1, 48, 2, 8)
@@ -136,6 +137,14 @@ def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel, take_step):
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
     assert set(backward_attentions) == {1 if way.checkpointing == "full" else 0}
+
+
+def test_blocks_in_8_bits_are_compiled_only_by_name(settings):
+    run, eight = settings(steps=10_000), Way("8bit", "full")
+    samples = [SimpleNamespace(height=2048, width=2048)]
+    assert wants_compiled(run, Way("resident", "full"), samples)
+    assert not wants_compiled(run, eight, samples)
+    assert wants_compiled(replace(run, compile=True), eight, samples)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it

@@ -1,16 +1,21 @@
 """One picture with a stock pipeline: noise to latents, latents to pixels."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image
 from torch.distributed import ProcessGroup
 
 from urae.backbones import vae
-from urae.backbones.free_memory import free_bytes, vae_bytes
+from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
 from urae.generate.inputs import Sampling
+
+logger = logging.getLogger(__name__)
+
+_LEANER = 0.8  # of what a decoding ran out of memory with
 
 
 class PromptEmbeds(NamedTuple):
@@ -96,8 +101,27 @@ def decode(
     if pipe.vae.use_tiling:
         (pixels,) = pipe.vae.decode(latents, return_dict=False)
     else:
-        max_bytes = vae_bytes(device, free_bytes(device))
-        pixels = vae.decode(pipe.vae, latents, max_bytes=max_bytes, group=group)
+        pixels = _decode_in_stripes(pipe.vae, latents, group)
     pipe.maybe_free_model_hooks()
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
     return image
+
+
+def _decode_in_stripes(
+    model: AutoencoderKL, latents: torch.Tensor, group: ProcessGroup | None
+) -> torch.Tensor:
+    """Decode within what is free; alone, in thinner stripes where memory runs out all the same.
+
+    An allocator loses memory between the blocks that it keeps, and the steps before are dear.
+    """
+    device = latents.device
+    max_bytes = vae_bytes(device, free_bytes(device))
+    while True:
+        try:
+            return vae.decode(model, latents, max_bytes=max_bytes, group=group)
+        except torch.OutOfMemoryError:
+            if group is not None:  # the others of it would wait
+                raise
+        max_bytes = int(_LEANER * max_bytes)
+        release_memory(device)
+        logger.info("decoding ran out of memory: trying within %.1f GiB", max_bytes / 2**30)

@@ -44,7 +44,8 @@ def is_compiled(
 ) -> bool:
     """Tell whether the blocks are compiled, as the recipe says or where it pays.
 
-    Blocks in 4 bits are not, nor streamed ones that keep attention's outputs.
+    Blocks in 4 bits are not, nor streamed ones that keep attention's outputs; those in 8 bits only
+    if the recipe says so.
 
     Args:
         config: Of the run.
@@ -62,7 +63,7 @@ def wants_compiled(config: TrainConfig, way: Way, samples: Sequence[Sample]) -> 
         return False
     if config.compile is not None:
         return config.compile
-    if config.shard:
+    if config.shard or way.tier == "8bit":  # whose compiled step took minutes (docs/performance.md)
         return False
     largest = max(samples, key=lambda sample: sample.height * sample.width)
     pictures = config.batch_size * config.gradient_accumulation
