@@ -40,6 +40,16 @@ def test_scenes_go_on_from_a_number():
     assert held_out_scenes(4)[2:] == held_out_scenes(2, first=2)
 
 
+def test_other_captions_can_be_scored(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        score_module, "draw_scenes", lambda pipe, scenes, numbers, **_: seen.extend(scenes) or []
+    )
+    with pytest.raises(ValueError, match="longer"):  # there are no pictures to check
+        score_module.score_pipeline(None, score_module.ScoreConfig(512, 2, 2, first_caption=7))
+    assert seen == held_out_scenes(2, first=7) * 2
+
+
 def test_models_without_distilled_guidance(bases):
     pipe = load_pipeline(str(bases["schnell"]), dtype=torch.float32)
     assert default_sampling(pipe) == default_sampling(pipe, "schnell") == (4, 0.0)
@@ -74,6 +84,8 @@ def test_the_command_says_what_was_scored(lora, tmp_path, monkeypatch, cli):
     )
     (config,) = configs
     assert (config.side, config.steps, config.guidance_scale) == (512, 24, 3.5)
+    assert cli("miniature", "score", "--first", 500).exit_code == 0
+    assert (configs[0].first_caption, configs[1].first_caption) == (0, 500)
 
 
 @pytest.fixture

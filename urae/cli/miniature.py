@@ -130,6 +130,9 @@ def score_command(
     ] = None,
     side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 256,
     captions: Annotated[int, typer.Option(min=1, help="Held-out captions.")] = 500,
+    first: Annotated[
+        int, typer.Option(min=0, help="Number of the first; choose settings on others.")
+    ] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 3,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps [dim](24, schnell 4)[/].")
@@ -160,7 +163,7 @@ def score_command(
     usual_steps, usual_guidance = default_sampling(pipe, name)
     steps = usual_steps if steps is None else steps
     guidance = usual_guidance if guidance is None else guidance
-    config = ScoreConfig(side, captions, seeds, steps, guidance, workers)
+    config = ScoreConfig(side, captions, seeds, steps, guidance, workers, first)
     found = summarize(score_pipeline(pipe, config), captions)
     what = {"stage": name} if name else {"model": model or BASE, "adapters": adapters}
     whole = f"{name or model or BASE}{' with ' if adapters else ''}{' and '.join(adapters)}"

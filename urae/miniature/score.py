@@ -38,6 +38,8 @@ class ScoreConfig:
     """Distilled guidance; of a pipeline without, classifier-free guidance."""
     workers: int = 1
     """Processes that check while the next pictures are made."""
+    first_caption: int = 0
+    """Number of the first held-out scene: a setting is not to be chosen on those it is told by."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -104,7 +106,7 @@ def score_pipeline(pipe: FluxPipeline, config: ScoreConfig) -> list[SceneReport]
     Returns:
         A report a picture: all captions with the first noise, then with the next.
     """
-    scenes = held_out_scenes(config.num_captions) * config.num_seeds
+    scenes = held_out_scenes(config.num_captions, config.first_caption) * config.num_seeds
     numbers = [index // config.num_captions for index in range(len(scenes))]
     pictures = draw_scenes(
         pipe,
