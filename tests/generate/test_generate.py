@@ -558,7 +558,7 @@ def test_a_presets_local_attention_goes_where_blocks_are_compiled(
         (path,) = generate(replace(config, memory=memory))
         with Image.open(path) as image:
             found = json.loads(image.text["parts"])
-        assert ("local-attention=0.85" in found) == ("compile" in found) == is_local
+        assert ("local-attention=0.87" in found) == ("compile" in found) == is_local
         assert ("local-attention is left out: it gains nothing" in caplog.text) != pays
 
 
