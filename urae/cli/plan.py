@@ -142,11 +142,12 @@ def _show(plan: "Plan", title: str) -> None:
             f"{_size(sample.working or 0)} of activations"
         )
     output.print(f"operations by count: {plan.steps} steps of {_flop(plan.operations)}")
+    if plan.seconds:
+        output.print("on an H200, by rates that were measured there, without loading and encoding:")
     for tier, time in plan.seconds.items():
         output.print(
-            f"on an H200, {tier}, by rates that were measured there: {time.first:.0f} s before the "
-            f"first step, {time.step:.2f} s a step, {time.decode:.1f} s to decode; loading and "
-            "encoding the prompt are not counted"
+            f"  {tier}: {time.first:.0f} s before the first step, {time.step:.2f} s a step, "
+            f"{time.decode:.1f} s to decode"
         )
     if plan.compiled:
         output.print("blocks compiled, where Triton and a C compiler are there")
