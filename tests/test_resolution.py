@@ -102,6 +102,27 @@ def test_positions_of_each_picture_follow_its_own_size(load_pipe):
         assert all(map(torch.equal, output, stock(ids))) == (side == 8)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("batched", [False, True])
+def test_reference_pictures_do_not_make_a_picture_larger(load_pipe, batched):
+    transformer = load_pipe().transformer
+    policy = ResolutionPolicy("auto", native_sequence_length=80)
+    positions = apply_policy(transformer, policy)
+    ids = build_image_ids(8, 8)
+    both = torch.cat([ids, ids + torch.tensor([1.0, 0, 0])])  # Kontext's, with one reference
+    transformer(
+        hidden_states=torch.randn(1, 128, 64),
+        encoder_hidden_states=torch.randn(1, 4, 32),
+        pooled_projections=torch.randn(1, 24),
+        timestep=torch.ones(1),
+        guidance=torch.ones(1),
+        img_ids=both[None] if batched else both,
+        txt_ids=build_text_ids(4),
+    )
+    assert positions.rope.theta == positions.stock.theta
+    assert positions._sequence_length == 132  # attention sees them all
+
+
 def test_ids_in_half_precision_are_widened():
     ids = build_image_ids(270, 300)
     assert not torch.equal(ids.bfloat16().float(), ids)

@@ -184,7 +184,10 @@ class ResolutionPositions(nn.Module):
         self.adapter_sources: tuple[str, ...] = ()
         self.local = local
         self.hooks: list[RemovableHandle] = []
+        self.adapted_policy = policy  # of `urae.adapt`; parts may change the one that is followed
         self._sequence_length = self._num_image_tokens = 0
+        self._counted_ids: Tensor | None = None
+        self._num_own_tokens = 0
         self._num_local_keys: float | None = None
         self._warned_about: tuple[str, ...] = ()
 
@@ -214,8 +217,8 @@ class ResolutionPositions(nn.Module):
         inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
         image_ids, text_ids = inputs.arguments.get("img_ids"), inputs.arguments.get("txt_ids")
         if image_ids is not None and text_ids is not None:
-            self._num_image_tokens = image_ids.shape[-2]
-            self._sequence_length = self._num_image_tokens + text_ids.shape[-2]
+            self._num_image_tokens = self._count_tokens(image_ids)
+            self._sequence_length = image_ids.shape[-2] + text_ids.shape[-2]
             inputs.arguments["img_ids"] = widen_ids(image_ids)
             inputs.arguments["txt_ids"] = text_ids.float()
             if self.local is not None:
@@ -226,6 +229,20 @@ class ResolutionPositions(nn.Module):
         arguments = dict(inputs.arguments)
         del arguments["self"]
         return (), arguments
+
+    def _count_tokens(self, image_ids: Float[Tensor, "*b tokens 3"]) -> int:
+        """Count the picture's tokens; those of references (Kontext's) are of no larger picture.
+
+        Only "auto" positions ask. It waits for the device once a picture: pipelines give the same
+        tensor in each step.
+        """
+        if self.policy.ntk_factor != "auto" or torch.compiler.is_compiling():
+            return image_ids.shape[-2]
+        if image_ids is not self._counted_ids:
+            self._counted_ids = image_ids
+            own = image_ids if image_ids.ndim == 2 else image_ids[0]
+            self._num_own_tokens = int((own[:, 0] == 0).sum())
+        return self._num_own_tokens
 
     def _warn_of_inactive(self, module: Any) -> None:
         if not self.adapter_names or self.is_resting:
@@ -314,6 +331,7 @@ def change_policy(module: nn.Module, policy: ResolutionPolicy) -> ResolutionPosi
     after = apply_policy(module, policy, before.adapter_names)
     after.adapter_sources = before.adapter_sources
     after.adapters_4k = before.adapters_4k
+    after.adapted_policy = before.adapted_policy
     return after
 
 

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -214,6 +215,26 @@ def test_a_shared_transformer_gets_its_scheduler_only(load_pipe, expected, sampl
         urae.adapt(fourth, stages(expected, "dev")["conversion"])
     urae.adapt(fourth, stages(expected, "dev")["2k"])
     assert torch.equal(sample(fourth), wanted)
+
+
+def test_a_part_that_changes_the_policy_does_not_make_another_pipe_differ(load_pipe, expected):
+    lora, policy = stages(expected, "dev")["2k"], ResolutionPolicy(native_sequence_length=80)
+    pipe = urae.optimize(
+        urae.adapt(load_pipe(), lora, policy=policy), speed=None, parts=["local-attention"]
+    )
+    other = FluxPipeline(**pipe.components)
+    assert urae.adapt(other, lora, policy=policy).transformer is pipe.transformer
+    assert find_policy(pipe.transformer).policy.attention == "local"
+
+
+def test_a_folders_name_says_that_its_adapter_is_for_4k(load_pipe, expected, tmp_path):
+    folder = tmp_path / "my_4k"
+    folder.mkdir()
+    source = expected / "dev_4k_lora_conversion.safetensors"
+    shutil.copy(source, folder / "pytorch_lora_weights.safetensors")
+    for each in (folder, source):
+        positions = find_policy(urae.adapt(load_pipe(), each).transformer)
+        assert positions.adapters_4k == positions.adapter_names == ("urae_4k",)
 
 
 def test_controlnets_follow(load_pipe, expected):

@@ -169,6 +169,14 @@ def test_user_errors_are_one_line_and_code_2(urae, arguments, message):
     assert errors.count("\n") == 1
 
 
+def test_one_of_several_processes_says_which_it_is(urae, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, errors = urae("generate", "x", "--size", "1000x1000")
+    assert code == 2
+    assert errors.startswith("error in process 1: height 1000 is not")
+
+
 def test_a_model_folder_that_is_not_whole(urae, tmp_path):
     leave_out = shutil.ignore_patterns("vae")
     folder = shutil.copytree(GOLDEN / "base_dev", tmp_path / "model", ignore=leave_out)

@@ -163,7 +163,7 @@ def test_the_table(monkeypatch, columns):
         "resident 9.6 GiB 26.5 GiB 23.7 GiB 0 no 3:23",
         "streamed: 1.5 GiB of weights",
         "28 steps of 3,908 TFLOP",
-        "on an H200, resident",
+        "resident: 19 s before the first step",
         "6.46 s a step",
         "blocks compiled",
     ):

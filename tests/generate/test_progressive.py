@@ -11,6 +11,7 @@ from urae.generate.config import GenerateConfig
 from urae.generate.memory import stream_blocks
 from urae.generate.progressive import enlarge, shrink, small_noise_level
 from urae.geometry import pack, unpack
+from urae.resolution import find_policy
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -252,8 +253,32 @@ def both(load_pipe, expected):
 def test_a_picture_that_was_broken_off_leaves_nothing_behind(both, draw):
     pipe = progressive(both(), 0.5, "joined-adapters")
     wanted, _ = draw(pipe, side=256)
-    break_off(draw, pipe)  # where all adapters rest
+    break_off(draw, pipe)  # in a step in which all adapters rested
+    assert active_adapters(pipe.transformer) == ["urae_2k", "urae_4k"]
     assert torch.equal(draw(pipe, side=256)[0], wanted)
+
+
+def test_adapters_rest_no_longer_than_a_forward_that_fails(both, draw):
+    pipe = progressive(both(), 0.5)
+
+    def fail(*_):
+        raise RuntimeError("out of luck")
+
+    hook = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        draw(pipe)
+    hook.remove()
+    assert active_adapters(pipe.transformer) == ["urae_2k", "urae_4k"]
+    assert not find_policy(pipe.transformer).is_resting
+
+
+def test_fused_adapters_cannot_rest_and_that_is_told_once(both, draw, caplog):
+    pipe = progressive(both(), 0.5)
+    pipe.fuse_lora()
+    draw(pipe)
+    draw(pipe)
+    (record,) = [each for each in caplog.records if "cannot rest" in each.message]
+    assert "adapters are fused into the base: urae_2k, urae_4k cannot rest" in record.message
 
 
 def test_adapters_that_are_chosen_meanwhile_stay(both, draw):
@@ -288,6 +313,23 @@ def test_streamed_weights(adapted, draw, parts, caplog):
     found = [draw(pipe)[0] for _ in range(2)]
     assert all(torch.allclose(each, wanted, atol=1e-5) for each in found)
     assert not caplog.records
+
+
+def test_another_pipeline_with_the_same_parts_begins_whole(adapted, caplog):
+    """Image to image keeps the whole schedule, and begins in the middle of it."""
+    pipe = progressive(adapted(), 0.6)
+    other = FluxImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
+    other.set_progress_bar_config(disable=True)
+    seen = []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["hidden_states"].shape[1]),
+        with_kwargs=True,
+    )
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    settings = {"height": 128, "width": 128, "max_sequence_length": 64, "output_type": "latent"}
+    other("a lake", image=image, strength=0.8, num_inference_steps=10, **settings)
+    assert seen == [64] * 8
+    assert "progressive is left out for a picture: it begins at noise level 0." in caplog.text
 
 
 def test_other_pipelines_are_refused(adapted):

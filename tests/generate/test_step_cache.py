@@ -299,3 +299,50 @@ def test_another_loop_is_told(adapted, load_pipe, draw, kind):
     other.transformer = pipe.transformer
     with pytest.raises(ValueError, match=r"optimized for one pipeline, .* something else runs it"):
         draw(other, steps=5)
+
+
+@pytest.fixture
+def style():
+    """A LoRA that acts on the last layer, which TaylorSeer predicts the output of."""
+
+    def load(pipe):
+        layer = pipe.transformer.proj_out
+        layer = getattr(layer, "base_layer", layer)
+        generator = torch.Generator().manual_seed(3)
+        shapes = {"A": (4, layer.in_features), "B": (layer.out_features, 4)}
+        factors = {
+            f"transformer.proj_out.lora_{name}.weight": 0.3
+            * torch.randn(shape, generator=generator)
+            for name, shape in shapes.items()
+        }
+        pipe.load_lora_weights(factors, adapter_name="style")
+        pipe.set_adapters(["urae_2k", "style"])
+
+    return load
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")  # names that end alike
+def test_an_adapter_on_the_last_layer_may_come_and_go(adapted, draw, style):
+    taylor = ["taylorseer-cache=3"]
+    plain, _ = draw(urae.optimize(adapted(), speed=None, parts=taylor))
+    pipe = adapted()
+    style(pipe)
+    wanted, computed = draw(urae.optimize(pipe, speed=None, parts=taylor))
+    later = urae.optimize(adapted(), speed=None, parts=taylor)
+    draw(later)
+    style(later)
+    for _ in range(2):
+        found, count = draw(later)
+        assert count == computed < STEPS
+        assert torch.equal(found, wanted)
+    pipe.delete_adapters("style")
+    for _ in range(2):
+        assert torch.equal(draw(pipe)[0], plain)
+
+
+def test_another_pipeline_that_runs_the_transformer_is_told(adapted, kind):
+    pipe = cached(adapted(), kind)
+    other = FluxImg2ImgPipeline.from_pipe(pipe, dtype=torch.float32)
+    other.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="another pipeline runs this transformer; call ur"):
+        other("a lake", image=torch.zeros(1, 3, 64, 64), height=64, width=64, num_inference_steps=4)

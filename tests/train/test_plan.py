@@ -295,7 +295,7 @@ def test_the_command_says_what_fits(flux_sized, monkeypatch, columns):
     told = " ".join(done.stdout.split())
     assert told.startswith("planned from 4 pictures")
     assert "without a caption: 2 pictures of an epoch" in told
-    assert "2,000 steps train on each 500 times" in told
+    assert "2,000 steps train on each 500 times (one process), " in told
     assert "80.0 GiB GPU, 72.0 GiB of it usable" in told
     assert "resident, full 30.6 GiB 0 yes 2.73 s 1:31:" in told
     assert "the base's weights 22.2 GiB" in told

@@ -16,6 +16,7 @@ from urae.miniature.sources import write_folder
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig, train
 from urae.train import loop as loop_module
 from urae.train.checkpoint import find_checkpoints
+from urae.train.monitor import Monitor
 from urae.train.output import find_previews
 from urae.train.preview import Previewer
 
@@ -165,6 +166,21 @@ def test_a_preview_that_fails_saves_first(config, monkeypatch):
     with pytest.raises(MemoryError):
         train(config)
     assert [each.step for each in find_checkpoints(config.output_dir)] == [2]
+
+
+def test_nothing_is_lost_while_previews_are_made(config, monkeypatch):
+    """A kill in the middle of them, by which time the last checkpoint may be old."""
+    seen = []
+
+    def look(self, transformer, preview):
+        seen.append([each.step for each in find_checkpoints(config.output_dir)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Previewer, "draw", look)
+    monkeypatch.setattr(Monitor, "catch_up", lambda *_: None)  # at step 0 there is nothing to lose
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, checkpoint_every=100))
+    assert seen == [[2]]
 
 
 def test_half_a_set_is_made_whole_on_resuming(config):

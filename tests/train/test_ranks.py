@@ -79,15 +79,23 @@ def test_all_is_checked_before_weights_load(settings, monkeypatch):
     assert not settings().output_dir.exists()
 
 
+def test_processes_that_would_train_apart_are_refused(settings, monkeypatch):
+    """Accelerate leaves processes of torchrun that see no GPU to themselves."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and this one, on cpu, would"):
+        train(settings())
+    assert not settings().output_dir.exists()
+
+
 @pytest.mark.parametrize(
-    ("what", "change"),
+    ("differs", "change"),
     [
-        ("recipe", {"seed": 1}),
-        ("recipe", {"adapter": AdapterConfig(rank=3)}),
-        ("base", {"model": "schnell"}),
+        ("seed: 1, not 0;", {"seed": 1}),
+        ("adapter.rank: 3, not 4;", {"adapter": AdapterConfig(rank=3)}),
+        (r"base: \w+, not \w+;", {"model": "schnell"}),
     ],
 )
-def test_processes_that_differ_are_refused(settings, bases, monkeypatch, what, change):
+def test_processes_that_differ_are_refused(settings, bases, monkeypatch, differs, change):
     if "model" in change:
         change = {"model": str(bases[change["model"]])}
     inputs, facts = check_inputs(settings()), []
@@ -96,9 +104,9 @@ def test_processes_that_differ_are_refused(settings, bases, monkeypatch, what, c
     check_alike(settings(), inputs, policy)
     elsewhere = replace(settings(), output_dir=settings().data_dir)  # paths may differ
     check_alike(elsewhere, inputs, policy)
-    with pytest.raises(ValueError, match=rf"process 2 has another {what} \(\w+\) than process 0"):
+    with pytest.raises(ValueError, match=f"process 2 differs from process 0 in {differs}"):
         check_alike(settings(**change), check_inputs(settings(**change)), policy)
-    with pytest.raises(ValueError, match="process 2 has another policy"):
+    with pytest.raises(ValueError, match="process 2 differs from process 0 in policy"):
         facts.pop()
         check_alike(settings(), inputs, ResolutionPolicy(ntk_factor=2.0))
 

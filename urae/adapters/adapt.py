@@ -163,7 +163,7 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
 
 def is_4k(file: AdapterFile) -> bool:
     """Tell whether an adapter is for 4K, by its kind or its name."""
-    return file.kind == "minor" or "4k" in file.path.name.lower()
+    return file.kind == "minor" or "4k" in file.name.lower()
 
 
 def _find_inherited(
@@ -181,12 +181,12 @@ def _find_inherited(
     if positions is None or owner is pipe:
         return None
     same_sources = not sources or tuple(map(str, sources)) == positions.adapter_sources
-    if same_sources and policy in (None, positions.policy):
-        return positions.policy
+    if same_sources and policy in (None, positions.adapted_policy):
+        return positions.adapted_policy
     if owner is not None:
         raise ValueError(
             "this pipe's transformer is adapted already, through another pipe and differently "
-            f"({list(positions.adapter_sources) or 'no adapters'}, {positions.policy}); "
+            f"({list(positions.adapter_sources) or 'no adapters'}, {positions.adapted_policy}); "
             "urae.restore(pipe) first"
         )
     return None

@@ -173,9 +173,9 @@ class Rest:
                     self._layers.append((layer, before, during))
 
     @property
-    def is_untouched(self) -> bool:
-        """Whether nobody has chosen other adapters since."""
-        return all(layer._active_adapter is during for layer, _, during in self._layers)
+    def has_fused(self) -> bool:
+        """Whether some take part all the same, since they are fused into the base's weights."""
+        return any(getattr(layer, "merged", False) for layer, _, _ in self._layers)
 
     def end(self) -> None:
         """Let them take part again, but in layers for which others have been chosen since."""

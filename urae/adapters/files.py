@@ -73,6 +73,11 @@ class AdapterFile:
     """What a DoRA, LoKr or OFT holds in place of layers."""
 
     @property
+    def name(self) -> str:
+        """What tells it from others: its file's name, or its folder's where files have one name."""
+        return (self.path.parent if self.path.name in _FOLDER_NAMES else self.path).name
+
+    @property
     def rank(self) -> int:
         """Components a matrix; of OFT, the side of a block."""
         if self.variant is not None:

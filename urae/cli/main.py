@@ -1,6 +1,7 @@
 """The `urae` command: one subcommand a job."""
 
 import logging
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -90,5 +91,11 @@ def _fail(error: BaseException, code: int) -> None:
     if is_launched():
         hand_over(error, message, code)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("[bold red]error:[/]", Text(message))
+    console.print(f"[bold red]{_say_where()}:[/]", Text(message))
     sys.exit(code)
+
+
+def _say_where() -> str:
+    """Name the process of those that torchrun has started: each tells its own error."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return "error" if alone else f"error in process {os.environ.get('RANK', '?')}"

@@ -203,7 +203,7 @@ def _show_training(plan: "TrainPlan", config: "TrainConfig") -> None:
     held_out = f", {plan.num_held_out:,} held out" if plan.num_held_out else ""
     output.print(
         f"no sample is dropped{held_out}; {config.steps:,} steps train on each "
-        f"{_say_times(plan.num_epochs)}, {_flop(plan.operations)} in all"
+        f"{_say_times(plan.num_epochs)} (one process), {_flop(plan.operations)} in all"
     )
     output.print(
         f"disk: {_size(plan.cache_bytes)} of features, {_size(plan.checkpoint_bytes)} of "

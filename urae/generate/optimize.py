@@ -21,7 +21,16 @@ from urae.generate.finite import check_finite
 from urae.generate.joined_adapters import join_adapters
 from urae.generate.local_steps import attend_locally
 from urae.generate.memory import Memory
-from urae.generate.parts import BARS, EXACT, SCHEDULED, Part, PartName, Speed, resolve_parts
+from urae.generate.parts import (
+    BARS,
+    COMPILED,
+    EXACT,
+    SCHEDULED,
+    Part,
+    PartName,
+    Speed,
+    resolve_parts,
+)
 from urae.generate.progressive import PRESET_LEVEL, Progressive
 from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
@@ -129,7 +138,8 @@ def find_unfit(
         unfit["fp8"] = fault
     if not compiled:
         reason = "it gains nothing on blocks that are not compiled, which does not pay or go here"
-        unfit = dict.fromkeys(("fp8", "local-attention"), reason) | unfit
+        for name in COMPILED:
+            unfit.setdefault(name, reason)
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:

@@ -53,6 +53,8 @@ BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}
 """What a preset's pictures may lose at most of the scene check's share: the lower end of the 95%
 interval of the difference. What they gain does not count against it."""
 
+COMPILED: tuple[PartName, ...] = ("fp8", "local-attention")
+"""Parts that gain nothing where blocks are not compiled (docs/performance.md)."""
 SCHEDULED: tuple[PartName, ...] = (
     "local-attention",
     "progressive",

@@ -88,8 +88,8 @@ class Progressive:
         self._ids = torch.empty(0)
         self._small_ids = torch.empty(0)
         self._grid = (0, 0)
-        self._rest: Rest | None = None
-        self._picture = 0  # that it is for
+        self._rest: Rest | None = None  # during an early forward
+        self._has_warned = False
 
     def attach(self, transformer: nn.Module) -> Callable[[], None]:
         """Switch it on; returns what switches it off."""
@@ -97,13 +97,13 @@ class Progressive:
             # before the policy's hook, which counts the tokens
             transformer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             transformer.register_forward_hook(self._leave),
+            transformer.register_forward_hook(self._wake, always_call=True),
         ]
 
         def detach() -> None:
             for hook in hooks:
                 hook.remove()
             switch_compiled(transformer, True)
-            self._wake(transformer)
 
         return detach
 
@@ -125,7 +125,6 @@ class Progressive:
         is_late = self._is_whole or self._schedule.index >= self._num_early
         switch_compiled(module, is_late or self._token_steps >= PAYS_FROM_TOKEN_STEPS)
         if is_late:
-            self._wake(module)
             return None
         self._follow_size(kwargs["img_ids"])
         self._token_steps += len(self._small_ids)
@@ -158,23 +157,28 @@ class Progressive:
         return type(output)(sample=velocity)
 
     def _let_rest(self, transformer: nn.Module, tokens: int) -> None:
-        """Leave out adapters for larger pictures than one of so many tokens, text included."""
+        """Leave adapters for larger pictures than one of so many tokens out of this forward."""
         positions = find_policy(transformer)
         if positions is None:
             return
-        picture = self._schedule.picture
-        if self._rest is not None and self._rest.is_untouched and picture == self._picture:
-            return
-        self._wake(transformer)  # of a picture that was broken off, or of other adapters
         names, larger = positions.adapter_names, positions.adapters_4k
         if tokens <= positions.policy.native_sequence_length:
             larger = names
         elif positions.is_only_4k:
             larger = ()
-        self._rest, self._picture = Rest(transformer, larger), picture
+        self._rest = Rest(transformer, larger)
         positions.is_resting = bool(larger)
+        if self._rest.has_fused and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "adapters are fused into the base: %s cannot rest in early steps, which changes "
+                "the picture; unfuse them, or leave progressive out",
+                ", ".join(larger),
+            )
 
-    def _wake(self, transformer: nn.Module) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _wake(self, transformer: nn.Module, _args: Any, _output: Any) -> None:
+        """End the rest with the forward, however that ends."""
         if self._rest is not None:
             self._rest.end()
             self._rest = None
@@ -189,7 +193,7 @@ class Progressive:
         if tokens <= policy.native_sequence_length:
             return True
         height, width = (TOKEN_PIXELS * n for n in find_grid(widen_ids(inputs["img_ids"])))
-        if (level := self._schedule.sigmas[0]) < 1:
+        if (level := self._schedule.sigma) < 1:  # of its first step
             reason = f"it begins at noise level {level:.3f}, at latents that hold a picture"
         elif not can_halve(height, width):
             reason = f"{width} x {height} pixels are no multiples of {2 * TOKEN_PIXELS}"

@@ -16,7 +16,8 @@ class Schedule:
 
     The scheduler knows the step without asking the device, and makes new sigmas for every picture,
     so a picture that was broken off is told from the next one. Reading numbers waits for the
-    device: that is done once a picture, and where a step comes that does not follow the last one.
+    device: that is done once a picture, where a step comes that does not follow the last one, and
+    in the second forward of a step that has two (true guidance).
     """
 
     def __init__(self, pipe: Any) -> None:

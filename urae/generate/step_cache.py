@@ -86,8 +86,7 @@ class StepCache:
             ValueError: If the blocks are compiled or offloaded in a way that excludes it.
         """
         _check_attachable(self._transformer)
-        self._transformer.enable_cache(self._config)
-        self._managers = list(dict.fromkeys(_list_managers(self._transformer)))
+        self._enable()
         hooks = [
             self._transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._transformer.register_forward_hook(self._leave),
@@ -100,6 +99,11 @@ class StepCache:
 
         return detach
 
+    def _enable(self) -> None:
+        self._transformer.enable_cache(self._config)
+        self._managers = list(dict.fromkeys(_list_managers(self._transformer)))
+        self._output_layer = self._transformer.proj_out
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Begin anew where the picture or its number of tokens is another than before."""
@@ -109,11 +113,13 @@ class StepCache:
         if self._sequence is not None and self._sequence[0] == self._schedule.picture:
             self._store()
         self._sequence = (self._schedule.picture, tokens)
-        self._context = self._managers[0].context
+        self._context = self._find_context()
+        if self._output_layer is not self._transformer.proj_out:  # an adapter came to it, or went
+            self._transformer.disable_cache()
+            self._enable()
         for manager in self._managers:
-            context = manager.context
             manager.reset()
-            manager.set_context(context)
+            manager.set_context(self._context)
         left = self._schedule.num_steps - self._schedule.index
         for hook in _list_hooks(self._transformer):
             if isinstance(hook, TaylorSeerCacheHook):
@@ -121,6 +127,17 @@ class StepCache:
         self._measured = []
         if isinstance(self._config, MagCacheConfig):
             self._calibrate(self._config, kwargs["img_ids"])
+
+    def _find_context(self) -> Any:
+        """Return what the pipeline calls this forward, of which it may have two a step."""
+        try:
+            return self._managers[0].context
+        except ValueError as error:  # which names nothing that the user called
+            raise ValueError(
+                "step caching goes with FluxPipeline, whose loop names its calls, and another "
+                "pipeline runs this transformer; call urae.restore, then urae.adapt and "
+                "urae.optimize with the pipeline that is to run"
+            ) from error
 
     def _calibrate(self, config: MagCacheConfig, image_ids: torch.Tensor) -> None:
         """Take the ratios of what is to come from the cache folder, or measure them."""

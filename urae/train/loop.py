@@ -1,6 +1,7 @@
 """The training loop: 2K and 4K, LoRA and minor components are recipes of it."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -162,8 +163,10 @@ class _Run:
                         last = [None, *self.monitor.curves.held_out_losses][-1]
                         on_step(replace(report, held_out_loss=last))
                 finished = state.step == config.steps
-                if finished or gradients.stopping or state.step % config.checkpoint_every == 0:
-                    self._save(stop)  # before measuring, which may take longer than there is
+                # before measuring too, which may take longer than a stop leaves
+                is_due = state.step % config.checkpoint_every == 0
+                if finished or gradients.stopping or is_due or self.monitor.is_due(state.step):
+                    self._save(stop)
                 if gradients.stopping and not finished:
                     break  # what is due is measured when the run goes on
                 with self._saved_on_failure():
@@ -316,6 +319,12 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=str(config.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=MAX_WAIT_MINUTES))],
     )
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ValueError(
+            f"{started} processes were started, and this one, on {accelerator.device}, would train "
+            "alone: accelerate joins them where each has a GPU; see what nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES say, or set ACCELERATE_USE_CPU=true to train on CPUs"
+        )
     # the recipe decides, not the user's accelerate settings: backward would divide once more
     accelerator.gradient_accumulation_steps = 1
     return accelerator

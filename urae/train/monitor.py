@@ -93,14 +93,16 @@ class Monitor:
             state: Of the run.
             done: Files and folders of what is measured already at this step.
         """
-        validates = self.inputs.held_out and VALIDATION_FILE not in done
-        if validates and self._is_due(state.step, self.config.validate_every):
+        if VALIDATION_FILE not in done and self._validates(state.step):
             with state.averaged():
                 self._validate(state.step)
-        previewer = self.previewer if PREVIEW_DIR not in done else None
-        if previewer is not None and self._is_due(state.step, self.config.preview_every):
+        if PREVIEW_DIR not in done and self._previews(state.step):
             with state.averaged():
-                self._preview(previewer, state.step)
+                self._preview(state.step)
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether there is something to measure after a step."""
+        return self._validates(step) or self._previews(step)
 
     def catch_up(self, state: TrainingState) -> None:
         """Measure what is due where the run begins, unless it was before it was stopped there."""
@@ -115,7 +117,13 @@ class Monitor:
             done.append(PREVIEW_DIR)
         return done
 
-    def _is_due(self, step: int, every: int) -> bool:
+    def _validates(self, step: int) -> bool:
+        return bool(self.inputs.held_out) and self._is_at(step, self.config.validate_every)
+
+    def _previews(self, step: int) -> bool:
+        return self.previewer is not None and self._is_at(step, self.config.preview_every)
+
+    def _is_at(self, step: int, every: int) -> bool:
         return step == self.config.steps or step % every == 0
 
     def _validate(self, step: int) -> None:
@@ -133,9 +141,10 @@ class Monitor:
             warn_of_departure(self.config.output_dir)
         self._track_figures({"validation_loss": losses.mean().item()}, step)
 
-    def _preview(self, previewer: Previewer, step: int) -> None:
+    def _preview(self, step: int) -> None:
         """Share the previews out among the devices, and write them on the main one."""
-        accelerator = self.accelerator
+        accelerator, previewer = self.accelerator, self.previewer
+        assert previewer is not None
         mine = [previewer.previews[number] for number in self.mesh.share(len(previewer.previews))]
         drawn = [(preview, previewer.draw(self.transformer, preview)) for preview in mine]
         pictures = dict(gather_object(drawn))

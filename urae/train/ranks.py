@@ -1,6 +1,5 @@
 """Several processes in one run: those that differ, and another number of them on resuming."""
 
-import hashlib
 import logging
 from dataclasses import asdict
 
@@ -34,7 +33,7 @@ def check_alike(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy) -
         if not name.endswith(".dir")
     }
     facts = {
-        "recipe": hashlib.sha256(repr(settings).encode()).hexdigest()[:12],
+        **{name: repr(value) for name, value in settings.items()},
         "features": inputs.data_hash[:12],
         "base": fingerprint_component(inputs.model_path, "transformer")[:12],
         "policy": policy.to_json(),
@@ -45,9 +44,9 @@ def check_alike(config: TrainConfig, inputs: Inputs, policy: ResolutionPolicy) -
         for what, value in found.items():
             if value != first[what]:
                 raise ValueError(
-                    f"process {rank} has another {what} ({value}) than process 0 "
-                    f"({first[what]}); start all with the same command, features and base, and "
-                    "an --output folder that all hosts share"
+                    f"process {rank} differs from process 0 in {what}: {value}, not "
+                    f"{first[what]}; start all with the same command, features and base, and an "
+                    "--output folder that all hosts share"
                 )
 
 
