@@ -121,6 +121,7 @@ def test_the_card_loads_a_base_that_ships_with_the_package(run):
     card = ModelCard.load(write_folder(options(run)) / "README.md").text
     assert 'pipe = load_pipeline("miniature-dev", dtype=torch.float32)' in card
     assert 'pipe("a large red circle on a striped green background", height=256' in card
+    assert "guidance_scale=3.5, max_sequence_length=64)" in card
     assert "FluxPipeline" not in card
 
 

@@ -12,7 +12,7 @@ import torch
 
 from urae.adapters.packaged import FILES
 from urae.backbones.flux import PACKAGED, load_pipeline
-from urae.miniature.model import write_pipeline, write_weights
+from urae.miniature.model import TEXT_TOKENS, write_pipeline, write_weights
 from urae.miniature.stages import load_stage, read_record, write_record
 from urae.miniature.text import TEXT_PARTS
 from urae.storage import write_atomic, write_tensors
@@ -34,6 +34,8 @@ ultra-resolution adaptation can be tried and measured on a laptop. {kind}
 It draws what the grammar of its captions says and nothing else: "a large red circle left of a small
 blue square on a striped green background, lit from the left". Trained on renders alone, which are
 deterministic from a seed (that of the weights is {seed}); no pictures of others are in it.
+It learnt with {tokens} text tokens, where a pipeline's own default is 512: pass
+`max_sequence_length={tokens}`.
 `recipe.json` has the recipe and the commit of each stage. Its scores, and what it fails at, are in
 the project's docs/miniature.md.
 """
@@ -84,7 +86,7 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
         write_pipeline(folder, load_stage(name, work_dir))
         write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
         seed = tomllib.loads(record[name]["urae.recipe"]).get("seed", 0)
-        card = _CARD.format(name=folder.name, kind=_KINDS[name], seed=seed)
+        card = _CARD.format(name=folder.name, kind=_KINDS[name], seed=seed, tokens=TEXT_TOKENS)
         write_atomic(folder / "README.md", card.encode())
         folders.append(folder)
     return folders

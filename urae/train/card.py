@@ -7,7 +7,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from urae.backbones.flux import HUB_IDS, PACKAGED
+from urae.backbones.flux import (
+    HUB_IDS,
+    MAX_UNGUIDED_TEXT_TOKENS,
+    PACKAGED,
+    fetch_model,
+    read_text_tokens,
+)
 from urae.train.config import TrainConfig
 from urae.train.preview import Preview
 
@@ -140,12 +146,14 @@ def _format_usage(config: TrainConfig, inputs: CardInputs, base: str | None) -> 
     guided = "schnell" not in (base or config.model)
     options = "guidance_scale=3.5" if guided else "num_inference_steps=4, guidance_scale=0.0"
     if config.model in PACKAGED:
+        options += f", max_sequence_length={read_text_tokens(fetch_model(config.model))}"
         prompt = "a large red circle on a striped green background"  # of its grammar
         start = (
             "import torch\n\nimport urae\nfrom urae.backbones.flux import load_pipeline\n\n"
             f'pipe = load_pipeline("{config.model}", dtype=torch.float32)\n'
         )
     else:
+        options += "" if guided else f", max_sequence_length={MAX_UNGUIDED_TEXT_TOKENS}"
         prompt = "a lighthouse at dawn"
         start = (
             "import torch\nfrom diffusers import FluxPipeline\n\nimport urae\n\n"
