@@ -234,9 +234,10 @@ class ResolutionPositions(nn.Module):
         """Count the picture's tokens; those of references (Kontext's) are of no larger picture.
 
         Only "auto" positions ask. It waits for the device once a picture: pipelines give the same
-        tensor in each step.
+        tensor in each step. In training, which gives others and has no references, it does not.
         """
-        if self.policy.ntk_factor != "auto" or torch.compiler.is_compiling():
+        known = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if self.policy.ntk_factor != "auto" or known:
             return image_ids.shape[-2]
         if image_ids is not self._counted_ids:
             self._counted_ids = image_ids
