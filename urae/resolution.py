@@ -236,8 +236,8 @@ class ResolutionPositions(nn.Module):
         Only "auto" positions ask. It waits for the device once a picture: pipelines give the same
         tensor in each step. In training, which gives others and has no references, it does not.
         """
-        known = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if self.policy.ntk_factor != "auto" or known:
+        asked = self.policy.ntk_factor == "auto" and not torch.is_grad_enabled()
+        if not asked or torch.compiler.is_compiling():
             return image_ids.shape[-2]
         if image_ids is not self._counted_ids:
             self._counted_ids = image_ids

@@ -54,7 +54,7 @@ BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}
 interval of the difference. What they gain does not count against it."""
 
 COMPILED: tuple[PartName, ...] = ("fp8", "local-attention")
-"""Parts that gain nothing where blocks are not compiled (docs/performance.md)."""
+"""Parts that cost time where blocks are not compiled, at 2048 x 2048 (docs/performance.md)."""
 SCHEDULED: tuple[PartName, ...] = (
     "local-attention",
     "progressive",
