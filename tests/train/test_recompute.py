@@ -139,12 +139,12 @@ def test_compiled_blocks_give_the_same(build, way, monkeypatch, rel, take_step):
     assert set(backward_attentions) == {1 if way.checkpointing == "full" else 0}
 
 
-def test_blocks_in_8_bits_are_compiled_only_by_name(settings):
-    run, eight = settings(steps=10_000), Way("8bit", "full")
+@pytest.mark.parametrize(
+    ("tier", "compiled"), [("resident", True), ("8bit", True), ("4bit", False)]
+)
+def test_blocks_in_4_bits_are_not_compiled(settings, tier, compiled):
     samples = [SimpleNamespace(height=2048, width=2048)]
-    assert wants_compiled(run, Way("resident", "full"), samples)
-    assert not wants_compiled(run, eight, samples)
-    assert wants_compiled(replace(run, compile=True), eight, samples)
+    assert wants_compiled(settings(steps=10_000), Way(tier, "full"), samples) == compiled
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it

@@ -128,14 +128,15 @@ class _JoinedAdapters:
         self._layers = [m for m in self._transformer.modules() if isinstance(m, LoraLayer)]
         self._state = self._read(scale)
         self._held = [weight for layer in self._layers for weight in _list_weights(layer)]
-        plain = [layer for layer in self._layers if _is_plain(layer, self._transformer.dtype)]
+        dtype = self._transformer.dtype  # diffusers goes through all modules for it
+        plain = [layer for layer in self._layers if _is_plain(layer, dtype)]
         count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
         if self._merge and plain and not count and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "adapters are merged in none of %d layers: in %s it would not be exact; they are "
                 "joined, as by joined-adapters",
-                len(plain), self._transformer.dtype,
+                len(plain), dtype,
             )  # fmt: skip
         elif self._merge and count:
             logger.info("adapters merged in %d of %d layers", count, len(self._layers))

@@ -14,6 +14,7 @@ from torch import nn
 
 from urae.backbones.devices import name_device
 from urae.generate.estimate import Tier
+from urae.generate.int8 import Int8Linear
 from urae.generate.parts import Bits
 from urae.generate.speed import check_not_offloaded, list_blocks
 
@@ -141,11 +142,15 @@ def _quantize_8bit(
     quantize_(layer, _build_torchao(bits))
     layer.weight = nn.Parameter(layer.weight.detach().to(home), requires_grad=False)
     vars(layer).pop("extra_repr", None)  # torchao's, which would outlive the weights
+    kind = type(layer)
+    if bits == "8bit":
+        layer.__class__ = Int8Linear
     original.data = original.data.cpu()
 
     def undo() -> None:
         original.data = original.data.to(layer.weight.device)
         layer.weight = original
+        layer.__class__ = kind
 
     return undo
 

@@ -44,8 +44,7 @@ def is_compiled(
 ) -> bool:
     """Tell whether the blocks are compiled, as the recipe says or where it pays.
 
-    Blocks in 4 bits are not, nor streamed ones that keep attention's outputs; those in 8 bits only
-    if the recipe says so.
+    Blocks in 4 bits are not, nor streamed ones that keep attention's outputs.
 
     Args:
         config: Of the run.
@@ -63,7 +62,7 @@ def wants_compiled(config: TrainConfig, way: Way, samples: Sequence[Sample]) -> 
         return False
     if config.compile is not None:
         return config.compile
-    if config.shard or way.tier == "8bit":  # whose compiled step took minutes (docs/performance.md)
+    if config.shard:
         return False
     largest = max(samples, key=lambda sample: sample.height * sample.width)
     pictures = config.batch_size * config.gradient_accumulation
@@ -99,12 +98,10 @@ def set_checkpointing(
         if keeper is not None and not compiled:
             options["context_fn"] = keep_outputs(keeper, _ATTENTIONS)
 
-    call = _call_apart if compiled and way.tier == "8bit" else _call
-
     def run(block: nn.Module, *inputs: Any) -> Any:
         if way.checkpointing == "off":
-            return call(block, *inputs)
-        return checkpoint(call, block, *inputs, use_reentrant=False, **options)
+            return _call(block, *inputs)
+        return checkpoint(_call, block, *inputs, use_reentrant=False, **options)
 
     wrapped: Callable[..., Any] = run
     if compiled:
@@ -132,11 +129,6 @@ def _limited(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call(block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs)
-
-
-def _call_apart(block: nn.Module, *inputs: Any) -> Any:
-    """Give outputs that share no memory, as a compiled function of torchao's weights must."""
-    return tuple(output.clone() for output in block(*inputs))
 
 
 def _with_like_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
