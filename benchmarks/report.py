@@ -1,6 +1,7 @@
 """The benchmark's figures as one page of Markdown, beside the reference's."""
 
 import json
+import statistics
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -170,19 +171,20 @@ def table_several(runs: dict[str, Any]) -> list[str]:
 
 
 def table_generate(result: dict[str, Any]) -> list[str]:
-    """List what pictures took from the command line: the first of a process, and a further one."""
+    """List what pictures took from the command line: a process's first, and the median further."""
     rows = []
     for name, entry in result.items():
         width, height = entry["pixels"]
         seconds, peaks = entry["seconds"], entry["peaks_gib"]
         stages = [sum(seconds["load"]), seconds["sample"][0], seconds["decode"][0]]
-        further = [seconds[stage][1] for stage in ("sample", "decode") if len(seconds[stage]) > 1]
+        further = list(map(sum, zip(seconds["sample"][1:], seconds["decode"][1:], strict=True)))
         peak = [peaks.get(stage) for stage in ("sample", "decode")]
         where = f"{entry['memory']}{', compiled' if entry['compiled'] == 'true' else ''}"
         where += f", capped at {cap:g} GiB" if (cap := entry.get("cap_gib")) else ""
         label = f"{width} x {height}, {name}"
         total = entry["total_seconds"]
-        rows.append([label, entry["steps"], where, total, *stages, sum(further) or None, *peak])
+        median = statistics.median(further) if further else None
+        rows.append([label, entry["steps"], where, total, *stages, median, *peak])
     header = ["urae generate", "steps", "memory", "total, s", "load", "sample", "decode"]
     header.append("a further picture, sample and decode")
     return table([*header, "peak sampling, GiB", "peak decoding, GiB"], rows)

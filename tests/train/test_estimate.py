@@ -65,11 +65,18 @@ def test_a_step_is_what_was_measured(flux, kind, measured):
         ("minor", 4096, Way("resident", "full"), 53.4),
         ("minor", 4096, Way("resident", "full"), 52.3),
         ("minor", 2048, Way("streamed", "full"), 3.64),
+        ("lora", 2048, Way("8bit", "full"), 19.2),
     ],
 )
 def test_other_ways_take_what_was_measured(flux, kind, side, way, measured):
     found = estimate(flux, config(kind), TOKENS[side], way).peak / GIB
     assert found == pytest.approx(measured, rel=0.03)
+
+
+def test_a_shared_picture_takes_what_was_measured(flux):
+    shared, tokens = config("minor", context_parallel=2), TOKENS[4096] // 2
+    found = estimate(flux, shared, tokens, Way("resident", "full")).peak / GIB
+    assert found == pytest.approx(83.4, rel=0.03)  # fitted to
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,7 @@ def test_other_ways_take_what_was_measured(flux, kind, side, way, measured):
         (2048, ("offload", "full"), True, 2.85),
         (4096, ("resident", "full"), True, 28.5),
         (2048, ("streamed", "full"), True, 3.15),  # fitted to
+        (2048, ("8bit", "full"), True, 2.85),  # fitted to
     ],
 )
 def test_a_step_takes_the_time_that_was_measured(flux, side, way, compiled, measured):
@@ -109,9 +117,10 @@ def test_what_was_not_measured_has_no_time(flux):
         return estimate_seconds(flux, run, tokens, Way(*way), compiled=compiled, keys=keys)
 
     assert find(config()) is not None
-    for tier in ("8bit", "4bit"):
-        assert find(config(), way=(tier, "full")) is None
-    for way in (("resident", "off"), ("offload", "selective"), ("streamed", "selective")):
+    for way in (
+        ("4bit", "full"), ("8bit", "selective"),
+        ("resident", "off"), ("offload", "selective"), ("streamed", "selective"),
+    ):  # fmt: skip
         assert find(config(), way=way) is None
     assert find(config(), way=("streamed", "full"), compiled=False) is None
     assert find(config(), way=("streamed", "full"), tokens=TOKENS[1024]) is None

@@ -142,7 +142,7 @@ def test_time_is_that_of_an_h200(settings, flux_sized):
     step, total = plan.seconds[Way("resident", "full")]
     assert step == pytest.approx(2.72, rel=0.1)
     assert total == 2000 * step + 24
-    assert Way("8bit", "full") not in plan.seconds
+    assert Way("4bit", "full") not in plan.seconds
     four = plan_training(replace(flux_sized, gradient_accumulation=4), 80 * GIB)
     assert four.seconds[Way("resident", "full")].step == pytest.approx(4 * step)
 

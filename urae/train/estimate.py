@@ -37,6 +37,9 @@ _NUMBER_BYTES = 2  # bfloat16, as on any GPU
 # through: 24.2 and 15.4 by count (tests/train/test_estimate.py), and what the rows of
 # docs/performance.md take more
 _WHOLE, _CHUNKED = 25, 16
+# maps that a compiled block of a shared picture keeps whatever is recomputed: what the exchanges of
+# q, k, v and the output gave; by the one such step (docs/performance.md)
+_EXCHANGED = 4
 _ROPE_BYTES = 8  # cos and sin in float32
 _LOSS_BYTES = 32  # float32 maps of what goes in and comes out, a number of it
 _WORKSPACE_BYTES = 2**25  # of matrix products
@@ -47,6 +50,7 @@ _BACKWARD_RATE = 559e12  # compiled steps that keep attention's outputs, at 2048
 _EAGER_RATE = 312e12  # both ways, by flash; the two steps at 2048^2 that were not compiled
 _EAGER_TOKENS = 12_000  # at least: at 1024^2 launches cost as much again
 _LOCAL_RATE = 389e12  # both ways, by flex; the one compiled step with local attention, at 4096^2
+_EIGHT_BIT = 1.05  # times the same with a base in bfloat16; the one such compiled step, at 2048^2
 _STREAMED = 1.15  # times the same with resident weights; the one such step, at 2048^2
 _STREAMED_TOKENS = 16_384  # at least: with fewer the weights take longer to come than to be used
 _BACKWARD = 2.5  # attention's backward pass, in forwards
@@ -162,6 +166,8 @@ def estimate(
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
     copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     kept = _count_kept(transformer, one_map, way)
+    if config.context_parallel > 1 and config.compile is not False and way.checkpointing != "off":
+        kept += len(blocks) * _EXCHANGED * one_map
     on_device = 2 if way.is_offloaded else len(blocks)  # one is copied while the next computes
     host = round_pinned(kept // len(blocks)) * len(blocks) if way.is_offloaded else 0
     if way.tier == "streamed":
@@ -257,6 +263,8 @@ def estimate_seconds(
             return None
         case ("resident" | "offload", "full", True):
             return linear + 2 * once + backward
+        case ("8bit", "full", True):
+            return _EIGHT_BIT * (linear + 2 * once + backward)
         case ("streamed", "full", True) if config.batch_size * tokens >= _STREAMED_TOKENS:
             return _STREAMED * (linear + 2 * once + backward)
         case ("resident", "selective", True):
