@@ -37,8 +37,8 @@ _NUMBER_BYTES = 2  # bfloat16, as on any GPU
 # through: 24.2 and 15.4 by count (tests/train/test_estimate.py), and what the rows of
 # docs/performance.md take more
 _WHOLE, _CHUNKED = 25, 16
-# maps that a compiled block of a shared picture keeps whatever is recomputed: what the exchanges of
-# q, k, v and the output gave; by the one such step (docs/performance.md)
+# maps that a compiled block of a shared picture keeps on the device whatever is recomputed: as many
+# as q, k, v and the output that are exchanged; by the one such step (docs/performance.md)
 _EXCHANGED = 4
 _ROPE_BYTES = 8  # cos and sin in float32
 _LOSS_BYTES = 32  # float32 maps of what goes in and comes out, a number of it
@@ -166,8 +166,8 @@ def estimate(
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
     copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     kept = _count_kept(transformer, one_map, way)
-    if config.context_parallel > 1 and config.compile is not False and way.checkpointing != "off":
-        kept += len(blocks) * _EXCHANGED * one_map
+    shared = config.context_parallel > 1 and config.compile is not False
+    exchanged = len(blocks) * _EXCHANGED * one_map if shared and way.checkpointing != "off" else 0
     on_device = 2 if way.is_offloaded else len(blocks)  # one is copied while the next computes
     host = round_pinned(kept // len(blocks)) * len(blocks) if way.is_offloaded else 0
     if way.tier == "streamed":
@@ -177,7 +177,7 @@ def estimate(
         weights=_count_weights(transformer, blocks, way.tier, num_shards),
         adapter=int(4 * trained * copies) + frozen * trained * _NUMBER_BYTES,
         gradients=4 * trained,
-        kept=kept * on_device // len(blocks),
+        kept=kept * on_device // len(blocks) + exchanged,
         block=one_map * (_CHUNKED if way.tier == "streamed" else _WHOLE),
         loss=config.batch_size * tokens
         * (_ROPE_BYTES * transformer.config.attention_head_dim
