@@ -69,13 +69,15 @@ def test_decoding_is_what_was_measured(flux, side, limit, measured):
         (Request(2048, 2048, 512, 2 * LORA), "streamed", 8, 2.9, 5.5),
         (Request(4096, 4096, 256, 2 * LORA), "resident", 140, 27.4, 29.2),  # schnell's
         (Request(4096, 4096, 512, 6 * LORA, compiled=True), "resident", 140, 26.9, 29.4),
+        (Request(4096, 4096, 512, 6 * LORA, compiled=True), "streamed", 7, 5.2, None),
     ],
 )
 def test_pictures_take_what_was_measured(flux, request_, tier, free_gib, sample, decode):
     """The pictures of docs/performance.md; at 2048^2 those of before MLPs ran in chunks."""
     found = estimate(flux, request_, tier, free_gib * GIB)
     assert found.sample.peak / GIB == pytest.approx(sample, rel=0.1)
-    assert found.decode.peak / GIB == pytest.approx(decode, rel=0.02)
+    if decode is not None:  # where memory ran out, it went on in thinner stripes
+        assert found.decode.peak / GIB == pytest.approx(decode, rel=0.02)
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -102,6 +104,7 @@ def test_a_forward_takes_the_time_that_was_measured(flux, side, compiled, measur
         (Request(2048, 2048), "streamed", 28, 34.8, None),  # decoded in 6 GiB
         (Request(4096, 4096, compiled=True), "resident", 28, 199, None),  # decoded whole then
         (Request(4096, 4096, 256), "resident", 4, 32.1, 3.5),
+        (Request(4096, 4096, compiled=True), "streamed", 28, 213.8, None),
     ],
 )
 def test_a_picture_takes_the_time_that_was_measured(

@@ -36,8 +36,9 @@ _QUANTIZED_BYTES: dict[str, float] = {"fp8": 1.0, "8bit": 1.0, "4bit": 0.5 + 4 /
 # block; the first as tests/generate/test_estimate.py tracks them in the forward whose MLPs run in
 # chunks of tokens, of one rank or several, of which each has its share of the tokens
 _CHUNKED = (12, 13)
-# 26.5 GiB with 22.2 of weights for a forward at 4096^2 (docs/performance.md)
-_COMPILED = (11, 11)
+# by two rows of docs/performance.md at 4096^2: a forward in 26.5 GiB with 22.2 of weights, and one
+# with streamed weights in 5.2, of which a double block would have more, were its maps as many
+_COMPILED = (9, 11)
 
 # Operations a second on one H200 (docs/performance.md), fitted to forwards with a 2K LoRA:
 # attention and compiled linear layers to the compiled ones at 2048^2 and 4096^2, eager layers to
