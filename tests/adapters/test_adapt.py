@@ -385,7 +385,10 @@ def test_the_call_time_scale_of_stock_pipelines(load_pipe, expected, sample, rel
 def test_a_failure_while_attaching_keeps_the_first(load_pipe, expected, sample, monkeypatch):
     lora, minor = stages(expected, "dev")["4k"]
     pipe = urae.adapt(load_pipe(), lora)
+    whole = sample(pipe)
+    pipe.set_adapters("urae_2k", 0.5)
     before = sample(pipe)
+    assert not torch.equal(before, whole)
     attach_real, calls = adapt_module.attach, []
 
     def fail_second(*arguments, **options):

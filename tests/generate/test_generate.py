@@ -24,7 +24,7 @@ from urae.generate.chunks import token_chunks
 from urae.generate.estimate import list_estimates
 from urae.generate.inputs import Sampling
 from urae.generate.memory import Room
-from urae.generate.parts import PRESETS
+from urae.generate.parts import PRESETS, resolve_parts
 from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
@@ -560,6 +560,8 @@ def test_a_presets_local_attention_goes_where_blocks_are_compiled(
             found = json.loads(image.text["parts"])
         assert ("local-attention=0.87" in found) == ("compile" in found) == is_local
         assert ("local-attention is left out: it gains nothing" in caplog.text) != pays
+        left_out = "local-attention is left out: with --memory 8bit blocks are not compiled"
+        assert (left_out in caplog.text) == (memory == "8bit")
 
 
 def test_a_picture_that_gpus_share_is_not_local_by_a_preset(settings, tmp_path):
@@ -582,6 +584,19 @@ def test_parts_are_checked_before_weights_load(settings, no_weights):
         generate(settings(parts=("fp8",)))
     with pytest.raises(ValueError, match="--memory 8bit and --part 8bit both quantise"):
         generate(settings(parts=("8bit",), memory="8bit"))
+
+
+def test_a_presets_fp8_keeps_no_tier_out(monkeypatch, settings, tmp_path):
+    monkeypatch.setattr(job_module, "check_quantization", lambda *_, **__: None)
+    device, parts = torch.device("cuda"), resolve_parts("turbo", ())
+    for named, quantised in (((), True), (("fp8",), False)):
+        config = settings(speed="turbo", parts=named)
+        chosen = resolve_parts("turbo", named) if named else parts
+        tiers = job_module._list_tiers(config, tmp_path, chosen, device)
+        assert ("8bit" in tiers, "4bit" in tiers) == (quantised, quantised)
+    job = job_module._Job(settings(speed="turbo"), (), None, parts, None, None, None)
+    assert "fp8" in map(str, job.list_parts("streamed"))
+    assert not {"fp8", "local-attention", "compile"} & {part.name for part in job.list_parts("8bit")}
 
 
 def test_named_compiling_keeps_quantised_tiers_out(settings, monkeypatch, no_weights):

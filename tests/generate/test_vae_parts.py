@@ -42,6 +42,25 @@ def test_stripes_are_the_same_pixels_in_less_memory(pipe, monkeypatch, rel):
     assert torch.equal(pipe.vae.decode(latents).sample, whole)
 
 
+def test_a_vae_that_pipelines_share_is_given_back_by_the_last(pipe, load_pipe):
+    other = load_pipe()
+    other.vae = pipe.vae
+    pipe.vae.decode = own = pipe.vae.decode  # such as a compiled one
+    for each in (pipe, other):
+        urae.optimize(each, speed=None, parts=["striped-vae"])
+    urae.restore(pipe)
+    assert pipe.vae.decode is not own
+    urae.restore(other)
+    assert pipe.vae.decode is own
+
+
+def test_a_decode_that_came_later_stays(pipe):
+    urae.optimize(pipe, speed=None, parts=["striped-vae"])
+    pipe.vae.decode = later = pipe.vae.decode.__call__
+    urae.restore(pipe)
+    assert pipe.vae.decode is later
+
+
 def test_tiles_are_stock_diffusers_own(pipe):
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 8, 64
     latents = latents_of(pipe)

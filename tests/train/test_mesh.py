@@ -132,6 +132,11 @@ def test_two_ranks_in_short(settings, minor, tmp_path, rel, mode):
     check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
 
 
+def test_up_factors_that_stay_are_not_spread(settings, minor, tmp_path, rel):
+    config = settings(steps=1, adapter=replace(minor, trains="down"), shard=True)
+    check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_have_the_gradients_of_one(settings, adapter, tmp_path, rel, mode):

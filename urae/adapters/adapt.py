@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from urae.adapters.attach import Update, attach, detach, read_update
+from urae.adapters.attach import Activity, Update, attach, detach, read_update
 from urae.adapters.files import AdapterFile, check_fits, read_adapter
 from urae.adapters.initial import check_order, compute_updates
 from urae.backbones.devices import pick_device
@@ -195,6 +195,7 @@ def _find_inherited(
 def _replace_adapters(pipe: Any, transformer: nn.Module, updates: Mapping[str, Update]) -> None:
     """Attach updates by name in the place of those of an earlier call, or leave these."""
     earlier = {name: read_update(transformer, name) for name in _own_names(transformer)}
+    activity = Activity(transformer)
     detach(transformer, list(earlier))
     try:
         for name, update in updates.items():
@@ -203,6 +204,7 @@ def _replace_adapters(pipe: Any, transformer: nn.Module, updates: Mapping[str, U
         detach(transformer, list(updates))
         for name, update in earlier.items():
             attach(transformer, name, update, pipe=pipe)
+        activity.put_back(transformer)
         raise
 
 

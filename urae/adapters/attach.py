@@ -141,6 +141,28 @@ def attach_trainable(
     return parameters
 
 
+class Activity:
+    """Which adapters of a transformer take part, layer by layer, and with which scales.
+
+    Args:
+        transformer: With any adapters of peft.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self._layers = {
+            path: (layer._active_adapter, dict(getattr(layer, "scaling", {})))
+            for path, layer in _tuner_layers(transformer)
+        }
+
+    def put_back(self, transformer: nn.Module) -> None:
+        """Make it so again, the adapters themselves attached anew or not."""
+        for path, layer in _tuner_layers(transformer):
+            if path in self._layers:
+                layer._active_adapter, scaling = self._layers[path]
+                if scaling:
+                    layer.scaling.update(scaling)
+
+
 def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     """Remove adapters; the others stay active as they are, and without any the layers unwrap."""
     present = getattr(transformer, "peft_config", None) or {}
@@ -264,6 +286,12 @@ class _TrainableFactor(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         factors = [self.weight.to(input.dtype), self.beside.to(input.dtype)]
         return nn.functional.linear(input, torch.cat(factors, dim=self.dim))
+
+
+def _tuner_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, layer in transformer.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            yield path, layer
 
 
 def _lora_layers(transformer: FluxTransformer2DModel, name: str) -> Iterator[tuple[str, LoraLayer]]:

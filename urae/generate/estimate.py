@@ -179,7 +179,7 @@ def estimate(
     sample = max(_list_sampling(models, request, tier, resident), key=lambda stage: stage.peak)
     after = {"streamed": 0, "offload": 0}.get(tier, resident + request.adapter_bytes)
     host_bytes = resident if tier in ("streamed", "offload", "8bit") else 0
-    if request.bits is not None:
+    if request.bits is not None and tier not in QUANTIZED:  # whose blocks a preset's fp8 leaves
         originals = _list_quantized(_kinds(transformer), request.bits)
         host_bytes += _NUMBER_BYTES * sum(layer.weight.numel() for layer in originals)
     return Estimate(

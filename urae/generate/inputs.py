@@ -112,13 +112,19 @@ def check_adapters(
         What they take in bfloat16, joined, in bytes.
 
     Raises:
-        ValueError: If one is damaged or for another base.
+        ValueError: If one is damaged, for another base, or no plain one beside others.
         FileNotFoundError: If one is missing.
     """
     files = [read_adapter(source) for source in adapters]
     for file in files:
         check_fits(file, transformer)
     check_order(files)
+    alone = next((file for file in files if file.variant is not None), None)
+    if loras and alone is not None:
+        raise ValueError(
+            f"{alone.path} is a {alone.kind} adapter, which acts alone; leave out --lora "
+            f"{loras[0][0]}"
+        )
     for source, _ in loras:
         check_lora(source, transformer)
     # a minor adapter's initial factors are attached with it

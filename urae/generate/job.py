@@ -58,7 +58,7 @@ from urae.generate.optimize import (
     choose_parts,
     find_unfit,
 )
-from urae.generate.parts import BARS, EXACT, Part, PartName, find_bits
+from urae.generate.parts import BARS, COMPILED, EXACT, Part, PartName, find_bits
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.progressive import can_halve
 from urae.generate.quantize import build_quantization, check_quantization
@@ -210,7 +210,7 @@ def _list_tiers(
 ) -> Sequence[Tier]:
     """List the tiers to choose from: with some parts that are named no quantised one."""
     tiers: Sequence[Tier] = list_tiers(config.memory, model_path)
-    if (bits := find_bits(parts)) is not None:
+    if (bits := find_bits([part for part in parts if not part.is_preset])) is not None:
         check_quantization(bits, device, asked="--part")
         tiers = leave_quantized_out(tiers, config.memory, bits)
     if "compile" in config.parts:
@@ -271,12 +271,16 @@ class _Job:
     def list_parts(self, tier: Tier) -> list[Part]:
         """List what makes it faster on a tier: quantised blocks are not compiled.
 
-        Nor are they local by a preset, which takes compiled ones.
+        Nor do they take a preset's parts that want compiled ones.
         """
         if tier not in QUANTIZED:
             return [*self.parts]
-        local = [part for part in self.parts if part.name == "local-attention" and part.is_preset]
-        return [part for part in self.parts if part.name != "compile" and part not in local]
+        without = self.list_unfit()
+        return [part for part in self.parts if part.name != "compile" and part not in without]
+
+    def list_unfit(self) -> list[Part]:
+        """List a preset's parts that go with compiled blocks alone."""
+        return [part for part in self.parts if part.is_preset and part.name in COMPILED]
 
     def load(self, tier: Tier) -> FluxPipeline:
         """Load the model with its adapters, on the CPU."""
@@ -284,6 +288,11 @@ class _Job:
         inexact = [str(part) for part in self.list_parts(tier) if part.name not in EXACT]
         if tier in QUANTIZED:
             inexact.append(f"weights in {tier}")
+            for part in self.list_unfit():
+                logger.warning(
+                    "speed %s: %s is left out: with --memory %s blocks are not compiled",
+                    config.speed, part.name, tier,
+                )  # fmt: skip
         if inexact:
             logger.warning("%s: the pictures are approximations", ", ".join(inexact))
         dtype = pick_dtype(self.ranks.device)

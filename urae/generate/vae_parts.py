@@ -25,23 +25,43 @@ def decode_in_stripes(vae: AutoencoderKL) -> Undo:
     Returns:
         What undoes it.
     """
-    stock = vae.decode
+    striped = vars(vae).get("decode")
+    if not isinstance(striped, _StripedDecode):
+        striped = vae.decode = _StripedDecode(vae)
+    return striped.add_pipe()
 
-    def decode(
-        z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+
+class _StripedDecode:
+    """A VAE's `decode`, for as many pipelines as share the VAE."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self._vae = vae
+        self._own = vars(vae).get("decode")  # a user's, in the place of the class's
+        self._stock = vae.decode
+        self._num_pipes = 0
+
+    def __call__(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> Any:
-        if vae.use_tiling or vae.use_slicing:
-            return stock(z, return_dict=return_dict, generator=generator)
+        if self._vae.use_tiling or self._vae.use_slicing:
+            return self._stock(z, return_dict=return_dict, generator=generator)
         budget = vae_bytes(z.device, free_bytes(z.device))
-        pixels = exact_vae.decode(vae, z, max_bytes=budget)
+        pixels = exact_vae.decode(self._vae, z, max_bytes=budget)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
-    vae.decode = decode
+    def add_pipe(self) -> Undo:
+        """Count a pipeline; the last one's undoing puts back what was there."""
+        self._num_pipes += 1
 
-    def undo() -> None:
-        del vae.decode  # what is left is the class's
+        def undo() -> None:
+            self._num_pipes -= 1
+            if self._num_pipes or vars(self._vae).get("decode") is not self:
+                return
+            del self._vae.decode
+            if self._own is not None:
+                self._vae.decode = self._own
 
-    return undo
+        return undo
 
 
 def decode_tiled(vae: AutoencoderKL) -> Undo:

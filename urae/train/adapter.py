@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,12 @@ class TrainingAdapter:
     initial: Mapping[str, LowRank] | None
     """B0 and A0 of a minor adapter, float32 on the CPU."""
     parameters: list[nn.Parameter]
+    """Those that train."""
     metadata: Mapping[str, str]
     base_hashes: Mapping[str, str]
     """Of the base's weights, as `fingerprint_base` has them."""
+    staying: Sequence[nn.Parameter] = ()
+    """Its up factors, where the down ones train alone."""
 
     @property
     def origin_hash(self) -> str:
@@ -150,11 +153,12 @@ def attach_for_training(
         attach_frozen(transformer, "over", frozen)
     name = _MINOR_NAME if config.kind == "minor" else _NAME
     parameters = attach_trainable(transformer, name, layers, beside)
+    staying = []
     if config.trains == "down":
-        for up in parameters[1::2]:  # A and B of each layer in turn
+        parameters, staying = parameters[::2], parameters[1::2]  # A and B of each layer in turn
+        for up in staying:
             up.requires_grad_(False)
-        parameters = parameters[::2]
-    return TrainingAdapter(transformer, name, initial, parameters, metadata, base_hashes)
+    return TrainingAdapter(transformer, name, initial, parameters, metadata, base_hashes, staying)
 
 
 def fingerprint_base(transformer: nn.Module) -> dict[str, str]:

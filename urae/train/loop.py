@@ -205,7 +205,8 @@ class _Run:
             check_same_origin(inputs.start.checkpoint, adapter.origin_hash)
             if not config.shard:  # else block by block
                 place(transformer, self.way, device, compiled=self.compiled)
-            distribute(transformer, adapter.parameters, config, self.mesh)
+            factors = [*adapter.parameters, *adapter.staying]
+            distribute(transformer, factors, config, self.mesh)
         set_checkpointing(transformer, self.way, device, compiled=self.compiled)
         return transformer.train(), adapter
 

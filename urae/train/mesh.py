@@ -163,7 +163,7 @@ def _check_shard(config: TrainConfig, num_ranks: int) -> None:
 
 def distribute(
     transformer: FluxTransformer2DModel,
-    parameters: Sequence[nn.Parameter],
+    factors: Sequence[nn.Parameter],
     config: TrainConfig,
     mesh: Mesh,
 ) -> None:
@@ -172,14 +172,14 @@ def distribute(
     Args:
         transformer: With its adapters; on the CPU if it is to be sharded, so that the device never
             has to hold the whole of it.
-        parameters: Those that train.
+        factors: The trained adapter's, those that stay too; they are whole on each rank.
         config: Of the run.
         mesh: The ranks.
     """
-    for parameter in parameters:
-        parameter.data = parameter.data.to(mesh.device)
+    for factor in factors:
+        factor.data = factor.data.to(mesh.device)
     if config.shard:
-        shards, ignored = mesh.build_shards(), set(parameters)
+        shards, ignored = mesh.build_shards(), set(factors)
         blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         for module in (*blocks, transformer):
             fully_shard(module, mesh=shards, ignored_params=ignored)
@@ -188,7 +188,7 @@ def distribute(
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", harmless)
     if mesh.num_ranks > 1:
-        for tensor in (*parameters, *transformer.buffers()):  # minor components are found by each
+        for tensor in (*factors, *transformer.buffers()):  # minor components are found by each
             distributed.broadcast(tensor.data, src=0)
 
 
