@@ -56,7 +56,7 @@ def test_the_slurm_script_starts_urae(tmp_path, monkeypatch, resumes):
     assert launch.shutdown_timeout == 280  # a step can take longer than torchrun's 30 s
 
     runs = []
-    result = TrainResult(1, Path("adapter.safetensors"), True)
+    result = TrainResult(1, Path("adapter.safetensors"), True, 1)
     monkeypatch.setattr("urae.train.train", lambda config, **_: runs.append(config) or result)
     monkeypatch.chdir(ROOT)
     outcome = CliRunner().invoke(app, launch.training_script_args)

@@ -178,7 +178,7 @@ def jobs(monkeypatch, tmp_path):
         "urae.features.cache.cache", stand_in("cache", CacheReport(Counts(encoded=1)))
     )
     monkeypatch.setattr("urae.features.pack.pack", stand_in("pack", PackReport()))
-    result = TrainResult(1, Path("adapter.safetensors"), True)
+    result = TrainResult(1, Path("adapter.safetensors"), True, 1)
     monkeypatch.setattr("urae.train.train", stand_in("train", result))
     monkeypatch.setattr("urae.train.push", stand_in("push", Pushed(Path("hub"), None)))
     monkeypatch.setattr("urae.adapters.convert.convert", stand_in("convert", Path("out")))

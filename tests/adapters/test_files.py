@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from urae.adapters import files
 from urae.adapters.files import LowRank, read_adapter, resolve_adapter, write_lora
+from urae.hub import HTTP_ERROR
 from urae.storage import write_tensors
 
 NAME = "transformer_blocks.0.attn.to_q"
@@ -193,6 +194,15 @@ def test_hub_adapter_that_cannot_be_had(monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"owner/repo/a\.safetensors .* \(404: no such repository"
     ):
+        resolve_adapter("owner/repo/a.safetensors")
+
+
+def test_a_connection_that_breaks_off_is_told(monkeypatch):
+    def fail(*_, **__):
+        raise HTTP_ERROR("server disconnected")
+
+    monkeypatch.setattr(files, "hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match=r"\(server disconnected\); check the name"):
         resolve_adapter("owner/repo/a.safetensors")
 
 

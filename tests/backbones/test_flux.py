@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from json import JSONDecodeError
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from urae.backbones.weights import (
     open_original_weights,
     open_weight_files,
 )
+from urae.hub import HTTP_ERROR
 
 
 def hub_error(kind):
@@ -73,6 +75,9 @@ def test_a_gated_model_behind_diffusers_own_error(monkeypatch):
         (hub_error(GatedRepoError), PermissionError, "is gated: accept its licence .*hf auth log"),
         (hub_error(RepositoryNotFoundError), FileNotFoundError, "could not be fetched .*log in"),
         (OSError("no connection"), FileNotFoundError, r"\(no connection\); check the name"),
+        (HTTP_ERROR("closed by the server"), FileNotFoundError, r"\(closed by the server\); check"),
+        (JSONDecodeError("no JSON", "<html>", 0), FileNotFoundError, r"\(no JSON: line 1 column 1"),
+        (OSError(), FileNotFoundError, r"\(OSError\); check the name"),
     ],
 )
 def test_a_hub_that_says_no(monkeypatch, error, kind, message):

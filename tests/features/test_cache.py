@@ -19,7 +19,7 @@ from urae.features import encoders
 from urae.features.cache import cache
 from urae.features.dataset import list_samples
 from urae.features.encoders import Encoders
-from urae.features.images import ImageError, decode_image, load_image
+from urae.features.images import ImageError, decode_image
 from urae.features.store import read_header
 
 NUM_IMAGES, NUM_CAPTIONS = 4, 8
@@ -102,7 +102,7 @@ def test_latents_of_the_same_pixels_equal_the_references(train_data, base_dev):
     for stem in ("image_0", "image_1", "image_2", "image_3"):
         reference = load_file(train_data / f"{stem}_latent_code.safetensors")
         height, width = (8 * side for side in reference["mean"].shape[1:])
-        image = load_image(train_data / f"{stem}.jpg")
+        image = decode_image((train_data / f"{stem}.jpg").read_bytes(), stem)
         if height > width:
             image = image.resize((image.width, height), Image.Resampling.BICUBIC)
         mean, std = model.encode_image(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -111,7 +111,10 @@ def test_latents_of_the_same_pixels_equal_the_references(train_data, base_dev):
 
 
 def test_short_memory_changes_nothing(train_data, base_dev, monkeypatch):
-    model, image = Encoders(Path(base_dev)), load_image(train_data / "image_0.jpg")
+    model, image = (
+        Encoders(Path(base_dev)),
+        decode_image((train_data / "image_0.jpg").read_bytes(), "0"),
+    )
     whole = model.encode_image(image)
     size = (image.height, image.width)
     max_bytes = plan_encode(model._vae, *size).peak_bytes // 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, features
 
-from urae.features.images import MAX_PIXELS, ImageError, decode_image, load_image, read_size
+from urae.features.images import MAX_PIXELS, ImageError, decode_image, read_image, read_size
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
@@ -14,6 +14,10 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
 def save(image, path, **options):
     image.save(path, **options)
     return path
+
+
+def load_image(path):
+    return decode_image(read_image(path), path.name)
 
 
 def pixel(image, at=(0, 0)):

@@ -162,6 +162,18 @@ def test_whatever_happens_to_the_adapters_is_followed(adapted, draw, rel, style,
     assert change in ("fused", "fused and not") or rel(before, wanted) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:the resolution policy is on")
+def test_a_lora_that_comes_back_under_its_name_is_joined(adapted, draw, style):
+    pipe = adapted()
+    pipe.unload_lora_weights()
+    apply(pipe, "joined-adapters")
+    for _ in range(2):
+        pipe.load_lora_weights(style.parent, weight_name=style.name, adapter_name="style")
+        draw(pipe)
+        assert "_OneProduct" in kinds(pipe)
+        pipe.unload_lora_weights()
+
+
 def test_a_scale_of_one_call(adapted, draw, rel, part):
     pipe = adapted()
     half = {"joint_attention_kwargs": {"scale": 0.5}}

@@ -120,6 +120,12 @@ def test_pictures_of_a_job(expected):
     assert not plan(replace(config, gpus=2)).seconds
 
 
+def test_a_text_length_is_refused_as_by_the_job():
+    config = PlanConfig("miniature-dev", 512, 512, gpu_bytes=GIB, max_sequence_length=512)
+    with pytest.raises(ValueError, match="max_sequence_length 512 is more than the 64 T5 tokens"):
+        plan(config)
+
+
 def test_other_loras_are_counted(bases, expected):
     lora = (str(expected / "dev_2k_lora.safetensors"), 0.5)
     small = PlanConfig(str(bases["dev"]), 64, 64, gpu_bytes=2 * GIB)
@@ -161,7 +167,7 @@ def test_the_table(monkeypatch, columns):
         "24.0 GiB GPU, 21.6 GiB of it usable 4096 x 4096",
         "--memory encode sample decode host fits H200",
         "resident 9.6 GiB 26.5 GiB 23.7 GiB 0 no 3:23",
-        "streamed: 1.5 GiB of weights",
+        "streamed: 0.8 GiB of weights",
         "28 steps of 3,908 TFLOP",
         "resident: 19 s before the first step",
         "6.46 s a step",

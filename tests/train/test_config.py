@@ -45,6 +45,11 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"num_validation": -1}, r"num_validation -1 must be 0 or more"),
         ({"ema_decay": 1.0}, r"ema_decay 1.0 must be above 0 and below 1"),
         ({"resolution": 2050}, r"resolution 2050 is not .*try 2048 or 2064"),
+        ({"memory": "4bit", "compile": True}, "compile true does not go with memory 4bit, whose"),
+        (
+            {"memory": "streamed", "gradient_checkpointing": "selective", "compile": True},
+            "memory streamed with gradient_checkpointing selective, whose blocks are never",
+        ),
         ({"adapter": {"rank": 0}}, r"adapter: rank 0 must be at least 1"),
         ({"adapter": {"trains": "down"}}, r"adapter: trains 'down' needs adapter.init for a LoRA"),
         ({"adapter": {"kind": "loha"}}, r"adapter.kind: .*'lora', 'minor'.*'loha'"),

@@ -130,7 +130,7 @@ def test_a_run_that_was_finished_says_so(finish):
 
 def test_the_next_command_has_what_the_run_needs(finish):
     recipe = 'model = "flux-dev"\nresolution = 4096\nadapter.kind = "minor"\nadapter.over = ["2k"]'
-    text = finish(TrainResult(1, Path("a"), True), recipe)
+    text = finish(TrainResult(1, Path("a"), True, 1), recipe)
     command = "--model flux-dev --adapter 2k --adapter 'my run' --size 4096"
     assert text.splitlines()[-1] == f'next: urae generate "..." {command}'
 

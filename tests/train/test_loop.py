@@ -18,7 +18,7 @@ from urae.adapters.files import read_adapter
 from urae.backbones.flux import load_transformer
 from urae.features.order import StepBatch, StepShare
 from urae.resolution import ResolutionPolicy, find_policy
-from urae.train import OptimizerConfig, train
+from urae.train import AdapterConfig, OptimizerConfig, train
 from urae.train import loop as loop_module
 from urae.train import step as step_module
 from urae.train.adapter import attach_for_training
@@ -53,6 +53,15 @@ def test_resume_is_bitwise(settings, minor, tmp_path, kind, optimizer):
     with (parts.output_dir / "loss.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_without_what_it_began_with(settings, expected, tmp_path):
+    init = tmp_path / "init.safetensors"
+    init.write_bytes((expected / "dev_2k_lora.safetensors").read_bytes())
+    config = settings(steps=1, adapter=AdapterConfig("lora", 4, init=str(init)))
+    train(config)
+    init.unlink()
+    assert train(replace(config, steps=2, resume=True)).step == 2
 
 
 def test_same_seed_same_bits_and_another_seed_others(settings, tmp_path):

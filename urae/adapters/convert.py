@@ -52,7 +52,10 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
 
     Raises:
         ValueError: If an adapter is damaged or for another base, or the base is needed.
+        FileNotFoundError: If an adapter or the base is missing.
+        PermissionError: If the base is gated.
         FileExistsError: If the output exists and `overwrite` is off.
+        OSError: If the disk is full; the output is whole or as it was.
     """
     if config.output.suffix != ".safetensors":
         raise ValueError(f"output {config.output} must end in .safetensors")

@@ -15,13 +15,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from diffusers import FluxPipeline
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from jaxtyping import Float
 from peft import get_peft_config
 from peft.utils.other import get_pattern_key
@@ -31,6 +24,7 @@ from urae.adapters.kohya import split_linear1
 from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.adapters.variants import Variant, VariantKind, find_kind
 from urae.backbones.weights import linear_shape
+from urae.hub import FETCH_ERRORS, tell_reason
 from urae.resolution import ResolutionPolicy
 from urae.storage import read_tensors, write_tensors
 
@@ -121,15 +115,8 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
         return Path(
             hf_hub_download(f"{parts[0]}/{repo}", "/".join(parts[2:]), revision=revision or None)
         )
-    except (
-        EntryNotFoundError,
-        HFValidationError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        OSError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
+    except FETCH_ERRORS as error:
+        reason = tell_reason(error).split(". ")[0]
         raise FileNotFoundError(
             f"adapter {name} was not found here and could not be fetched from the hub ({reason}); "
             "check the name and the connection, or give a local file"

@@ -19,13 +19,7 @@ from diffusers import (
     PipelineQuantizationConfig,
 )
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -33,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from urae.backbones.model_folder import check_model
 from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
+from urae.hub import FETCH_ERRORS, tell_reason
 from urae.resolution import BASE_POLICY_FILE, read_base_policy
 from urae.storage import read_keys
 
@@ -95,13 +90,13 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
             f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
             f"{', '.join([*PACKAGED, *HUB_IDS])}"
         ) from error
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+    except FETCH_ERRORS as error:
         if _is_gated(error):
             raise PermissionError(
                 f"model {hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, "
                 "then log in with `hf auth login`, or point --model at a local folder"
             ) from error
-        reason = str(error).strip().splitlines()[0].split(" (")[0]
+        reason = tell_reason(error).split(" (")[0]
         raise FileNotFoundError(
             f"model {hub_id} could not be fetched from the hub ({reason}); check the name and the "
             "connection, log in with `hf auth login`, or point --model at a local folder"

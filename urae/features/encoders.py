@@ -1,6 +1,5 @@
 """FLUX's text encoders and VAE, loaded when first needed, for making features."""
 
-import gc
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.flux import TEXT_COMPONENTS, encode_prompts, load_pipeline
-from urae.backbones.free_memory import free_bytes, vae_bytes
+from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
 from urae.backbones.vae import encode
 
 
@@ -42,9 +41,7 @@ class Encoders:
     def free_text_encoders(self) -> None:
         """Make room for the VAE."""
         self.__dict__.pop("_text_pipe", None)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.device)
 
     def encode_caption(
         self, caption: str, max_sequence_length: int

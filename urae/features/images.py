@@ -38,23 +38,6 @@ class ImageError(ValueError):
         self.reason: Reason = reason
 
 
-def load_image(path: Path) -> Image.Image:
-    """Load an image file as it is meant to be seen, as 8-bit RGB.
-
-    The EXIF orientation is applied. Transparency (alpha, palette or colour key) is composited on
-    white. 16-bit grey is scaled, not clipped. Embedded colour profiles of RGB and CMYK images are
-    converted to sRGB; one that cannot be read is ignored, as browsers do. Of an animation the
-    first frame counts.
-
-    Args:
-        path: A JPEG, PNG, WebP or AVIF file, told by its content and not by its suffix.
-
-    Raises:
-        ImageError: If it is no such file, is damaged or truncated, or has over `MAX_PIXELS`.
-    """
-    return decode_image(read_image(path), path.name)
-
-
 def read_image(path: Path) -> bytes:
     """Read an image file's bytes.
 
@@ -68,7 +51,20 @@ def read_image(path: Path) -> bytes:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image file's bytes as `load_image` does; `name` is for the messages."""
+    """Decode an image file as it is meant to be seen, as 8-bit RGB.
+
+    The EXIF orientation is applied. Transparency (alpha, palette or colour key) is composited on
+    white. 16-bit grey is scaled, not clipped. Embedded colour profiles of RGB and CMYK images are
+    converted to sRGB; one that cannot be read is ignored, as browsers do. Of an animation the
+    first frame counts.
+
+    Args:
+        data: Of a JPEG, PNG, WebP or AVIF file, told by its content.
+        name: For the messages.
+
+    Raises:
+        ImageError: If it is no such file, is damaged or truncated, or has over `MAX_PIXELS`.
+    """
     image = _open(data, name)
     try:
         return _to_rgb(ImageOps.exif_transpose(image), name)
@@ -80,7 +76,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """Read an image's height and width from its header, before any EXIF rotation.
 
     Raises:
-        ImageError: As `load_image`, but of the pixels nothing is known yet.
+        ImageError: As `decode_image`, but of the pixels nothing is known yet.
     """
     image = _open(read_image(path), path.name)
     return image.height, image.width

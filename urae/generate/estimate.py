@@ -5,7 +5,6 @@ The one place that says so: `--memory auto` chooses by it, `urae plan generate` 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -247,6 +246,11 @@ def count_bytes(module: nn.Module) -> int:
     return _NUMBER_BYTES * sum(t.numel() for t in [*module.parameters(), *module.buffers()])
 
 
+def round_pinned(num_bytes: int) -> int:
+    """Return what pinning takes: torch's allocator rounds up to a power of two."""
+    return 1 << max(num_bytes - 1, 0).bit_length()
+
+
 def stream_text(tier: Tier, encoder_bytes: int, device_bytes: int) -> bool:
     """Tell whether text encoders are streamed: where asked for, and where they do not fit."""
     fit = encoder_bytes + TEXT_ACTIVATION_BYTES <= USABLE * device_bytes
@@ -326,7 +330,6 @@ def _estimate_encode(models: Mapping[str, Any], tier: Tier, held: int, device_by
     return Stage(held + weights, TEXT_ACTIVATION_BYTES)
 
 
-@lru_cache(maxsize=len(TIERS))  # the same in chunks
 def _estimate_decode(
     vae: AutoencoderKL, request: Request, weights: int, device_bytes: int
 ) -> Stage:

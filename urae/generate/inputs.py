@@ -10,7 +10,6 @@ from diffusers import FluxTransformer2DModel
 from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
-from urae.generate.config import GenerateConfig
 
 _NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
@@ -40,29 +39,37 @@ def default_sampling(transformer: FluxTransformer2DModel, model_path: Path) -> S
 
 
 def choose_sampling(
-    config: GenerateConfig, transformer: FluxTransformer2DModel, model_path: Path
+    model: str,
+    transformer: FluxTransformer2DModel,
+    model_path: Path,
+    *,
+    steps: int | None,
+    guidance: float | None = None,
+    length: int | None,
 ) -> Sampling:
-    """Fill in a model's own defaults where a job says nothing.
+    """Fill in a model's own defaults where nothing is asked for.
 
     Args:
-        config: Of the job.
+        model: What the user calls it.
         transformer: As in `default_sampling`.
         model_path: As in `default_sampling`.
+        steps: Asked for, if any; and so on.
+        guidance: Scale.
+        length: T5 tokens.
 
     Raises:
-        ValueError: If the job asks for guidance or a text length that the model has not.
+        ValueError: If guidance or a text length is asked for that the model has not.
     """
     own = default_sampling(transformer, model_path)
-    steps, guidance, length = config.steps, config.guidance_scale, config.max_sequence_length
     if guidance and not transformer.config.guidance_embeds:
         raise ValueError(
-            f"guidance_scale {guidance} would do nothing, since {config.model} has no distilled "
+            f"guidance_scale {guidance} would do nothing, since {model} has no distilled "
             "guidance; leave it out"
         )
     most = read_text_tokens(model_path)
     if length is not None and length > most:
         raise ValueError(
-            f"max_sequence_length {length} is more than the {most} T5 tokens that {config.model} "
+            f"max_sequence_length {length} is more than the {most} T5 tokens that {model} "
             f"reads; leave it out, or give {most} at most"
         )
     return Sampling(

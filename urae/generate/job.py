@@ -58,7 +58,7 @@ from urae.generate.optimize import (
     choose_parts,
     find_unfit,
 )
-from urae.generate.parts import BARS, COMPILED, EXACT, Part, PartName, find_bits
+from urae.generate.parts import BARS, EXACT, Part, PartName, find_bits, leave_compiled_out
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.progressive import can_halve
 from urae.generate.quantize import build_quantization, check_quantization
@@ -131,7 +131,10 @@ def _generate(
     model_path = fetch_model(config.model)
     meta = build_meta_models(model_path)
     adapter_bytes = check_adapters(config.adapters, config.loras, meta["transformer"])
-    sampling = choose_sampling(config, meta["transformer"], model_path)
+    sampling = choose_sampling(
+        config.model, meta["transformer"], model_path, steps=config.steps,
+        guidance=config.guidance_scale, length=config.max_sequence_length,
+    )  # fmt: skip
     pays = pays_to_compile(
         device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
     )
@@ -269,18 +272,8 @@ class _Job:
         self.ranks.wait()
 
     def list_parts(self, tier: Tier) -> list[Part]:
-        """List what makes it faster on a tier: quantised blocks are not compiled.
-
-        Nor do they take a preset's parts that want compiled ones.
-        """
-        if tier not in QUANTIZED:
-            return [*self.parts]
-        without = self.list_unfit()
-        return [part for part in self.parts if part.name != "compile" and part not in without]
-
-    def list_unfit(self) -> list[Part]:
-        """List a preset's parts that go with compiled blocks alone."""
-        return [part for part in self.parts if part.is_preset and part.name in COMPILED]
+        """List what makes it faster on a tier: quantised blocks are not compiled."""
+        return leave_compiled_out(self.parts) if tier in QUANTIZED else [*self.parts]
 
     def load(self, tier: Tier) -> FluxPipeline:
         """Load the model with its adapters, on the CPU."""
@@ -288,11 +281,10 @@ class _Job:
         inexact = [str(part) for part in self.list_parts(tier) if part.name not in EXACT]
         if tier in QUANTIZED:
             inexact.append(f"weights in {tier}")
-            for part in self.list_unfit():
-                logger.warning(
-                    "speed %s: %s is left out: with --memory %s blocks are not compiled",
-                    config.speed, part.name, tier,
-                )  # fmt: skip
+            reason = f"with --memory {tier} blocks are not compiled"
+            for part in {*self.parts} - {*self.list_parts(tier)}:
+                if part.name != "compile":
+                    logger.warning("speed %s: %s is left out: %s", config.speed, part.name, reason)
         if inexact:
             logger.warning("%s: the pictures are approximations", ", ".join(inexact))
         dtype = pick_dtype(self.ranks.device)

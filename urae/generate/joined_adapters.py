@@ -96,7 +96,7 @@ class _JoinedAdapters:
         self._transformer = transformer
         self._merge = merge
         self._layers: list[Any] = []
-        self._held: list[Tensor] = []  # so that no other tensor takes their place in memory
+        self._held: list[Any] = []  # so that nothing else takes their place in memory
         self._state: list[Any] = []
         self._has_warned = False
 
@@ -128,6 +128,7 @@ class _JoinedAdapters:
         self._layers = [m for m in self._transformer.modules() if isinstance(m, LoraLayer)]
         self._state = self._read(scale)
         self._held = [weight for layer in self._layers for weight in _list_weights(layer)]
+        self._held.extend(self._list_configs().values())
         dtype = self._transformer.dtype  # diffusers goes through all modules for it
         plain = [layer for layer in self._layers if _is_plain(layer, dtype)]
         count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
@@ -152,8 +153,12 @@ class _JoinedAdapters:
 
     def _read(self, scale: float) -> list[Any]:
         """Describe all that peft's forwards read, but for the numbers of the weights."""
-        names = tuple(getattr(self._transformer, "peft_config", None) or ())
-        return [scale, names, *map(_describe, self._layers)]
+        configs = [(name, id(config)) for name, config in self._list_configs().items()]
+        return [scale, configs, *map(_describe, self._layers)]
+
+    def _list_configs(self) -> dict[str, Any]:
+        """Give peft's settings by adapter: a new one of the same name has its own."""
+        return getattr(self._transformer, "peft_config", None) or {}
 
 
 def _is_offloaded(transformer: FluxTransformer2DModel) -> bool:

@@ -20,6 +20,7 @@ from urae.generate.estimate import (
     Request,
     Tier,
     list_estimates,
+    round_pinned,
 )
 from urae.generate.parts import Bits
 from urae.generate.quantize import can_quantize
@@ -184,6 +185,5 @@ def stream_layers(encoder: nn.Module, device: torch.device) -> None:
 
 
 def _pinned_bytes(module: nn.Module) -> int:
-    """Return what pinning takes: torch's allocator rounds each tensor up to a power of two."""
-    sizes = [t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()]]
-    return sum(1 << max(size - 1, 0).bit_length() for size in sizes)
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(round_pinned(tensor.numel() * tensor.element_size()) for tensor in tensors)

@@ -160,6 +160,12 @@ def resolve_parts(speed: Speed | None, parts: Sequence[str] = ()) -> tuple[Part,
     return tuple(sorted(chosen, key=lambda part: names.index(part.name)))
 
 
+def leave_compiled_out(parts: Sequence[Part]) -> list[Part]:
+    """Leave out compiling, and a preset's parts that gain nothing without it."""
+    lost = [part for part in parts if part.is_preset and part.name in COMPILED]
+    return [part for part in parts if part.name != "compile" and part not in lost]
+
+
 def _exclude(one: Part, other: Part) -> bool:
     groups = [group for group in _EXCLUSIVE if one.name in group]
     return one.name == other.name or any(other.name in group for group in groups)

@@ -18,7 +18,7 @@ from urae.generate.estimate import (
     estimate_seconds,
     list_estimates,
 )
-from urae.generate.inputs import check_adapters, default_sampling
+from urae.generate.inputs import check_adapters, choose_sampling
 from urae.generate.memory import Memory, leave_quantized_out, list_tiers
 from urae.generate.parts import Bits
 from urae.generate.speed import is_long
@@ -110,8 +110,8 @@ def plan(config: PlanConfig) -> Plan:
         config: What to plan for.
 
     Raises:
-        ValueError: If an adapter is damaged or for another base, there is no GPU to plan for, or so
-            many cannot share a picture.
+        ValueError: If an adapter is damaged or for another base, the model has no such text length,
+            there is no GPU to plan for, or so many cannot share a picture.
         FileNotFoundError: If the model or an adapter is missing.
     """
     device = pick_device()
@@ -120,12 +120,14 @@ def plan(config: PlanConfig) -> Plan:
     models = build_meta_models(config.model)
     transformer = models["transformer"]
     adapter_bytes = check_adapters(config.adapters, config.loras, transformer)
-    sampling = default_sampling(transformer, find_local(config.model) or Path(config.model))
+    path = find_local(config.model) or Path(config.model)
+    sampling = choose_sampling(
+        config.model, transformer, path, steps=config.steps, length=config.max_sequence_length
+    )
+    steps, text_tokens = sampling.steps, sampling.max_sequence_length
     image_tokens = num_image_tokens(config.height, config.width)
-    text_tokens = config.max_sequence_length or sampling.max_sequence_length
     degrees = degrees_of(transformer, image_tokens, text_tokens)
     spread = choose_spread(config.num_images, config.gpus, degrees)
-    steps = config.steps or sampling.steps
     compiled = is_long(config.height, config.width, steps, config.num_images / config.gpus)
     request = Request(
         config.height, config.width, text_tokens, adapter_bytes, compiled,

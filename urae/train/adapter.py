@@ -212,8 +212,15 @@ def check_rank(config: AdapterConfig, transformer: FluxTransformer2DModel) -> No
         )
 
 
-def read_adapters(config: AdapterConfig) -> tuple[list[AdapterFile], AdapterFile | None]:
-    """Read the adapters under the one that trains, and the one that it starts from."""
+def read_adapters(
+    config: AdapterConfig, checkpoint: Path | None = None
+) -> tuple[list[AdapterFile], AdapterFile | None]:
+    """Read the adapters under the one that trains, and the one that it starts from.
+
+    Args:
+        config: What trains.
+        checkpoint: The one's weights where a run goes on, in the place of `init`.
+    """
     over = [read_adapter(source) for source in config.over]
     for file in over:
         if file.variant is not None:
@@ -221,7 +228,8 @@ def read_adapters(config: AdapterConfig) -> tuple[list[AdapterFile], AdapterFile
                 f"adapter.over: {file.path} is a {file.kind} adapter, which acts alone; train over "
                 "a LoRA or minor components"
             )
-    start = None if config.init is None else read_adapter(config.init)
+    source = checkpoint or config.init
+    start = None if source is None else read_adapter(source)
     if start is not None:
         check_start(start, config)
     return over, start

@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import (
 )
 
 from urae.backbones.attention import CANDIDATES, backend, pick_attention
+from urae.backbones.context_parallel import supports_context_parallel
 
 _TILE = 128  # keys that cuDNN's backward pass takes at a time
 _CUDNN, _FLASH = AttentionBackendName._NATIVE_CUDNN, AttentionBackendName._NATIVE_FLASH
@@ -48,7 +49,7 @@ def choose_attention(
     if device.type != "cuda":
         return str(wanted.value)
     names = CANDIDATES if wanted == AttentionBackendName.NATIVE else (wanted.value,)
-    possible = names if context_parallel == 1 else filter(_can_be_split, names)
+    possible = names if context_parallel == 1 else filter(supports_context_parallel, names)
     candidates = {name: backend(name) for name in possible}
     if _is_unsound(tokens):
         tokens += _TILE // 2
@@ -76,8 +77,3 @@ def sound_attention(tokens: int) -> Iterator[None]:
 
 def _is_unsound(tokens: int) -> bool:
     return tokens % _TILE == _TILE // 2
-
-
-def _can_be_split(name: str) -> bool:
-    member = AttentionBackendName(name)
-    return bool(_AttentionBackendRegistry._is_context_parallel_available(member))

@@ -282,6 +282,13 @@ class TrainConfig:
                 "memory streamed does not go with gradient_checkpointing off: the backward pass "
                 "would keep the weights that are to go; choose full or selective"
             )
+        streamed_selective = (self.memory, self.gradient_checkpointing) == ("streamed", "selective")
+        if self.compile and (self.memory == "4bit" or streamed_selective):
+            kept = " with gradient_checkpointing selective" if streamed_selective else ""
+            raise ValueError(
+                f"compile true does not go with memory {self.memory}{kept}, whose blocks are never "
+                "compiled; leave one of the two out"
+            )
         if self.caption_weights is not None:
             _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:

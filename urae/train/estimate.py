@@ -20,6 +20,7 @@ from urae.generate.estimate import (
     RATES_WIDTH,
     count_bytes,
     quantized_bytes,
+    round_pinned,
 )
 from urae.generate.estimate import count_operations as count_forward
 from urae.train.config import AdapterConfig, TrainConfig
@@ -272,11 +273,6 @@ def estimate_seconds(
         case ("resident", "full", False):
             return linear + both / _EAGER_RATE
     return None
-
-
-def round_pinned(num_bytes: int) -> int:
-    """Return what pinning takes: torch's allocator rounds up to a power of two."""
-    return 1 << max(num_bytes - 1, 0).bit_length()
 
 
 def _is_allowed(way: Way, config: TrainConfig, num_ranks: int) -> bool:

@@ -66,12 +66,13 @@ def check_inputs(config: TrainConfig) -> Inputs:
     empty_prompt = check_features(config, sources, meta, model_path)
     data_hash = fingerprint_features(samples, empty_prompt)
     check_rank(config.adapter, meta)
-    over, initial = read_adapters(config.adapter)
+    over, initial = read_adapters(
+        config.adapter, start.checkpoint.trained_path if start.checkpoint else None
+    )
     average = None
-    if checkpoint := start.checkpoint:
+    if start.checkpoint:
         _check_same_data(start, config, data_hash)
-        initial = read_adapter(checkpoint.trained_path)
-        average = read_adapter(checkpoint.adapter_path) if config.ema_decay else None
+        average = read_adapter(start.checkpoint.adapter_path) if config.ema_decay else None
     for file in [*over, *([initial] if initial else [])]:
         check_fits(file, meta)
     return Inputs(

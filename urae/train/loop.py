@@ -1,6 +1,7 @@
 """The training loop: 2K and 4K, LoRA and minor components are recipes of it."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,6 +51,8 @@ from urae.train.record import write_run
 from urae.train.state import build_state
 from urae.train.step import Stepper
 
+logger = logging.getLogger(__name__)
+
 _AGAIN = "start all of them again with --resume"
 
 
@@ -61,7 +64,7 @@ class TrainResult:
     adapter_path: Path
     """The finished adapter, or that of the last checkpoint if the run was stopped."""
     finished: bool
-    num_steps: int | None = None
+    num_steps: int
     """Steps taken since it started or went on: 0 if there was nothing left to do."""
     losses: tuple[float, ...] = ()
     """Of each step of the whole run; on the main process alone."""
@@ -118,6 +121,8 @@ class _Run:
             previewer = Previewer(config, inputs.model_path, policy)
         self.way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
         self.compiled = is_compiled(config, self.way, inputs.samples, mesh.device)
+        if config.compile and not self.compiled:
+            logger.warning("compile true is left out: with %s blocks are not compiled", self.way)
         self.transformer, self.adapter = self._build_model()
         self.attention = self._choose_attention()
         self.state = build_state(self.adapter, config, inputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from urae.backbones.devices import check_gpu_is_known, pick_device
-from urae.backbones.flux import PACKAGED, build_meta_models, find_local
+from urae.backbones.flux import build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes
 from urae.features.buckets import covers, pick_bucket
 from urae.features.dataset import Sample
@@ -224,7 +224,7 @@ def list_buckets(
     sizes = list(map(size_of, samples))
     batches = build_batches(sizes, config.batch_size, seed=config.seed, epoch=0)
     num_batches = Counter(sizes[batch[0]] for batch in batches)
-    policy = config.policy or read_base_policy(PACKAGED.get(config.model, config.model))
+    policy = config.policy or read_base_policy(find_local(config.model))
     buckets = []
     for size, count in Counter(sizes).items():
         tokens = text_tokens + num_image_tokens(*size)

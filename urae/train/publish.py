@@ -17,6 +17,7 @@ from urae.adapters.convert import ConvertConfig, convert
 from urae.adapters.files import LORA_FILE_NAME
 from urae.config import build_config, check_types, flatten, read_toml
 from urae.generate.picture import save_picture
+from urae.hub import HTTP_ERROR
 from urae.storage import read_tensors, write_atomic, write_tensors
 from urae.train.card import CURVES_FILE, CardInputs, find_license, format_card
 from urae.train.chart import Curve, draw_curves, smooth
@@ -32,8 +33,6 @@ CONVERTED_FILE = "converted_lora.safetensors"
 """The adapter and those under it as one plain LoRA."""
 
 _IMAGE_DIR = "images"
-# of the HTTP library that the hub's client is built on, httpx or httpx2 by its version
-_HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def _upload(config: PushConfig, folder: Path) -> str:
         api.upload_folder(
             repo_id=config.repo, folder_path=folder, commit_message="Upload an adapter with urae"
         )
-    except _HttpError as error:
+    except HTTP_ERROR as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         kind = PermissionError if status in (401, 403) else ConnectionError
         raise kind(
