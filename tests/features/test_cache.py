@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,30 @@ def test_an_image_whose_captions_are_gone_is_no_longer_trained_on(cached_copy, s
     ]
     assert sorted(report.removed) == wanted
     assert not {"image_0", "image_1"} & {sample.stem for sample in list_samples(cached_copy)}
+
+
+def test_a_mistyped_resolution_costs_nothing(cached_copy, settings):
+    before = features_of(cached_copy)
+    report = cache(replace(settings(cached_copy), resolution=4096))
+    assert not report.num_ready and not report.removed
+    assert features_of(cached_copy) == before
+
+
+def test_features_whose_picture_is_gone_are_told(cached_copy, settings):
+    (cached_copy / "image_0.jpg").unlink()
+    report = cache(settings(cached_copy))
+    assert report.pictureless == ["image_0"] and not report.removed
+    assert "image_0" in {sample.stem for sample in list_samples(cached_copy)}
+
+
+def test_columns_and_captions_that_are_cut_are_told(cached_copy, settings):
+    edit_caption(cached_copy, "image_0", prompt="red " * 100, artist="somebody")
+    report = cache(settings(cached_copy))
+    assert report.columns["artist"] == 1 and report.columns["prompt"] > 1
+    (told,) = report.cut
+    assert told.startswith("image_0_prompt_embed.safetensors: ")
+    assert int(told.split()[1]) > 100
+    assert not cache(settings(cached_copy)).cut
 
 
 def test_bombs_are_skipped(folder, settings, monkeypatch):

@@ -56,7 +56,21 @@ def test_captions_that_are_left_out(tmp_path, caption, reasons):
 def test_bytes_that_are_no_text(tmp_path):
     add(tmp_path, "a.png", {"prompt": "good"})
     add(tmp_path, "b.png").with_suffix(".txt").write_bytes(b"\xff\xfe\xfa")
-    assert [skip.reason for skip in find_sources(tmp_path)[1]] == ["unreadable caption"]
+    (skip,) = find_sources(tmp_path)[1]
+    assert skip.reason == "unreadable caption"
+    assert skip.detail == "b.txt is not UTF-8; save it as UTF-8"
+
+
+def test_captions_as_peers_keep_them_are_told(tmp_path):
+    add(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "a"}')
+    with pytest.raises(
+        ValueError, match=r"none of the 1 images .*; captions in metadata.jsonl are"
+    ):
+        find_sources(tmp_path)
+    add(tmp_path, "b.png", "b", suffix=".txt")
+    _, skips = find_sources(tmp_path)
+    assert ("metadata.jsonl", "captions not read") in {(skip.file, skip.reason) for skip in skips}
 
 
 def test_other_formats_are_reported(tmp_path):

@@ -453,3 +453,22 @@ def test_tensorboard(settings):
     assert {"loss", "grad_norm", "lr", "loader_share"} <= set(curves.Tags()["scalars"])
     rates = [(event.step, event.value) for event in curves.Scalars("lr")]
     assert rates == [(1, pytest.approx(1e-3)), (2, pytest.approx(5e-4))]
+
+
+def test_tensorboard_draws_each_step_once(settings):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(tracker="tensorboard", steps=3, checkpoint_every=1)
+
+    def steps():
+        events = EventAccumulator(str(config.output_dir / "urae")).Reload()
+        return [event.step for event in events.Scalars("loss")]
+
+    train(config)
+    find_checkpoints(config.output_dir)[-1].discard()
+    (config.output_dir / "pytorch_lora_weights.safetensors").unlink()
+    train(replace(config, resume=True))
+    assert steps() == [1, 2, 3]
+    train(replace(config, steps=2, overwrite=True))
+    assert steps() == [1, 2]

@@ -62,20 +62,30 @@ def cache_command(
         numbers = (counts.encoded, counts.unchanged, counts.kept, counts.shared)
         table.add_row(name, *[str(number) for number in numbers])
     console.print(table)
+    whole = data_dir / WORK_DIR / REPORT_NAME
+    if len(report.columns) > 1:
+        columns = ", ".join(f"{name} {count}" for name, count in report.columns.items())
+        console.print("captions that train, by column:", Text(columns))
+    for names, text in (
+        (report.cut, "captions are longer than the text length and cut there"),
+        (report.removed, "files removed whose picture or caption no longer holds"),
+        (report.pictureless, "features stay and train whose picture is gone"),
+    ):
+        if names:
+            console.print(f"[yellow]{len(names)}[/] {text}:", Text(f"{names[0]} (all in {whole})"))
     if report.skipped:
         reasons = Counter(skip.reason for skip in report.skipped)
         text = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        text += f" (all in {data_dir / WORK_DIR / REPORT_NAME})"
+        text += f" (all in {whole})"
         console.print(f"[yellow]skipped {len(report.skipped)}:[/]", Text(text))
         for skip in report.skipped[:5]:
             name = "" if skip.detail.startswith(skip.file) else f"{skip.file}: "
             console.print(f"  {name}{skip.detail}", markup=False)
-    ready = report.latents.encoded + report.latents.unchanged + report.latents.kept
-    ready += report.latents.shared
-    if not ready:
+    if not report.num_ready:
         raise ValueError(
             f"no picture in {data_dir} can be trained on at --resolution {resolution}; choose a "
             "smaller one, or mend what is listed above"
         )
-    text = f"{ready} pictures in {data_dir} are ready to train on"
-    console.print("[green]done:[/]", Text(text))
+    one = report.num_ready == 1
+    text = f"{report.num_ready} picture{'' if one else 's'} in {data_dir} {'is' if one else 'are'}"
+    console.print("[green]done:[/]", Text(f"{text} ready to train on"))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from urae.cli.terminal import Verbose, build_progress, console
+from urae.cli.terminal import Verbose, build_progress, console, format_size
 
 
 def pack_command(
@@ -28,7 +28,7 @@ def pack_command(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     text = (
-        f"{report.num_samples} pictures, {report.num_bytes / 2**30:.2f} GiB in {output}; shards: "
+        f"{report.num_samples} pictures, {format_size(report.num_bytes)} in {output}; shards: "
         f"{len(report.written)} written, {len(report.unchanged)} unchanged"
     )
     if report.removed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from urae.cli.generate import MODELS, Memory, split_weight
-from urae.cli.terminal import Verbose, quiet_progress_bars
+from urae.cli.terminal import Verbose, format_size, quiet_progress_bars
 from urae.cli.train import Data, format_seconds, read_recipe
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _show(plan: "Plan", title: str) -> None:
         "encode": [_peak(each.encode) for each in plan.estimates],
         "sample": [_peak(each.sample) for each in plan.estimates],
         "decode": [_peak(each.decode) for each in plan.estimates],
-        "host": [_size(each.host_bytes) for each in plan.estimates],
+        "host": [format_size(each.host_bytes) for each in plan.estimates],
         "fits": [_say_fits(plan.fits(each)) for each in plan.estimates],
         "H200": [
             format_seconds(time.total(plan.steps, plan.num_images)) if time else _UNKNOWN
@@ -138,8 +138,8 @@ def _show(plan: "Plan", title: str) -> None:
     if plan.chosen is not None:
         sample = plan.chosen.sample
         output.print(
-            f"sampling with {plan.chosen.tier}: {_size(sample.weights)} of weights, "
-            f"{_size(sample.working or 0)} of activations"
+            f"sampling with {plan.chosen.tier}: {format_size(sample.weights)} of weights, "
+            f"{format_size(sample.working or 0)} of activations"
         )
     output.print(f"operations by count: {plan.steps} steps of {_flop(plan.operations)}")
     if plan.seconds:
@@ -206,8 +206,8 @@ def _show_training(plan: "TrainPlan", config: "TrainConfig") -> None:
         f"{_say_times(plan.num_epochs)} (one process), {_flop(plan.operations)} in all"
     )
     output.print(
-        f"disk: {_size(plan.cache_bytes)} of features, {_size(plan.checkpoint_bytes)} of "
-        "checkpoints"
+        f"disk: {format_size(plan.cache_bytes)} of features, "
+        f"{format_size(plan.checkpoint_bytes)} of checkpoints"
     )
     output.print()
     _show_ways(plan, config.memory)
@@ -225,8 +225,8 @@ def _show_ways(plan: "TrainPlan", memory: str) -> None:
     times = [plan.seconds.get(way) for way in ways]
     columns = {
         "--memory": [f"{way.tier}, {way.checkpointing}" for way in ways],
-        "GPU": [_size(each.peak) for each in plan.estimates],
-        "host": [_size(each.host_bytes) for each in plan.estimates],
+        "GPU": [format_size(each.peak) for each in plan.estimates],
+        "host": [format_size(each.host_bytes) for each in plan.estimates],
         "fits": [_say_fits(plan.fits(each)) for each in plan.estimates],
         "a step": [f"{time.step:.3g} s" if time else _UNKNOWN for time in times],
         "in all": [format_seconds(time.total) if time else _UNKNOWN for time in times],
@@ -241,7 +241,7 @@ def _show_ways(plan: "TrainPlan", memory: str) -> None:
     tier, checkpointing = plan.chosen.way
     columns = {
         f"{tier}, {checkpointing}": [_PARTS[term] for term in TERMS],
-        "GPU": [_size(getattr(plan.chosen, term)) for term in TERMS],
+        "GPU": [format_size(getattr(plan.chosen, term)) for term in TERMS],
     }
     output.print()
     output.print(_build_table("the peak, by what it is made of", columns))
@@ -258,8 +258,8 @@ def _show_probe(probe: "Probe", steps: int) -> None:
         measured = f"{last.memory_gib:.1f} GiB at the peak"
     output.print(
         f"measured at {last.width} x {last.height}, {probe.estimate.way}: {last.seconds:.2f} s a "
-        f"step (the first {first.seconds:.2f}); memory: {measured}, {_size(probe.estimate.peak)} "
-        "estimated"
+        f"step (the first {first.seconds:.2f}); memory: {measured}, "
+        f"{format_size(probe.estimate.peak)} estimated"
     )
     output.print(
         f"{steps:,} steps at that pace, by the operations of all sizes: "
@@ -296,7 +296,7 @@ def _say_room(gpu_bytes: int, host_bytes: int | None) -> str:
 
     room = {"GPU": gpu_bytes} if host_bytes is None else {"GPU": gpu_bytes, "host": host_bytes}
     return "; ".join(
-        f"{_size(size)} {name}, {_size(int(USABLE * size))} of it usable"
+        f"{format_size(size)} {name}, {format_size(int(USABLE * size))} of it usable"
         for name, size in room.items()
     )
 
@@ -306,7 +306,7 @@ def _say_choice(memory: str, tier: str) -> str:
 
 
 def _peak(stage: "Stage") -> str:
-    return _UNKNOWN if stage.working is None else _size(stage.peak)
+    return _UNKNOWN if stage.working is None else format_size(stage.peak)
 
 
 def _say_fits(fits: bool) -> str:
@@ -316,13 +316,6 @@ def _say_fits(fits: bool) -> str:
 def _say_times(count: float) -> str:
     text = f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
     return "once" if text == "1" else f"{text} times"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size / 10:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB" if num_bytes else "0"
 
 
 def _flop(count: float) -> str:

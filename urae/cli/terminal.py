@@ -73,3 +73,11 @@ def build_progress(*fields: str) -> Progress:
         transient=True,
         disable=not (console.is_terminal and is_first_rank()),
     )
+
+
+def format_size(num_bytes: int) -> str:
+    """Write bytes in GiB, small numbers in MiB or KiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size / 10:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB" if num_bytes else "0"

@@ -199,6 +199,15 @@ def train_command(
     else:
         text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
         console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"), soft_wrap=True)
+        if _holds_adapter(config.output_dir):
+            text = f"{config.output_dir} itself holds the adapter of when it was done before"
+            console.print(Text(text, style="dim"), soft_wrap=True)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    from urae.adapters.files import LORA_FILE_NAME
+
+    return (folder / LORA_FILE_NAME).is_file()
 
 
 def _run(

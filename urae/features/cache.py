@@ -15,12 +15,13 @@ from urae.config import check_types
 from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
-from urae.features.images import ImageError, decode_image, read_image, read_size
+from urae.features.images import SUFFIXES, ImageError, decode_image, read_image, read_size
 from urae.features.sources import NO_CAPTION, Skip, Source, find_sources
 from urae.features.store import (
     EMBED_SUFFIX,
     FORMAT_KEY,
     FORMAT_VERSION,
+    LATENT_SUFFIX,
     WORK_DIR,
     Fingerprints,
     Status,
@@ -93,6 +94,18 @@ class CacheReport:
     """Images and captions that were left out, each with its reason."""
     removed: list[str] = field(default_factory=list)
     """Out-of-date features of ours whose image or caption is no longer usable."""
+    columns: dict[str, int] = field(default_factory=dict)
+    """How many captions each column holds; all of them train."""
+    cut: list[str] = field(default_factory=list)
+    """Captions encoded now of which only the first tokens fit, with how many they have."""
+    pictureless: list[str] = field(default_factory=list)
+    """Names of features whose picture is gone: they stay, and train."""
+
+    @property
+    def num_ready(self) -> int:
+        """Pictures that have latents."""
+        counts = self.latents
+        return counts.encoded + counts.unchanged + counts.kept + counts.shared
 
 
 def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheReport:
@@ -126,6 +139,7 @@ def cache(config: CacheConfig, *, progress: Progress | None = None) -> CacheRepo
 
     captions, images = job.plan(sources, progress)
     job.remove_dropped(sources, [skip.file for skip in skips if skip.reason == NO_CAPTION])
+    job.find_pictureless()
     work_dir = config.data_dir / WORK_DIR
     with Claims(work_dir / "lock") as claims:
         names = [source.embed_path(column).name for source, column in captions]
@@ -179,8 +193,11 @@ class _Job:
     def plan(
         self, sources: list[Source], progress: Progress
     ) -> tuple[list[tuple[Source, str]], list[Source]]:
-        """Find the captions and images that are due."""
-        captions, images = [], []
+        """Find the captions and images that are due, and remove latents that no longer hold.
+
+        Where no picture is left at all they stay: a resolution may have been mistyped.
+        """
+        captions, images, unfit = [], [], []
         for done, source in enumerate(sources):
             progress("inspect", done, len(sources))
             try:
@@ -189,15 +206,18 @@ class _Job:
                     self._pick_bucket(source, *read_size(source.image))
                     images.append(source)
             except ImageError as error:
-                self._skip(source, error)
+                unfit.append((source, error))
                 continue
             _count(self.report.latents, status)
             for column in source.captions:
+                self.report.columns[column] = self.report.columns.get(column, 0) + 1
                 status = self._find_embed_status(source, column)
                 _count(self.report.embeds, status)
                 if status is Status.DUE:
                     captions.append((source, column))
         progress("inspect", len(sources), len(sources))
+        for source, fault in unfit:
+            self._skip(source, fault, keep=len(unfit) == len(sources))
         return captions, images
 
     def remove_dropped(self, sources: list[Source], uncaptioned: list[str]) -> None:
@@ -216,6 +236,14 @@ class _Job:
             owner = split_embed_name(path.name, columns)
             if owner and owner[1] not in columns[owner[0]]:
                 self._remove_ours(path)
+
+    def find_pictureless(self) -> None:
+        """Report features whose picture is gone; whoever wants its room may have removed it."""
+        folder = self.config.data_dir
+        stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+        names = (path.name for path in folder.glob(f"[!.]*{LATENT_SUFFIX}"))
+        cached = {name.removesuffix(LATENT_SUFFIX) for name in names}
+        self.report.pictureless = sorted(cached - stems)
 
     def encode_caption(self, source: Source, column: str) -> None:
         """Write one caption's embeddings, unless another process just has."""
@@ -280,6 +308,8 @@ class _Job:
             return False
         with explain_memory("the text encoders", "closing what else uses the GPU"):
             t5, clip = self.encoders.encode_caption(caption, self.text_tokens)
+        if (num_tokens := self.encoders.count_tokens(caption)) > self.text_tokens:
+            self.report.cut.append(f"{path.name}: {num_tokens} tokens")
         tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
         write_features(path, tensors, identity | {"model": self.config.model})
         return True
@@ -309,9 +339,9 @@ class _Job:
     def _heed_overwrite(self, status: Status) -> Status:
         return Status.DUE if self.config.overwrite and status is Status.FOREIGN else status
 
-    def _skip(self, source: Source, error: ImageError) -> None:
+    def _skip(self, source: Source, error: ImageError, *, keep: bool = False) -> None:
         self.report.skipped.append(Skip(source.image.name, error.reason, str(error)))
-        if error.reason != "unreachable image":  # the file may be as good as ever
+        if not keep and error.reason != "unreachable image":  # the file may be as good as ever
             self._remove_ours(source.latent_path)
 
     def _remove_ours(self, path: Path) -> None:

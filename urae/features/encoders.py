@@ -55,6 +55,11 @@ class Encoders:
         )
         return prompt_embeds[0], pooled_prompt_embeds[0]
 
+    def count_tokens(self, caption: str) -> int:
+        """Count the T5 tokens of a whole caption, its end included."""
+        tokenizer: Any = self._text_pipe.tokenizer_2
+        return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
+
     @torch.no_grad()
     def encode_image(
         self, image: Image.Image

@@ -18,6 +18,9 @@ OTHER_SUFFIXES = frozenset({".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".
 NO_CAPTION = "missing caption"
 """Why an image is left out that has none: not that its file cannot be read."""
 
+_TABLES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
+"""Where peers keep the captions of a folder."""
+
 _EXPECTED = (
     f"expected images ({' '.join(sorted(SUFFIXES))}), each with <name>.json beside it, in which "
     "every text is a caption (`prompt`, `generated_prompt`), or <name>.txt"
@@ -78,6 +81,7 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         kinds = Counter(file.suffix or "no suffix" for file in files)
+        kinds.update("folder" for each in data_dir.iterdir() if each.is_dir())
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8)) or "nothing"
         raise ValueError(f"data folder {data_dir} has no image, it holds {found}; {_EXPECTED}")
 
@@ -96,10 +100,17 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
         skips += faults
         if captions:
             sources.append(Source(image, captions))
+    skips += [
+        Skip(file.name, "captions not read", "write each into <name>.txt beside its picture")
+        for file in files
+        if file.name in _TABLES or file.suffix.lower() == ".caption"
+    ]
     if not sources:
+        tables = ", ".join(sorted({skip.file for skip in skips if skip.file in _TABLES}))
+        beside = f"; captions in {tables} are not read" if tables else ""
         raise ValueError(
             f"none of the {len(images)} images in {data_dir} has a caption (first: "
-            f"{skips[0].file}: {skips[0].detail}); {_EXPECTED}"
+            f"{skips[0].file}: {skips[0].detail}){beside}; {_EXPECTED}"
         )
     _check_names(images, sources)
     return sources, skips
@@ -119,6 +130,9 @@ def read_captions(image: Path) -> tuple[dict[str, str], list[Skip]]:
     except FileNotFoundError:
         detail = f"there is neither {table.name} nor {text.name}"
         return {}, [Skip(image.name, NO_CAPTION, detail)]
+    except UnicodeDecodeError:
+        detail = f"{file.name} is not UTF-8; save it as UTF-8"
+        return {}, [Skip(image.name, "unreadable caption", detail)]
     except (OSError, ValueError) as error:
         return {}, [Skip(image.name, "unreadable caption", f"{file.name}: {error}")]
     if not isinstance(columns, dict):

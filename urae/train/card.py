@@ -103,7 +103,7 @@ def format_card(config: TrainConfig, inputs: CardInputs) -> str:
         f"# {title}",
         f"An ultra-resolution adapter ({_describe(kind)}, rank {config.adapter.rank}) that makes "
         f"{_link(base, config.model)} generate pictures of {size} pixels, trained for "
-        f"{inputs.step:,} steps with urae after URAE "
+        f"{inputs.step:,} step{'s' if inputs.step != 1 else ''} with urae after URAE "
         "([arXiv:2503.16322](https://arxiv.org/abs/2503.16322)).",
         "## Use it",
         _format_usage(config, inputs, base),

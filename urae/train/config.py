@@ -160,7 +160,7 @@ class TrainConfig:
     """Side of the square whose tokens are the budget of a picture, as given to `urae cache`; with
     several folders, of previews alone."""
     steps: int = 2000
-    """Optimizer steps."""
+    """Optimizer steps; there are no epochs, `urae plan train` says how often each sample trains."""
     batch_size: int = 1
     """Samples of one size a step and device."""
     gradient_accumulation: int = 1

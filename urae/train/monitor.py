@@ -18,6 +18,7 @@ from urae.train.inputs import Inputs
 from urae.train.mesh import Mesh
 from urae.train.output import (
     PREVIEW_DIR,
+    TRACKER_NAME,
     VALIDATION_FILE,
     Curves,
     StepReport,
@@ -72,7 +73,10 @@ class Monitor:
         if config.tracker is not None:
             flat = flatten(asdict(config))
             settings = {key: value for key, value in flat.items() if value is not None}
-            accelerator.init_trackers("urae", config=settings)
+            # a resumed run's steps after its checkpoint are drawn once
+            step = inputs.start.step
+            once = {"tensorboard": {"purge_step": step + 1}} if step else {}
+            accelerator.init_trackers(TRACKER_NAME, config=settings, init_kwargs=once)
 
     def log_step(self, report: StepReport) -> None:
         """Write what a step did."""

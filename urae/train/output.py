@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,8 @@ from urae.train.loss import NUM_LEVELS
 logger = logging.getLogger(__name__)
 
 LOSS_FILE = "loss.csv"
+TRACKER_NAME = "urae"
+"""Of the run in a tracker, and of tensorboard's folder in its own."""
 VALIDATION_FILE = "validation.csv"
 PREVIEW_DIR = "previews"
 LOCK_FILE = ".run.lock"
@@ -249,6 +252,7 @@ def prepare_output(output_dir: Path, start: Start) -> None:
             checkpoint.discard()
         for name in (LORA_FILE_NAME, LOSS_FILE, VALIDATION_FILE):
             (output_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(output_dir / TRACKER_NAME, ignore_errors=True)
     for path, step in find_previews(output_dir).items():
         if start.checkpoint is None or step > start.step:
             path.unlink()

@@ -152,7 +152,8 @@ def read_finished(run_dir: Path) -> FinishedRun:
     tensors, metadata = read_tensors(run_dir / LORA_FILE_NAME)
     step = int(metadata["urae.step"])
     if step < config.steps:
-        raise _unfinished(run_dir, step, config.steps)
+        steps = [checkpoint.step for checkpoint in find_checkpoints(run_dir)]
+        raise _unfinished(run_dir, max([step, *steps]), config.steps)
     metadata["urae.config"] = json.dumps(flatten(_without_folders(asdict(config))))
     return FinishedRun(config, settings, tensors, _without_folders(metadata))
 
