@@ -122,7 +122,7 @@ def open_atomic(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
         raise OSError(
             error.errno,
             f"no space left for {num_bytes / 2**20:.1f} MiB; what was written before is whole: "
-            "free some space and run again to go on",
+            "free some space and go on (with --resume where there is one)",
             str(path),
         ) from error
     finally:

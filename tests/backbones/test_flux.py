@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
+import urae
 from urae.backbones import flux, weights
 from urae.backbones.flux import (
     build_meta_models,
@@ -183,6 +184,15 @@ def test_damaged_and_pickled_weights_are_refused_before_loading(bases, tmp_path,
         ValueError, match=rf"{component}/.*\.bin is not a .safetensors file; no oth"
     ):
         fetch_model(str(folder))
+
+
+def test_a_pipe_saved_with_adapters_on_is_refused(load_pipe, expected, tmp_path):
+    pipe = urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors")
+    pipe.save_pretrained(tmp_path / "adapted")
+    with pytest.raises(ValueError, match="transformer was saved with adapters on; load the orig"):
+        fetch_model(str(tmp_path / "adapted"))
+    urae.restore(pipe).save_pretrained(tmp_path / "restored")
+    assert fetch_model(str(tmp_path / "restored")) == tmp_path / "restored"
 
 
 @pytest.mark.parametrize(

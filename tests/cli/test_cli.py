@@ -248,6 +248,8 @@ def test_where_options_of_a_run_go(urae, arguments, message):
 def test_weights_of_loras(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_weight("a.safetensors:0.8") == ("a.safetensors", 0.8)
+    with pytest.raises(ValueError, match=r"weight '0,7' of LoRA a.safetensors must be a number"):
+        split_weight("a.safetensors:0,7")
     assert split_weight("a.safetensors") == ("a.safetensors", 1.0)
     assert split_weight("hf://owner/repo/a.safetensors") == ("hf://owner/repo/a.safetensors", 1.0)
     assert split_weight("hf://o/r/a.safetensors:-1") == ("hf://o/r/a.safetensors", -1.0)

@@ -18,6 +18,7 @@ from urae.backbones import vae
 from urae.backbones.flux import build_meta_models
 from urae.backbones.ranks import Ranks
 from urae.generate import GenerateConfig, generate
+from urae.generate import inputs as inputs_module
 from urae.generate import job as job_module
 from urae.generate import sample as sample_module
 from urae.generate.chunks import token_chunks
@@ -25,6 +26,7 @@ from urae.generate.estimate import list_estimates
 from urae.generate.inputs import Sampling
 from urae.generate.memory import Room
 from urae.generate.parts import PRESETS, resolve_parts
+from urae.generate.picture import save_picture
 from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
@@ -199,6 +201,56 @@ def test_an_existing_picture_is_kept(settings, no_weights, tmp_path):
     with pytest.raises(FileExistsError, match=r"circle-5.png exists and is kept .*--overwrite"):
         generate(settings())
     assert path.read_bytes() == b"mine"
+
+
+def test_a_job_that_was_stopped_goes_on(settings, monkeypatch):
+    config = settings(num_images=3, steps=1)
+    paths = generate(config)
+    before = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    with pytest.raises(
+        FileExistsError, match=r"2 of 3 pictures do\); make the others with --resume"
+    ):
+        generate(config)
+    made = []
+    save = job_module.save_picture
+    monkeypatch.setattr(job_module, "save_picture", lambda p, *a: made.append(p) or save(p, *a))
+    assert generate(replace(config, resume=True)) == paths
+    assert made == [paths[1]]
+    assert [path.read_bytes() for path in paths] == before
+    monkeypatch.setattr(job_module, "fetch_model", None)  # nothing is left to do
+    assert generate(replace(config, resume=True)) == paths
+
+
+def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_path):
+    path = tmp_path / "out" / "0000-a-large-red-circle-5.png"
+    path.parent.mkdir()
+    record = {"prompt": "a large red circle", "width": 64, "height": 128}
+    save_picture(path, Image.new("RGB", (8, 8)), record)
+    with pytest.raises(FileExistsError, match="is there with height 128, this job has 96"):
+        generate(settings(resume=True))
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is no whole PNG"):
+        generate(settings(resume=True))
+    assert path.read_bytes() == b"mine"
+    with pytest.raises(ValueError, match="resume needs a seed"):
+        settings(resume=True, seed=None)
+    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+        settings(resume=True, overwrite=True)
+
+
+def test_what_does_not_fit_is_said_before_a_download(settings, monkeypatch, expected):
+    monkeypatch.setattr(job_module, "fetch_model", lambda *_: pytest.fail("the hub was asked"))
+    far = {"model": "flux-dev", "height": 1024, "width": 1024}
+    for changes, message in (
+        ({"adapters": ("typo.safetensors",)}, "typo.safetensors"),
+        ({"adapters": (str(expected / "dev_2k_lora.safetensors"),)}, "dev_2k_lora"),
+        ({"loras": (("nofile.safetensors", 1.0),)}, "nofile"),
+        ({"memory": "4bit"}, "4bit"),
+        ({"model": "flux-schnell", "guidance_scale": 3.0}, "guidance_scale 3.0 would do nothing"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError, ModuleNotFoundError), match=message):
+            generate(settings(**{**far, **changes}))
 
 
 def test_overwrite(settings):
@@ -568,10 +620,12 @@ def test_a_picture_that_gpus_share_is_not_local_by_a_preset(settings, tmp_path):
     policy = ResolutionPolicy(native_sequence_length=64 + 64)
     turbo = settings(speed="turbo", height=256, width=256, policy=policy)
     sampling = Sampling(2, 3.5, 64)
-    shared, alone = (job_module._find_unfit(turbo, sampling, tmp_path, n) for n in (True, False))
+    shared, alone = (
+        inputs_module.find_excluded(turbo, sampling, tmp_path, n) for n in (True, False)
+    )
     assert "local-attention" not in alone
     assert shared["local-attention"].startswith("GPUs share a picture")
-    native = job_module._find_unfit(
+    native = inputs_module.find_excluded(
         replace(turbo, height=64, width=64, policy=ResolutionPolicy()), sampling, tmp_path, True
     )
     assert set(native.values()) == {"the pictures are within the native size"}

@@ -271,6 +271,16 @@ def test_blocks_that_are_compiled_already(adapted, kind):
     assert not pipe.transformer.is_cache_enabled
 
 
+def test_a_preset_leaves_its_cache_out_where_blocks_are_compiled_already(adapted, caplog):
+    pipe = adapted()
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    urae.optimize(pipe, speed="fast")
+    assert (
+        "taylorseer-cache is left out: the blocks are compiled with all their hooks" in caplog.text
+    )
+    assert not pipe.transformer.is_cache_enabled
+
+
 def test_blocks_that_are_offloaded_already(adapted, kind):
     pipe = adapted()
     stream_blocks(pipe.transformer, CPU)

@@ -134,10 +134,12 @@ def test_an_address_that_cannot_be_had(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = rf"127.0.0.1:{port} cannot be listened on \(Address already in use\); choose"
-        with pytest.raises(OSError, match=message):
+        with pytest.raises(ValueError, match=message):
             serve(replace(config, port=port))
-    with pytest.raises(OSError, match=r"203.0.113.9:.* cannot be listened on \(Cannot assign"):
+    with pytest.raises(ValueError, match=r"203.0.113.9:.* cannot be listened on \(Cannot assign"):
         serve(replace(config, host="203.0.113.9"))
+    with pytest.raises(FileNotFoundError, match="model 'nosuch' is neither a local path nor a hub"):
+        serve(replace(config, model="nosuch"))
 
 
 def test_fields_that_were_emptied(config, tmp_path):

@@ -75,10 +75,9 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
     if (path := find_local(model)) is not None:
         check_model(path, without=without, configs_only=configs_only)
         return path
+    check_name(model)
     hub_id = HUB_IDS.get(model, model)
     try:
-        if "/" not in hub_id:
-            raise HFValidationError(hub_id)  # a name that is mistyped, which no one need look for
         if configs_only:
             folder = snapshot_download(hub_id, allow_patterns="*.json")
         else:
@@ -86,10 +85,7 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
             if "transformer" in without:  # what it is decides how captions are read
                 snapshot_download(hub_id, allow_patterns="transformer/config.json")
     except HFValidationError as error:
-        raise FileNotFoundError(
-            f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
-            f"{', '.join([*PACKAGED, *HUB_IDS])}"
-        ) from error
+        raise _no_model(model) from error
     except FETCH_ERRORS as error:
         if _is_gated(error):
             raise PermissionError(
@@ -102,6 +98,23 @@ def fetch_model(model: str, *, without: Sequence[str] = (), configs_only: bool =
             "connection, log in with `hf auth login`, or point --model at a local folder"
         ) from error
     return Path(folder)
+
+
+def check_name(model: str) -> None:
+    """Refuse a model's name that is neither on this machine nor can be on the hub.
+
+    Raises:
+        FileNotFoundError: Says which there are.
+    """
+    if find_local(model) is None and "/" not in HUB_IDS.get(model, model):
+        raise _no_model(model)
+
+
+def _no_model(model: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"model {model!r} is neither a local path nor a hub id (owner/repo); known names: "
+        f"{', '.join([*PACKAGED, *HUB_IDS])}"
+    )
 
 
 def find_local(model: str) -> Path | None:

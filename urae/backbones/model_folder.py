@@ -47,7 +47,11 @@ def check_model(path: Path, *, without: Collection[str] = (), configs_only: bool
 def _check_weights(component: Path) -> None:
     weights = sorted(component.glob("*.safetensors"))
     for file in weights:
-        read_keys(file)
+        if any(".base_layer." in key for key in read_keys(file)):
+            raise ValueError(
+                f"model folder {component.parent}: {component.name} was saved with adapters on; "
+                "load the original, or call urae.restore(pipe) and save that pipe again"
+            )
     if not weights:
         for file in component.glob("*.bin"):
             raise _foreign_format(file)

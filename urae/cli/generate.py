@@ -112,6 +112,9 @@ def generate_command(
             min=1, help="GPUs of this host [dim](1; under torchrun as many as it starts)[/]."
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep pictures that are there, make the others.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -143,6 +146,7 @@ def generate_command(
             num_images=num_images,
             output_dir=output,
             overwrite=overwrite,
+            resume=resume,
             memory=memory.value,
             speed=speed.value,
             parts=tuple(part or ()),
@@ -177,6 +181,7 @@ def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
     except KeyboardInterrupt:
         if is_first_rank():
             text = f"pictures that are done are in {config.output_dir}"
+            text += "; --resume makes the others" if config.seed is not None else ""
             console.print("[yellow]stopped;[/]", Text(text))
         raise
 
@@ -211,7 +216,8 @@ def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
         assert prompt is not None
         return (prompt,)
     if not path.is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist")
+        what = "is a folder; name a text file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"prompt file {path} {what}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM first
     except UnicodeDecodeError as error:
@@ -228,4 +234,6 @@ def split_weight(text: str) -> tuple[str, float]:
     try:
         return (source, float(weight)) if colon and not Path(text).exists() else (text, 1.0)
     except ValueError:
+        if source.endswith(".safetensors"):
+            raise ValueError(f"weight {weight!r} of LoRA {source} must be a number") from None
         return text, 1.0

@@ -107,7 +107,10 @@ def generate_command(
     title = f"{width} x {height}" + (f", each of {gpus} GPUs" if gpus > 1 else "")
     _show(found, title)
     if found.chosen is not None:
-        typer.echo(_say_choice(memory.value, found.chosen.tier))
+        chosen = found.chosen
+        if found.host_bytes is None and chosen.host_bytes:
+            typer.echo(f"{chosen.tier} wants {format_size(chosen.host_bytes)} free on the host")
+        typer.echo(_say_choice(memory.value, chosen.tier))
     else:
         room = _say_room(found.gpu_bytes, found.host_bytes)
         raise MemoryError(

@@ -47,6 +47,8 @@ class GenerateConfig:
     """Where the PNG files go."""
     overwrite: bool = False
     """Replace pictures of the same name."""
+    resume: bool = False
+    """Keep this job's pictures that are there, by what their files hold, and make the others."""
     memory: Memory = "auto"
     """Where the transformer's weights live: all on the device, streamed a block ahead, the whole
     model in turn, or in 8 or 4 bits, which approximates; `auto` takes the first that fits."""
@@ -65,6 +67,13 @@ class GenerateConfig:
             raise ValueError(
                 f"--part compile does not go with --memory {self.memory}, whose blocks are never "
                 "compiled; leave one of them out"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+        if self.resume and self.seed is None:
+            raise ValueError(
+                "resume needs a seed, without which each job draws its own and makes other "
+                "pictures: the seed of a picture is in its name"
             )
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; each must have some text")

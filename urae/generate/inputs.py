@@ -4,12 +4,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers import FluxTransformer2DModel
 
+from urae.adapters.adapt import choose_policy, is_4k
 from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
+from urae.generate.config import GenerateConfig
+from urae.generate.optimize import ONLY_4K, SHARED_KEYS
+from urae.generate.parts import BARS, PartName
+from urae.generate.picture import Picture, read_record
+from urae.generate.progressive import can_halve
+from urae.geometry import num_image_tokens
 
 _NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
@@ -79,14 +87,20 @@ def choose_sampling(
     )
 
 
-def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse to replace pictures unasked, and a folder that could not be written.
+def find_missing(config: GenerateConfig, pictures: Sequence[Picture]) -> list[Picture]:
+    """List the pictures to make; refuse to replace others unasked, and a folder that is none.
+
+    Args:
+        config: Of the job.
+        pictures: All of it.
 
     Raises:
-        FileExistsError: If a picture is there, or a file in their folder's place or above it.
+        FileExistsError: If a picture is there, to go on with another one, or a file in their
+            folder's place or above it.
+        ValueError: If a picture to keep is no whole PNG.
         PermissionError: If the folder cannot be written or made.
     """
-    folder = paths[0].parent
+    folder = config.output_dir
     place = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
     if not place.is_dir():
         raise FileExistsError(
@@ -97,12 +111,61 @@ def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
             f"output {folder} cannot be written: no permission in {place}; name another folder "
             "with --output"
         )
-    existing = [path for path in paths if path.exists()]
-    if existing and not overwrite:
+    existing = [picture for picture in pictures if picture.path.exists()]
+    if config.overwrite or not existing:
+        return list(pictures)
+    if not config.resume:
         raise FileExistsError(
-            f"{existing[0]} exists and is kept ({len(existing)} of {len(paths)} pictures do); "
-            "replace with --overwrite, or choose another --seed or --output"
+            f"{existing[0].path} exists and is kept ({len(existing)} of {len(pictures)} pictures "
+            "do); make the others with --resume, replace with --overwrite, or choose another "
+            "--seed or --output (size and model are not in the name)"
         )
+    for picture in existing:
+        _check_is_of(config, picture)
+    return [picture for picture in pictures if picture not in existing]
+
+
+def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
+    """Refuse to go on beside a picture that another job has made under the same name."""
+    record = read_record(picture.path)
+    wanted: dict[str, Any] = {
+        "prompt": picture.prompt,
+        "width": config.width,
+        "height": config.height,
+        "model": config.model,
+        "adapters": [*config.adapters],
+        "loras": [[*lora] for lora in config.loras],
+        "speed": config.speed,
+    }
+    given = ("steps", "guidance_scale", "max_sequence_length")
+    wanted |= {name: getattr(config, name) for name in given if getattr(config, name) is not None}
+    for name, value in wanted.items():
+        if str(record.get(name)) != str(value):
+            raise FileExistsError(
+                f"{picture.path} is there with {name} {record.get(name)!r}, this job has "
+                f"{value!r}; replace with --overwrite, or choose another --seed or --output"
+            )
+
+
+def check_base(
+    config: GenerateConfig, transformer: FluxTransformer2DModel, model_path: Path
+) -> tuple[int, Sampling]:
+    """Check what a job asks for against a base.
+
+    Args:
+        config: Of the job.
+        transformer: The base's; its shape counts.
+        model_path: As in `default_sampling`; of a base that is not here yet its name.
+
+    Returns:
+        What `check_adapters` and `choose_sampling` say.
+    """
+    adapter_bytes = check_adapters(config.adapters, config.loras, transformer)
+    sampling = choose_sampling(
+        config.model, transformer, model_path, steps=config.steps,
+        guidance=config.guidance_scale, length=config.max_sequence_length,
+    )  # fmt: skip
+    return adapter_bytes, sampling
 
 
 def check_adapters(
@@ -148,3 +211,32 @@ def check_adapters(
     )
     others = sum(resolve_adapter(source).stat().st_size for source, _ in loras)
     return (numbers * _NUMBER_BYTES + others) * _COPIES
+
+
+def find_excluded(
+    config: GenerateConfig, sampling: Sampling, model_path: Path, shared: bool
+) -> dict[PartName, str]:
+    """Say which approximations of a preset a job's pictures exclude, and why.
+
+    Args:
+        config: Of the job.
+        sampling: Of the job.
+        model_path: As in `default_sampling`.
+        shared: Whether GPUs share a picture.
+    """
+    if config.speed not in BARS:
+        return {}
+    adapters = [*map(read_adapter, config.adapters)]
+    policy = choose_policy(config.policy, adapters, model_path)
+    tokens = num_image_tokens(config.height, config.width) + sampling.max_sequence_length
+    if tokens <= policy.native_sequence_length:
+        reason = "the pictures are within the native size"
+        return {"local-attention": reason, "progressive": reason}
+    unfit: dict[PartName, str] = {}
+    if shared:
+        unfit["local-attention"] = SHARED_KEYS
+    if not can_halve(config.height, config.width):
+        unfit["progressive"] = "half the sides are no multiples of 16 pixels"
+    elif adapters and all(map(is_4k, adapters)):
+        unfit["progressive"] = ONLY_4K
+    return unfit

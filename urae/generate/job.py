@@ -16,15 +16,21 @@ from PIL import Image
 from torch.distributed import ProcessGroup
 
 from urae import __version__
-from urae.adapters.adapt import adapt, choose_policy, is_4k
-from urae.adapters.files import read_adapter, resolve_adapter
+from urae.adapters.adapt import adapt
+from urae.adapters.files import resolve_adapter
 from urae.backbones.context_parallel import (
     build_mesh,
     check_backend_can_share,
     context_parallel,
 )
 from urae.backbones.devices import pick_device, pick_dtype
-from urae.backbones.flux import build_meta_models, encode_prompts, fetch_model, load_pipeline
+from urae.backbones.flux import (
+    build_meta_models,
+    encode_prompts,
+    fetch_model,
+    find_local,
+    load_pipeline,
+)
 from urae.backbones.free_memory import (
     free_bytes,
     is_out_of_memory,
@@ -41,7 +47,7 @@ from urae.generate.estimate import (
     count_bytes,
     stream_text,
 )
-from urae.generate.inputs import Sampling, check_adapters, check_outputs, choose_sampling
+from urae.generate.inputs import Sampling, check_base, find_excluded, find_missing
 from urae.generate.memory import (
     find_room,
     leave_quantized_out,
@@ -51,16 +57,13 @@ from urae.generate.memory import (
     stream_layers,
 )
 from urae.generate.optimize import (
-    ONLY_4K,
-    SHARED_KEYS,
     apply_parts,
     check_machine,
     choose_parts,
     find_unfit,
 )
-from urae.generate.parts import BARS, EXACT, Part, PartName, find_bits, leave_compiled_out
+from urae.generate.parts import EXACT, Part, find_bits, leave_compiled_out
 from urae.generate.picture import Picture, list_pictures, save_picture
-from urae.generate.progressive import can_halve
 from urae.generate.quantize import build_quantization, check_quantization
 from urae.generate.sample import PromptEmbeds, decode, sample
 from urae.generate.speed import pays_to_compile
@@ -70,7 +73,7 @@ from urae.resolution import ResolutionPolicy, find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
-_AGAIN = "start all of them again with --overwrite"
+_AGAIN = "start all of them again, where there is a --seed with --resume, else with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,21 @@ def _generate(
 ) -> list[Path]:
     drawn = random.SystemRandom().randrange(2**32)
     seed = ranks.agree(drawn) if config.seed is None else config.seed
-    pictures = list_pictures(config.prompts, config.num_images, seed, config.output_dir)
-    paths = [picture.path for picture in pictures]
-    check_outputs(paths, config.overwrite)
-    device = ranks.device
+    whole = list_pictures(config.prompts, config.num_images, seed, config.output_dir)
+    paths, device = [picture.path for picture in whole], ranks.device
+    pictures = find_missing(config, whole)
+    if config.resume:
+        pictures = ranks.agree(pictures)
+    if not pictures:
+        return paths
     check_machine(config.parts, device)
+    if config.memory != "auto":
+        check_quantization(config.memory, device)
+    if find_local(config.model) is None:  # what does not fit is said before gigabytes come
+        check_base(config, build_meta_models(config.model)["transformer"], Path(config.model))
     model_path = fetch_model(config.model)
     meta = build_meta_models(model_path)
-    adapter_bytes = check_adapters(config.adapters, config.loras, meta["transformer"])
-    sampling = choose_sampling(
-        config.model, meta["transformer"], model_path, steps=config.steps,
-        guidance=config.guidance_scale, length=config.max_sequence_length,
-    )  # fmt: skip
+    adapter_bytes, sampling = check_base(config, meta["transformer"], model_path)
     pays = pays_to_compile(
         device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
     )
@@ -143,7 +149,7 @@ def _generate(
         meta["transformer"],
         device,
         compiled=pays,
-        known=_find_unfit(config, sampling, model_path, len(pictures) < ranks.count),
+        known=find_excluded(config, sampling, model_path, len(pictures) < ranks.count),
         memory=config.memory,
     )
     parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
@@ -184,28 +190,6 @@ def _generate(
         )
         tier = leaner
     return paths
-
-
-def _find_unfit(
-    config: GenerateConfig, sampling: Sampling, model_path: Path, shared: bool
-) -> dict[PartName, str]:
-    """Say which approximations of a preset such pictures exclude, alone or `shared` by GPUs."""
-    if config.speed not in BARS:
-        return {}
-    adapters = [*map(read_adapter, config.adapters)]
-    policy = choose_policy(config.policy, adapters, model_path)
-    tokens = num_image_tokens(config.height, config.width) + sampling.max_sequence_length
-    if tokens <= policy.native_sequence_length:
-        reason = "the pictures are within the native size"
-        return {"local-attention": reason, "progressive": reason}
-    unfit: dict[PartName, str] = {}
-    if shared:
-        unfit["local-attention"] = SHARED_KEYS
-    if not can_halve(config.height, config.width):
-        unfit["progressive"] = "half the sides are no multiples of 16 pixels"
-    elif adapters and all(map(is_4k, adapters)):
-        unfit["progressive"] = ONLY_4K
-    return unfit
 
 
 def _list_tiers(

@@ -74,6 +74,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         ModuleNotFoundError: If the package of the attention backend cannot be used here.
     """
     transformer = transformer_of(pipe)
+    parts = [parts] if isinstance(parts, str) else parts
     undo(transformer)
     device: Any = transformer.device
     if device.type in ("cpu", "meta"):  # not where it will run, if there is a GPU
@@ -88,6 +89,9 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         known["progressive"] = ONLY_4K
     if positions is not None and (fault := _find_local_fault(transformer)):
         known["local-attention"] = fault
+    if any(block._compiled_call_impl is not None for block in list_blocks(transformer)):
+        reason = "the blocks are compiled with all their hooks"
+        known |= dict.fromkeys(("taylorseer-cache", "first-block-cache", "mag-cache"), reason)
     plain = isinstance(pipe, FluxPipeline)
     unfit = find_unfit(speed, transformer, device, plain=plain, compiled=compiled, known=known)
     apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)

@@ -42,6 +42,28 @@ def picture_path(output_dir: Path, index: int, prompt: str, seed: int) -> Path:
     return output_dir / f"{index:04d}-{slug or 'picture'}-{seed}.png"
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what a PNG says of how it was made, as `save_picture` was given it.
+
+    Raises:
+        ValueError: If it is no whole PNG.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            texts = dict(getattr(image, "text", {}))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is no whole PNG ({error}); remove it") from error
+    return {name: _read_value(str(text)) for name, text in texts.items()}
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def save_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:
     """Write a PNG whole or not at all, with a text chunk a field.
 

@@ -9,7 +9,7 @@ from threading import Event
 from typing import Any
 
 from urae.adapters.packaged import BASE, PACKAGED_ADAPTERS
-from urae.backbones.flux import HUB_IDS, PACKAGED
+from urae.backbones.flux import HUB_IDS, PACKAGED, check_name
 from urae.web.config import WebConfig
 from urae.web.form import AUTOMATIC, OWN_SIZE, Form
 from urae.web.jobs import Jobs, Stopped
@@ -37,12 +37,14 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
 
     Raises:
         ModuleNotFoundError: If Gradio is not installed.
-        OSError: If the port is taken, or the address not this machine's.
+        ValueError: If the port is taken, or the address not this machine's.
+        FileNotFoundError: If the model's name is none.
     """
+    check_name(config.model)
     try:
         socket.create_server((config.host, config.port)).close()
     except OSError as error:
-        raise OSError(
+        raise ValueError(
             f"{config.host}:{config.port} cannot be listened on ({os.strerror(error.errno or 0)}); "
             "choose another --port or --host"
         ) from error
