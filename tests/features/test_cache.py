@@ -363,7 +363,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fill)
-        with pytest.raises(OSError, match=r"no space left for .* free some space and run again"):
+        with pytest.raises(OSError, match=r"no space left for .* free some space and go on"):
             cache(settings(folder))
     assert len(features_of(folder)) == 10
     assert not list(folder.glob(".*.tmp"))

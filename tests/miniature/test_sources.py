@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from urae.features.images import load_image
+from urae.features.images import decode_image
 from urae.features.sources import find_sources
 from urae.miniature.check import check_scene
 from urae.miniature.grammar import parse_caption
@@ -121,7 +121,7 @@ def test_a_folder_is_what_caching_reads(tmp_path, kind, suffix):
     draw = sample_real if kind == "real" else sample_clean
     sample = draw(2, 4, 64, 96)
     assert sources[1].captions == {"prompt": sample.caption}
-    image = load_image(sources[1].image)
+    image = decode_image(sources[1].image.read_bytes(), "1")
     assert image.tobytes() == sample.picture.permute(1, 2, 0).numpy().tobytes()
 
 
