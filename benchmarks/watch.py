@@ -20,7 +20,7 @@ import psutil
 
 STAGES = {
     "generate": {
-        "check": ("urae.generate.job", "check_adapters"),
+        "check": ("urae.generate.job", "check_base"),
         "load": ("urae.generate.job", "load_pipeline"),
         "adapt": ("urae.generate.job", "adapt"),
         "encode": ("urae.generate.job", "_encode_prompts"),

@@ -10,6 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import watch
 from generation import GENERATION, link_schnell
 from h200 import PARTS
 
@@ -26,6 +27,12 @@ def test_a_base_of_schnells_shape_is_made_of_links(bases, tmp_path):
     assert not pipe.transformer.config.guidance_embeds
     assert pipe.scheduler.config.shift == 1
     assert not (bases["dev"] / "transformer" / "config.json").is_symlink()
+
+
+def test_what_is_watched_is_there():
+    for stages in watch.STAGES.values():
+        for owner, name in stages.values():
+            assert hasattr(watch._find(owner), name)
 
 
 def test_every_part_of_generation_is_one_of_the_benchmark():

@@ -138,7 +138,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 def test_two_processes_speak_as_one(tmp_path):
     for code, error in (
         (0, "done: 1 picture in outputs"),
-        (2, "1 of 1 pictures do); replace with"),
+        (2, "1 of 1 pictures do); make the others with"),
     ):
         job = start(tmp_path, "a", "--size", "128x96", "--steps", "1")
         out, err = job.communicate(timeout=120)
