@@ -470,5 +470,7 @@ def test_tensorboard_draws_each_step_once(settings):
     (config.output_dir / "pytorch_lora_weights.safetensors").unlink()
     train(replace(config, resume=True))
     assert steps() == [1, 2, 3]
+    (config.output_dir / "urae" / "mine.txt").touch()
     train(replace(config, steps=2, overwrite=True))
     assert steps() == [1, 2]
+    assert (config.output_dir / "urae" / "mine.txt").exists()

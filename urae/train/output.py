@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -252,7 +251,8 @@ def prepare_output(output_dir: Path, start: Start) -> None:
             checkpoint.discard()
         for name in (LORA_FILE_NAME, LOSS_FILE, VALIDATION_FILE):
             (output_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(output_dir / TRACKER_NAME, ignore_errors=True)
+        for path in (output_dir / TRACKER_NAME).glob("events.out.tfevents*"):  # nothing else there
+            path.unlink()
     for path, step in find_previews(output_dir).items():
         if start.checkpoint is None or step > start.step:
             path.unlink()
