@@ -1,7 +1,8 @@
 """Products with torchao's int8 weights, as one operation that the compiler does not look into.
 
-Where inductor looked into torchao's own, a compiled step of FLUX.1 took minutes (LOG.md, 2026-11-29),
-most likely for what it makes of products of one row, modulation's. Here a weight is dequantised for its product and thrown away again, forward and backward.
+Where inductor looked into torchao's own, a compiled step of FLUX.1 took minutes (LOG.md,
+2026-11-29), most likely for what it makes of products of one row, modulation's. Here a weight is
+dequantised for its product and thrown away again, forward and backward.
 """
 
 from typing import Any
