@@ -159,8 +159,16 @@ def time_sides(
     for side in sides:
         reset_peak()
         times = count or (3 if side <= 2048 else 1)
-        found[str(side)] = describe(time_forwards(pipe.transformer, bench, side, times), peak_gib())
+        seconds = time_forwards(pipe.transformer, bench, side, times)
+        chosen = find_attention(pipe.transformer)
+        found[str(side)] = {**describe(seconds, peak_gib()), "attention": chosen}
     return found
+
+
+def find_attention(transformer: Any) -> str:
+    """Name the attention that a transformer's layers have been set to, or the process's own."""
+    names = {processor._attention_backend for processor in transformer.attn_processors.values()}
+    return ", ".join(sorted(str(name.value) if name else "default" for name in names))
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ RECIPE = (
     "[vae]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
     "num_held_out = 1\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
     + f"[text]\n{STAGE}".replace("scenes", "captions")
-    + "".join(f"[{name}]\n{STAGE}" for name in ("base", "refined", "dev", "schnell"))
+    + "".join(f"[{name}]\n{STAGE}" for name in ("base", "refined", "dev", "schnell", "teacher_256"))
     + "".join(f"[{name}]\nside = 256\n{STAGE}" for name in ("teacher_512", "teacher_1024"))
 )
 

@@ -23,6 +23,7 @@ class Stage(StrEnum):
     refined = "refined"
     dev = "dev"
     schnell = "schnell"
+    teacher_256 = "teacher_256"
     teacher_512 = "teacher_512"
     teacher_1024 = "teacher_1024"
 

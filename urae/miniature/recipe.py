@@ -91,6 +91,7 @@ class MiniatureRecipe:
     refined: FlowStage
     dev: DistillStage
     schnell: DistillStage
+    teacher_256: FlowStage
     teacher_512: FlowStage
     teacher_1024: FlowStage
     seed: int = 0

@@ -33,8 +33,11 @@ STAGES: dict[str, Train] = {
     "refined": lambda recipe, run: train_flow(recipe.refined, "dev", "refined", run, start="base"),
     "dev": lambda recipe, run: train_guided(recipe.dev, "dev", run),
     "schnell": lambda recipe, run: train_four_steps(recipe.schnell, "schnell", run),
+    "teacher_256": lambda recipe, run: train_flow(
+        recipe.teacher_256, "teacher", "teacher_256", run
+    ),
     "teacher_512": lambda recipe, run: train_flow(
-        recipe.teacher_512, "teacher", "teacher_512", run
+        recipe.teacher_512, "teacher", "teacher_512", run, start="teacher_256"
     ),
     "teacher_1024": lambda recipe, run: train_flow(
         recipe.teacher_1024, "teacher", "teacher_1024", run, start="teacher_512"
@@ -48,7 +51,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "refined": ("vae", "text", "base"),
     "dev": ("vae", "text", "refined"),
     "schnell": ("vae", "text", "dev"),
-    "teacher_512": ("vae", "text"),
+    "teacher_256": ("vae", "text"),
+    "teacher_512": ("vae", "text", "teacher_256"),
     "teacher_1024": ("vae", "text", "teacher_512"),
 }
 """The stages whose files each reads."""
