@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 import urae
-from urae.backbones.attention import backend, pick_attention
+from urae.backbones import attention as backbone_attention
+from urae.backbones.attention import FORWARD_ONLY, backend, find_lack, pick_attention
 from urae.backbones.context_parallel import check_backend_can_share
 from urae.generate import attention
 from urae.generate.optimize import check_machine
@@ -144,6 +148,47 @@ def test_a_package_that_is_too_old_is_left_out_and_named_once(monkeypatch, caplo
         assert "flash" not in attention.list_candidates()
     assert caplog.text.count("flash_attn is installed and not used: Flash Attention backend") == 1
     assert "`flash-attn>=2.6.3`" in caplog.text
+
+
+@pytest.fixture
+def pypi(monkeypatch):
+    """Install fa3-fwd, or a build of it that does not import; diffusers forgets it afterwards."""
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", False)
+    monkeypatch.setattr(attention_dispatch, "flash_attn_3_func", None)
+
+    def install(attend=None):
+        def load(_name):
+            if attend is None:
+                raise OSError("libcudart.so.13 is missing")
+            return SimpleNamespace(flash_attn_func=attend)
+
+        for module in (attention, backbone_attention):
+            monkeypatch.setattr(module, "find_spec", lambda name: name == FORWARD_ONLY or None)
+        monkeypatch.setattr(backbone_attention, "import_module", load)
+
+    return install
+
+
+def test_the_flash_attention_of_pypi_is_what_diffusers_calls(pypi):
+    def attend(*, q, k, v, softmax_scale, **_options):
+        heads_first = [each.transpose(1, 2) for each in (q, k, v)]
+        found = F.scaled_dot_product_attention(*heads_first, scale=softmax_scale)
+        return found.transpose(1, 2), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+
+    assert find_lack("_flash_3") is not None
+    pypi(attend)
+    assert attention.list_candidates()[-1] == "_flash_3"
+    inputs = torch.randn(3, 1, 5, 2, 4).unbind()
+    # the operation itself is for GPUs, so what it calls is called
+    out, lse = attention_dispatch._wrapped_flash_attn_3._init_fn(*inputs)
+    assert torch.allclose(out, backend("_native_math")(*inputs), atol=1e-6)
+    assert lse.shape == (1, 5, 2)
+
+
+def test_one_of_another_torch_is_left_out_and_named(pypi, caplog):
+    pypi()
+    assert "_flash_3" not in attention.list_candidates()
+    assert "fa3-fwd is installed and not used: libcudart.so.13 is missing" in caplog.text
 
 
 def test_packages_that_are_missing_need_no_word(caplog):

@@ -4,8 +4,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -25,17 +28,37 @@ Shape = tuple[int, int, int, int]
 # 2.11 are NaN; `_native_cudnn` gives it copies
 CANDIDATES = ("_native_cudnn", "_native_flash", "_native_efficient")
 """Those of torch, each a kernel of its own."""
+FORWARD_ONLY = "fa3_fwd_interface"
+"""FlashAttention-3 without its backward pass, as PyPI has it built: the package fa3-fwd."""
 _CHECK_TOKENS = 1536
 _MAX_ERROR = 0.03  # bfloat16's own rounding gives about 0.005 in gradients
 
 
 def find_lack(name: str) -> str | None:
     """Say what one of diffusers' attentions needs and this machine lacks, if anything."""
+    if name == AttentionBackendName._FLASH_3:
+        _lend_flash_3()
     try:
         _check_attention_backend_requirements(AttentionBackendName(name))
     except RuntimeError as reason:  # a package is missing, too old, or not for this build of torch
         return str(reason)
     return None
+
+
+def _lend_flash_3() -> None:
+    """Give diffusers the FlashAttention-3 that PyPI has, where it has not found its own.
+
+    It looks for the name of a build from source, which PyPI does not have.
+    """
+    if attention_dispatch._CAN_USE_FLASH_ATTN_3 or find_spec(FORWARD_ONLY) is None:
+        return
+    try:
+        attend = import_module(FORWARD_ONLY).flash_attn_func
+    except (ImportError, OSError, RuntimeError) as reason:  # built for another torch or CUDA
+        logger.warning("fa3-fwd is installed and not used: %s", reason)
+        return
+    attention_dispatch.flash_attn_3_func = attend
+    attention_dispatch._CAN_USE_FLASH_ATTN_3 = True
 
 
 def check_backend(name: str) -> None:

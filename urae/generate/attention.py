@@ -11,13 +11,20 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
-from urae.backbones.attention import CANDIDATES, Shape, backend, find_lack, pick_attention
+from urae.backbones.attention import (
+    CANDIDATES,
+    FORWARD_ONLY,
+    Shape,
+    backend,
+    find_lack,
+    pick_attention,
+)
 from urae.backbones.context_parallel import find_degree, supports_context_parallel
 
 logger = logging.getLogger(__name__)
 
 # those of diffusers that other packages bring, by package
-_INSTALLED = {"flash_attn": "flash", "flash_attn_interface": "_flash_3"}
+_INSTALLED = {"flash_attn": "flash", "flash_attn_interface": "_flash_3", FORWARD_ONLY: "_flash_3"}
 
 
 def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], None]:
@@ -84,7 +91,7 @@ def list_candidates() -> tuple[str, ...]:
     """Name torch's exact attentions, and those of packages that can be used here."""
     names = [*CANDIDATES]
     for package, name in _INSTALLED.items():
-        if not find_spec(package):
+        if name in names or not find_spec(package):
             continue
         if lack := find_lack(name):
             logger.warning("%s is installed and not used: %s", package, lack)
