@@ -6,6 +6,7 @@ runs in bfloat16 on a GPU. Without one, by default, it tries one small picture i
 """
 
 import argparse
+import statistics
 
 import torch
 from diffusers import AutoencoderKL
@@ -40,7 +41,7 @@ def measure(
         job: `encode` or `decode`.
         side: In pixels.
         max_bytes: Beside the weights; None: whole.
-        repeats: Runs after the first, of which the fastest counts.
+        repeats: Runs after the first, whose median counts.
 
     Returns:
         Seconds, those of the first run, work, planned and measured GiB; and the result, on the CPU.
@@ -65,7 +66,7 @@ def measure(
             seconds.append(read_seconds())
     except torch.OutOfMemoryError:
         return ["out of memory", None, *expected, None], None
-    return [min(seconds[1:]), seconds[0], *expected, peak_gib()], found.float().cpu()
+    return [statistics.median(seconds[1:]), seconds[0], *expected, peak_gib()], found.float().cpu()
 
 
 def compare(found: Tensor | None, whole: Tensor | None) -> str | None:

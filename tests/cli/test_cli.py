@@ -210,6 +210,19 @@ def test_what_is_skipped_is_named(urae, tmp_path):
     assert "  none.png is not a JPEG" in told
 
 
+def test_a_mistyped_attention_is_named(urae, monkeypatch):
+    """diffusers reads it while it is imported, and fails in words of its own."""
+
+    def fail(*_arguments, **_options):
+        raise RuntimeError("Failed to import ...: 'fast' is not a valid AttentionBackendName")
+
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "fast")
+    monkeypatch.setattr("urae.cli.generate._read_prompts", fail)
+    code, errors = urae("generate", "a red circle")
+    assert code == 2
+    assert "DIFFUSERS_ATTN_BACKEND=fast is no attention of diffusers" in errors
+
+
 def test_nothing_to_train_on_is_an_error(urae, tmp_path):
     shutil.copytree(GOLDEN / "train_data", tmp_path / "data")
     for file in (tmp_path / "data").glob("*.safetensors"):

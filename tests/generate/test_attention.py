@@ -191,6 +191,13 @@ def test_one_of_another_torch_is_left_out_and_named(pypi, caplog):
     assert "fa3-fwd is installed and not used: libcudart.so.13 is missing" in caplog.text
 
 
+def test_sage_attention_is_named_as_an_approximation(monkeypatch, caplog):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.SAGE)
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_SAGE_ATTN", True)
+    check_machine([], CPU)
+    assert "attention sage: the pictures are approximations" in caplog.text
+
+
 def test_packages_that_are_missing_need_no_word(caplog):
     assert "flash" not in attention.list_candidates()
     assert not caplog.text

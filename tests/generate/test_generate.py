@@ -26,7 +26,7 @@ from urae.generate.estimate import list_estimates
 from urae.generate.inputs import Sampling
 from urae.generate.memory import Room
 from urae.generate.parts import PRESETS, resolve_parts
-from urae.generate.picture import save_picture
+from urae.generate.picture import list_pictures, save_picture
 from urae.generate.speed import pays_to_compile
 from urae.resolution import ResolutionPolicy
 
@@ -222,6 +222,21 @@ def test_a_job_that_was_stopped_goes_on(settings, monkeypatch):
     assert generate(replace(config, resume=True)) == paths
 
 
+@pytest.mark.parametrize("prompt", ['"a large red circle"', "1e5", "true"])
+def test_a_prompt_that_reads_as_json_is_text(settings, no_weights, prompt, tmp_path):
+    config = settings(prompts=(prompt,), resume=True)
+    (picture,) = list_pictures(config.prompts, 1, config.seed, config.output_dir)
+    record = {
+        "prompt": prompt, "width": 64, "height": 96, "model": config.model, "adapters": [],
+        "loras": [], "speed": "exact", "steps": 2,
+    }  # fmt: skip
+    save_picture(picture.path, Image.new("RGB", (8, 8)), record)
+    assert generate(config) == [picture.path]
+    save_picture(picture.path, Image.new("RGB", (8, 8)), {**record, "steps": "two"})
+    with pytest.raises(FileExistsError, match="with steps two, this job has 2"):
+        generate(config)
+
+
 def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_path):
     path = tmp_path / "out" / "0000-a-large-red-circle-5.png"
     path.parent.mkdir()
@@ -407,7 +422,7 @@ def test_what_fits_is_measured_after_the_failed_try_has_gone(settings, monkeypat
 
 
 def test_a_vae_without_room_names_the_tier_that_fits(settings, monkeypatch, small_gpu):
-    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 2**10)
+    monkeypatch.setattr("urae.backbones.vae.vae_bytes", lambda *_: 2**10)
     with pytest.raises(MemoryError) as found:
         generate(settings(height=256, width=256, steps=1, memory="resident"))
     assert "with --memory resident (decoding 256 x 256 pixels takes at least " in str(found.value)
@@ -687,7 +702,7 @@ def test_attention_is_checked_before_weights_load(settings, monkeypatch, no_weig
 def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_path):
     (whole,) = generate(settings(height=256, width=256, steps=1))
     plans = []
-    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 3 * 2**20)
+    monkeypatch.setattr("urae.backbones.vae.vae_bytes", lambda *_: 3 * 2**20)
     run = vae.plan_decode
     monkeypatch.setattr(
         "urae.backbones.vae.plan_decode", lambda *a, **k: plans.append(run(*a, **k)) or plans[-1]
@@ -696,7 +711,7 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
     assert [plan.whole for plan in plans] == [False]
     found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
     assert abs(found - wanted).max() <= 1  # on the edge between two 8-bit levels
-    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 2**10)
+    monkeypatch.setattr("urae.backbones.vae.vae_bytes", lambda *_: 2**10)
     with pytest.raises(MemoryError, match="decoding 256 x 256 pixels takes at least"):
         generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
@@ -705,21 +720,41 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
 def test_steps_are_not_lost_where_decoding_runs_out_of_memory(settings, monkeypatch, tmp_path):
     (whole,) = generate(settings(height=256, width=256, steps=1))
     limits, decode = [], vae.decode
+    errors = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ]
 
     def fail_twice(*arguments, max_bytes, group):
         limits.append(max_bytes)
         if len(limits) < 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise errors[len(limits) % 2]
         return decode(*arguments, max_bytes=max_bytes, group=group)
 
-    monkeypatch.setattr("urae.generate.sample.vae_bytes", lambda *_: 5 * 2**20)
+    monkeypatch.setattr("urae.backbones.vae.vae_bytes", lambda *_: 5 * 2**20)
     monkeypatch.setattr("urae.backbones.vae.decode", fail_twice)
     (path,) = generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "less"))
     assert [limit / 2**20 for limit in limits] == pytest.approx([5, 4, 3.2])
     found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
     assert abs(found - wanted).max() <= 1
-    with pytest.raises(torch.OutOfMemoryError):  # others of a group would wait for this one
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):  # the others would wait for this one
         limits.clear()
         latents = torch.zeros(1, 4, 8, 8)
-        sample_module._decode_in_stripes(None, latents, group=object())
+        vae.decode_within_free(None, latents, group=object())
     assert len(limits) == 1
+
+
+@pytest.mark.parametrize(("name", "message"), [("latents", "last step's"), ("pixels", "the VAE")])
+def test_a_picture_that_is_not_finite_is_not_written(settings, monkeypatch, name, message):
+    if name == "latents":
+        later = sample_module.sample
+        monkeypatch.setattr("urae.generate.job.sample", lambda *args: torch.nan * later(*args))
+    else:
+        monkeypatch.setattr(
+            "urae.generate.sample.decode_within_free",
+            lambda _vae, latents, _group: torch.full((1, 3, 64, 64), torch.inf),
+        )
+    config = settings(height=64, width=64, steps=1)
+    with pytest.raises(FloatingPointError, match=message):
+        generate(config)
+    assert not config.output_dir.exists()

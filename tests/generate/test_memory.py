@@ -16,7 +16,12 @@ from urae.generate.memory import (
     stream_blocks,
     stream_layers,
 )
-from urae.generate.quantize import build_quantization, can_quantize, check_quantization
+from urae.generate.quantize import (
+    _quantize_8bit,
+    build_quantization,
+    can_quantize,
+    check_quantization,
+)
 from urae.generate.speed import compile_blocks
 
 GIB = 2**30
@@ -168,6 +173,13 @@ def test_pinned_tensors_are_rounded_up():
     module = torch.nn.Linear(5, 3, bias=False)  # 60 bytes
     assert _pinned_bytes(module) == 64
     assert _pinned_bytes(torch.nn.Linear(4, 4, bias=False)) == 64
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_of_quantised_tensors_what_is_stored_is_pinned():
+    parent = torch.nn.ModuleDict({"one": torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)})
+    _quantize_8bit(parent, "one", "8bit", torch.device("cpu"))
+    assert 64 * 64 < _pinned_bytes(parent) < 64 * 64 + 1024  # bytes, and a scale a row
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
+import gc
 import os
+from weakref import ref
 
 import pytest
 import torch
@@ -367,6 +369,10 @@ def test_weights_are_quantised_and_adapters_stay_outside(adapted, sample, bits, 
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(sample(pipe, 64, 64), wanted)
+    original = ref(pipe.transformer.transformer_blocks[0].attn.to_q.base_layer.weight)
+    quantize.quantize_blocks(pipe.transformer, bits, CPU, keep=False)
+    gc.collect()
+    assert original() is None
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own

@@ -94,6 +94,9 @@ def test_the_host_counts_where_the_gpu_is_this_machines(monkeypatch):
     for host_gib, tier in ((64, "streamed"), (16, "8bit")):
         monkeypatch.setattr("urae.generate.plan.free_host_bytes", lambda g=host_gib: g * GIB)
         assert plan(PlanConfig(height=4096, width=4096)).chosen.tier == tier
+    monkeypatch.setattr("urae.generate.plan.free_host_bytes", lambda: 64 * GIB)
+    shared = plan(PlanConfig(height=4096, width=4096, gpus=4))  # each process has its own weights
+    assert shared.host_bytes == 16 * GIB and shared.chosen.tier == "8bit"
 
 
 def test_a_part_that_quantises_is_counted():

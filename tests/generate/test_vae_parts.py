@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import urae
-from urae.backbones import free_memory
-from urae.generate import vae_parts
+from urae.backbones import free_memory, vae
 
 
 @pytest.fixture
@@ -23,16 +22,17 @@ def test_stripes_are_the_same_pixels_in_less_memory(pipe, monkeypatch, rel):
     whole = pipe.vae.decode(latents).sample
     urae.optimize(pipe, speed=None, parts=["striped-vae"])
     budgets = []
-    decode = vae_parts.exact_vae.decode
-    monkeypatch.setattr(
-        vae_parts.exact_vae,
-        "decode",
-        lambda *args, max_bytes: budgets.append(max_bytes) or decode(*args, max_bytes=max_bytes),
-    )
-    need = vae_parts.exact_vae.plan_decode(
+    decode = vae.decode
+
+    def watch(*args, max_bytes, group):
+        budgets.append(max_bytes)
+        return decode(*args, max_bytes=max_bytes, group=group)
+
+    monkeypatch.setattr(vae, "decode", watch)
+    need = vae.plan_decode(
         pipe.vae, 192, 128, max_bytes=None, batch=1, device=latents.device, dtype=latents.dtype
     ).peak_bytes
-    monkeypatch.setattr(vae_parts, "free_bytes", lambda device: need // 2)
+    monkeypatch.setattr(vae, "free_bytes", lambda device: need // 2)
     striped = pipe.vae.decode(latents).sample
     assert budgets == [int(free_memory.USABLE * (need // 2))]
     assert rel(striped, whole) < 1e-5

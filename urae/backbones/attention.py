@@ -83,6 +83,12 @@ def check_active_backend() -> None:
     check_backend(_AttentionBackendRegistry.get_active_backend()[0])
 
 
+def name_inexact_backend() -> str | None:
+    """Name the attention of the user's choice if it multiplies in 8 bits: SageAttention."""
+    name: str = _AttentionBackendRegistry.get_active_backend()[0].value
+    return name if "sage" in name else None
+
+
 def backend(name: str) -> Attend:
     """Return one of diffusers' attentions as a function of query, key and value.
 

@@ -10,7 +10,9 @@ Several ranks decode one picture together: each makes a band of every map, and t
 bands sent. They hold the same maps and statistics as one rank with the same stripes.
 """
 
+import logging
 from collections.abc import Iterator
+from traceback import clear_frames
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from urae.backbones.free_memory import (
+    free_bytes,
+    is_out_of_memory,
+    release_memory,
+    vae_bytes,
+)
 from urae.backbones.ranks import find_least
 from urae.backbones.vae_chain import Unit, find_source_rows, scale_rows, split_rows
 from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
+
+logger = logging.getLogger(__name__)
+
+_LEANER = 0.8  # of what a decoding ran out of memory with
 
 Moments = tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]
 
@@ -64,6 +76,35 @@ def decode(
     )  # fmt: skip
     pixels: Tensor = apply_forward_hook(_decode)(vae, latents, plan, group)
     return pixels
+
+
+def decode_within_free(
+    vae: AutoencoderKL, latents: Float[Tensor, "b c h w"], group: ProcessGroup | None = None
+) -> Float[Tensor, "b 3 height width"]:
+    """Decode within what is free; alone, in thinner stripes where memory runs out all the same.
+
+    An allocator loses memory between the blocks that it keeps, and the steps before are dear.
+
+    Args:
+        vae: As in `decode`.
+        latents: As in `decode`.
+        group: As in `decode`.
+
+    Raises:
+        MemoryError: If there is no way within what is free.
+    """
+    device = latents.device
+    max_bytes = vae_bytes(device, free_bytes(device))
+    while True:
+        try:
+            return decode(vae, latents, max_bytes=max_bytes, group=group)
+        except RuntimeError as error:
+            if group is not None or not is_out_of_memory(error):  # the others of it would wait
+                raise
+            clear_frames(error.__traceback__)  # which keep what the failed try held
+        max_bytes = int(_LEANER * max_bytes)
+        release_memory(device)
+        logger.info("decoding ran out of memory: trying within %.1f GiB", max_bytes / 2**30)
 
 
 @torch.no_grad()

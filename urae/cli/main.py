@@ -80,6 +80,12 @@ def main() -> None:
         _fail(error, USER_ERROR)
     except (OSError, ArithmeticError) as error:
         _fail(error, FAILURE)
+    except RuntimeError as error:
+        if "AttentionBackendName" not in str(error):  # diffusers reads the variable as it loads
+            raise
+        backend = os.environ.get("DIFFUSERS_ATTN_BACKEND")
+        reason = f"DIFFUSERS_ATTN_BACKEND={backend} is no attention of diffusers; unset it, or name"
+        _fail(ValueError(f"{reason} one, as _native_flash or _native_math"), USER_ERROR)
 
 
 def _fail(error: BaseException, code: int) -> None:

@@ -109,7 +109,9 @@ def generate_command(
     if found.chosen is not None:
         chosen = found.chosen
         if found.host_bytes is None and chosen.host_bytes:
-            typer.echo(f"{chosen.tier} wants {format_size(chosen.host_bytes)} free on the host")
+            each = f", {format_size(chosen.host_bytes)} for each GPU" if gpus > 1 else ""
+            wanted = format_size(gpus * chosen.host_bytes)
+            typer.echo(f"{chosen.tier} wants {wanted} free on the host{each}")
         typer.echo(_say_choice(memory.value, chosen.tier))
     else:
         room = _say_room(found.gpu_bytes, found.host_bytes)

@@ -74,7 +74,7 @@ class Request:
     num_ranks: int = 1
     """GPUs that make the picture together, with all weights on each."""
     bits: Bits | None = None
-    """What a part quantises the blocks' linear layers to; the originals stay on the host."""
+    """What a part quantises the blocks' linear layers to."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,6 @@ def estimate(
     sample = max(_list_sampling(models, request, tier, resident), key=lambda stage: stage.peak)
     after = {"streamed": 0, "offload": 0}.get(tier, resident + request.adapter_bytes)
     host_bytes = resident if tier in ("streamed", "offload", "8bit") else 0
-    if request.bits is not None and tier not in QUANTIZED:  # whose blocks a preset's fp8 leaves
-        originals = _list_quantized(_kinds(transformer), request.bits)
-        host_bytes += _NUMBER_BYTES * sum(layer.weight.numel() for layer in originals)
     return Estimate(
         tier,
         # bitsandbytes quantises on the device while the model loads

@@ -15,7 +15,7 @@ from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 from urae.generate.config import GenerateConfig
 from urae.generate.optimize import ONLY_4K, SHARED_KEYS
 from urae.generate.parts import BARS, PartName
-from urae.generate.picture import Picture, read_record
+from urae.generate.picture import Picture, is_recorded, read_record
 from urae.generate.progressive import can_halve
 from urae.geometry import num_image_tokens
 
@@ -140,10 +140,10 @@ def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
     given = ("steps", "guidance_scale", "max_sequence_length")
     wanted |= {name: getattr(config, name) for name in given if getattr(config, name) is not None}
     for name, value in wanted.items():
-        if str(record.get(name)) != str(value):
+        if not is_recorded(record, name, value):
             raise FileExistsError(
-                f"{picture.path} is there with {name} {record.get(name)!r}, this job has "
-                f"{value!r}; replace with --overwrite, or choose another --seed or --output"
+                f"{picture.path} is there with {name} {record.get(name)}, this job has "
+                f"{value}; replace with --overwrite, or choose another --seed or --output"
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 from torch.distributed import ProcessGroup
 
@@ -236,7 +237,7 @@ class _Job:
         # compiling fuses an MLP by itself
         chunks = nullcontext() if _is_compiled(parts) else token_chunks(pipe.transformer)
         with chunks, ExitStack() as sharing:
-            apply_parts(pipe, parts, device)
+            apply_parts(pipe, parts, device, keep_weights=False)
             place(pipe, tier, device)
             group = None
             if mesh is not None:
@@ -322,6 +323,7 @@ class _Job:
             "compiled": _is_compiled(parts),
             "speed": config.speed,
             "parts": [str(part) for part in parts],
+            "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
             "gpus": num_gpus,
         }
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
 from urae.backbones.ranks import Ranks
@@ -36,9 +37,16 @@ _CLEARLY = 0.9  # less than a tier that ran out of memory: estimates are right t
 def list_tiers(memory: Memory, model: str | Path) -> tuple[Tier, ...]:
     """List what there is to choose from: `auto`'s tiers, and what was named.
 
-    A single-file model is not quantised while it loads.
+    Raises:
+        ValueError: If a tier is named that quantises while it loads, and the model is a single
+            file, with which that does not go.
     """
     single = Path(model).expanduser().is_file()
+    if single and memory in QUANTIZED:
+        raise ValueError(
+            f"model file {model} is a single file, which is not quantised while it loads; name a "
+            f"folder in diffusers layout, or leave out --memory {memory}"
+        )
     tiers = tuple(tier for tier in AUTO_TIERS if not (single and tier in QUANTIZED))
     return tiers if memory == "auto" or memory in tiers else (memory, *tiers)
 
@@ -185,5 +193,13 @@ def stream_layers(encoder: nn.Module, device: torch.device) -> None:
 
 
 def _pinned_bytes(module: nn.Module) -> int:
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(round_pinned(tensor.numel() * tensor.element_size()) for tensor in tensors)
+    stored = (each for t in [*module.parameters(), *module.buffers()] for each in _list_stored(t))
+    return sum(round_pinned(tensor.numel() * tensor.element_size()) for tensor in stored)
+
+
+def _list_stored(tensor: Any) -> list[torch.Tensor]:
+    """List the tensors that hold a tensor's numbers: of a quantised one its parts."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [each for name in names for each in _list_stored(getattr(tensor, name))]

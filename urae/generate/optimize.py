@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
 from urae.adapters.adapt import transformer_of
-from urae.backbones.attention import check_active_backend
+from urae.backbones.attention import check_active_backend, name_inexact_backend
 from urae.backbones.context_parallel import find_degree
 from urae.backbones.devices import pick_device
 from urae.generate.attention import use_fastest_attention
@@ -110,6 +110,8 @@ def check_machine(parts: Sequence[str], device: torch.device) -> None:
         ModuleNotFoundError: If the package of the attention backend cannot be used here.
     """
     check_active_backend()
+    if (backend := name_inexact_backend()) is not None:
+        logger.warning("attention %s: the pictures are approximations", backend)
     if "compile" in parts:
         check_compiler(device)
 
@@ -202,13 +204,16 @@ def choose_parts(
     return tuple(chosen)
 
 
-def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:
+def apply_parts(
+    pipe: Any, parts: Sequence[Part], device: torch.device, *, keep_weights: bool = True
+) -> None:
     """Put parts in place, instead of any that are.
 
     Args:
         pipe: A FLUX pipeline of diffusers.
         parts: Resolved, in order.
         device: Where the pipe will run.
+        keep_weights: Whether weights that a part replaces stay on the host, for `urae.restore`.
 
     Raises:
         ValueError: As `optimize`.
@@ -223,7 +228,7 @@ def apply_parts(pipe: Any, parts: Sequence[Part], device: torch.device) -> None:
     with ExitStack() as stack:
         schedule = Schedule(pipe)
         for part in parts:
-            stack.callback(_apply(part, pipe, schedule, parts, device))
+            stack.callback(_apply(part, pipe, schedule, parts, device, keep_weights))
         if any(part.is_scheduled for part in parts):
             stack.callback(schedule.attach(transformer).remove)
         stack.callback(check_finite(transformer, parts))
@@ -245,12 +250,17 @@ def _name_inputs(
 
 
 def _apply(
-    part: Part, pipe: Any, schedule: Schedule, parts: Sequence[Part], device: torch.device
+    part: Part,
+    pipe: Any,
+    schedule: Schedule,
+    parts: Sequence[Part],
+    device: torch.device,
+    keep_weights: bool,
 ) -> Undo:
     """Put one part in place, and return what undoes it."""
     match part.name:
         case "fp8" | "8bit" | "4bit":
-            return quantize_blocks(pipe.transformer, part.name, device)
+            return quantize_blocks(pipe.transformer, part.name, device, keep=keep_weights)
         case "local-attention":
             assert part.strength is not None
             return attend_locally(pipe.transformer, schedule, part.strength)

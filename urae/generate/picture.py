@@ -42,8 +42,8 @@ def picture_path(output_dir: Path, index: int, prompt: str, seed: int) -> Path:
     return output_dir / f"{index:04d}-{slug or 'picture'}-{seed}.png"
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read what a PNG says of how it was made, as `save_picture` was given it.
+def read_record(path: Path) -> dict[str, str]:
+    """Read what a PNG says of how it was made: text as it is, other values as JSON.
 
     Raises:
         ValueError: If it is no whole PNG.
@@ -54,14 +54,18 @@ def read_record(path: Path) -> dict[str, Any]:
             texts = dict(getattr(image, "text", {}))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is no whole PNG ({error}); remove it") from error
-    return {name: _read_value(str(text)) for name, text in texts.items()}
+    return {name: str(text) for name, text in texts.items()}
 
 
-def _read_value(text: str) -> Any:
+def is_recorded(record: Mapping[str, str], name: str, value: Any) -> bool:
+    """Tell whether a PNG's record has a field with this value."""
+    text = record.get(name)
+    if text is None or isinstance(value, str):
+        return bool(text == value)
     try:
-        return json.loads(text)
+        return bool(json.loads(text) == value)
     except ValueError:
-        return text
+        return False
 
 
 def save_picture(path: Path, image: Image.Image, record: Mapping[str, Any]) -> None:

@@ -84,7 +84,7 @@ class Plan:
     compiled: bool
     """Whether the blocks are expected to be compiled; needs Triton and a C compiler there."""
     host_bytes: int | None = None
-    """Free on the host, where the GPU is this machine's; None where it is not known."""
+    """Free on the host for each process, where the GPU is this machine's; None: not known."""
     steps: int = 0
     """Of a picture."""
     num_images: int = 1
@@ -142,7 +142,7 @@ def plan(config: PlanConfig) -> Plan:
         tuple(list_estimates(models, request, gpu_bytes, tiers)),
         gpu_bytes,
         compiled,
-        free_host_bytes() if config.gpu_bytes is None else None,
+        free_host_bytes() // config.gpus if config.gpu_bytes is None else None,
         steps,
         config.num_images,
         sum(count_operations(transformer, image_tokens + text_tokens)),

@@ -81,9 +81,9 @@ def build_quantization(tier: Tier, dtype: torch.dtype) -> Any:
 
 
 def quantize_blocks(
-    transformer: FluxTransformer2DModel, bits: Bits, device: torch.device
+    transformer: FluxTransformer2DModel, bits: Bits, device: torch.device, *, keep: bool = True
 ) -> Callable[[], None]:
-    """Quantise the blocks' linear layers in place; the originals stay in host memory.
+    """Quantise the blocks' linear layers in place.
 
     With fp8 the modulation of the blocks, one row a picture, keeps its precision.
 
@@ -91,9 +91,10 @@ def quantize_blocks(
         transformer: Adapted or not; not quantised, compiled or offloaded yet.
         bits: To which precision.
         device: Where to quantise. Eight bits go back to where the weights were, four stay there.
+        keep: Whether to keep the original weights, on the host.
 
     Returns:
-        What puts the original weights back, bitwise.
+        What puts the original weights back, bitwise; nothing, where they are not kept.
 
     Raises:
         ModuleNotFoundError, ValueError: As `check_quantization`, and if the weights are quantised
@@ -111,7 +112,9 @@ def quantize_blocks(
     quantize = _quantize_4bit if bits == "4bit" else _quantize_8bit
     with ExitStack() as stack:  # where one fails, those before it are put back
         for parent, name, _ in linears:
-            stack.callback(quantize(parent, name, bits, device))
+            put_back = quantize(parent, name, bits, device)
+            if keep:
+                stack.callback(put_back)
         return stack.pop_all().close
 
 

@@ -1,21 +1,15 @@
 """One picture with a stock pipeline: noise to latents, latents to pixels."""
 
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import FluxPipeline
 from PIL import Image
 from torch.distributed import ProcessGroup
 
-from urae.backbones import vae
-from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
+from urae.backbones.vae import decode_within_free
 from urae.generate.inputs import Sampling
-
-logger = logging.getLogger(__name__)
-
-_LEANER = 0.8  # of what a decoding ran out of memory with
 
 
 class PromptEmbeds(NamedTuple):
@@ -92,7 +86,14 @@ def decode(
 
     Raises:
         MemoryError: If there is no way within what is free.
+        FloatingPointError: If latents or pixels are not finite.
     """
+    if not bool(tokens.isfinite().all()):
+        raise FloatingPointError(
+            f"the last step's latents are not finite in {tokens.dtype} on {tokens.device}, though "
+            "the first step was; leave out the parts that approximate (--speed exact), or set "
+            "DIFFUSERS_ATTN_BACKEND=_native_math in the environment"
+        )
     latents = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     if device.type == "cuda":
@@ -101,27 +102,12 @@ def decode(
     if pipe.vae.use_tiling:
         (pixels,) = pipe.vae.decode(latents, return_dict=False)
     else:
-        pixels = _decode_in_stripes(pipe.vae, latents, group)
+        pixels = decode_within_free(pipe.vae, latents, group)
+    if not bool(pixels.isfinite().all()):
+        raise FloatingPointError(
+            f"the VAE makes pixels that are not finite of latents that are, in {pixels.dtype} on "
+            f"{pixels.device}; a weight of it is not finite, or too large for {pixels.dtype}"
+        )
     pipe.maybe_free_model_hooks()
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
     return image
-
-
-def _decode_in_stripes(
-    model: AutoencoderKL, latents: torch.Tensor, group: ProcessGroup | None
-) -> torch.Tensor:
-    """Decode within what is free; alone, in thinner stripes where memory runs out all the same.
-
-    An allocator loses memory between the blocks that it keeps, and the steps before are dear.
-    """
-    device = latents.device
-    max_bytes = vae_bytes(device, free_bytes(device))
-    while True:
-        try:
-            return vae.decode(model, latents, max_bytes=max_bytes, group=group)
-        except torch.OutOfMemoryError:
-            if group is not None:  # the others of it would wait
-                raise
-        max_bytes = int(_LEANER * max_bytes)
-        release_memory(device)
-        logger.info("decoding ran out of memory: trying within %.1f GiB", max_bytes / 2**30)

@@ -8,8 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
-from urae.backbones import vae as exact_vae
-from urae.backbones.free_memory import free_bytes, vae_bytes
+from urae.backbones.vae import decode_within_free
 
 Undo = Callable[[], None]
 
@@ -45,8 +44,7 @@ class _StripedDecode:
     ) -> Any:
         if self._vae.use_tiling or self._vae.use_slicing:
             return self._stock(z, return_dict=return_dict, generator=generator)
-        budget = vae_bytes(z.device, free_bytes(z.device))
-        pixels = exact_vae.decode(self._vae, z, max_bytes=budget)
+        pixels = decode_within_free(self._vae, z)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     def add_pipe(self) -> Undo:
