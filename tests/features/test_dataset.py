@@ -80,6 +80,14 @@ def test_folders_that_cannot_be_trained_on(tmp_path, cached_copy):
         list_samples(cached_copy)
 
 
+def test_a_cache_that_was_stopped_is_told(cached_copy, caplog):
+    whole = list_samples(cached_copy)
+    assert not caplog.text
+    (cached_copy / "image_2_latent_code.safetensors").unlink()
+    assert len(list_samples(cached_copy)) == len(whole) - 1
+    assert f"cached captions in {cached_copy} have no latents of a picture" in caplog.text
+
+
 def test_embeddings_of_one_length(cached_copy):
     path = cached_copy / "image_3_prompt_embed.safetensors"
     save_file(load_file(path) | {"caption_feature_t5": torch.zeros(16, 32)}, path)

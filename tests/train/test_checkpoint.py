@@ -14,13 +14,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from urae.cli.main import main
-from urae.train import TrainConfig, train
+from urae.train import TrainConfig, output, train
 from urae.train import loader as loader_module
 from urae.train.checkpoint import find_checkpoints, find_damage, save_checkpoint
 from urae.train.guards import catch_stop
@@ -317,16 +318,59 @@ def test_the_command_says_so_and_ends_with_code_1(settings, monkeypatch, capsys)
     assert steps_of(config.output_dir) == [1]
 
 
-def test_a_curve_that_cannot_be_written(settings, monkeypatch):
-    (settings().output_dir).mkdir()
+def test_a_curve_that_finds_no_room_pauses_the_run(settings, monkeypatch, caplog):
+    append, tries = output._append_row, []
 
-    def fill(report):
-        path = settings().output_dir / "loss.csv"
-        path.unlink(missing_ok=True)
-        path.symlink_to("/dev/full")
+    def fill(path, row):
+        tries.append(row[0])
+        if tries.count(2) in (1, 2) and row[0] == 2:
+            append(Path("/dev/full"), row)
+        append(path, row)
 
+    monkeypatch.setattr(output, "_append_row", fill)
+    monkeypatch.setattr("urae.train.checkpoint.RETRY_SECONDS", 0)
+    config = settings(steps=3)
+    assert train(config).finished
+    assert tries == [1, 2, 2, 2, 3]
+    assert len(output.read_losses(config.output_dir)) == 3
+    assert caplog.text.count("loss.csv of step 2 finds no space left in") == 1
+
+
+def test_a_row_that_is_written_in_part_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "loss.csv"
+    path.write_text("step,loss\r\n")
+
+    def write_half(file):
+        def write(row):
+            file.write("4")
+            file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return SimpleNamespace(writerow=write)
+
+    monkeypatch.setattr(output.csv, "writer", write_half)
     with pytest.raises(OSError, match=r"a row of loss.csv could not be written \(No space left"):
-        train(settings(), on_step=fill)
+        output._append_row(path, [4, 0.5])
+    assert path.read_text() == "step,loss\n"
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_ones(settings, monkeypatch):
+    means = iter((4.0, 1.0, 2.0, 3.0, 4.0, 5.0))
+    monkeypatch.setattr(
+        "urae.train.monitor.measure_loss", lambda *_: torch.full((1, 4), next(means))
+    )
+    config = settings(steps=5, num_validation=1, validate_every=1, keep_checkpoints=2)
+    train(config)
+    kept = [checkpoint.step for checkpoint in find_checkpoints(config.output_dir)]
+    assert kept == [1, 4, 5]  # 1 had the lowest held-out loss
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(settings, monkeypatch):
+    monkeypatch.setattr("urae.train.monitor.measure_loss", lambda *_: torch.full((1, 4), torch.nan))
+    config = settings(steps=2, num_validation=1, validate_every=1)
+    with pytest.raises(FloatingPointError, match=r"held-out loss is not finite after step 0, on "):
+        train(config)
+    assert output.read_validation(config.output_dir) == []
 
 
 # --- the order of samples -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The estimate of a step is what was measured, and what the stock blocks hold by count."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def test_a_shared_picture_takes_what_was_measured(flux):
     shared, tokens = config("minor", context_parallel=2), TOKENS[4096] // 2
     found = estimate(flux, shared, tokens, Way("resident", "full")).peak / GIB
     assert found == pytest.approx(83.4, rel=0.03)  # fitted to
+    for way, same in ((Way("resident", "full"), {"shard": True}), (Way("4bit", "full"), {})):
+        found, plain = (
+            estimate(flux, replace(shared, **changes), tokens, way, 2 if same else 1)
+            for changes in (same, {**same, "compile": False})
+        )
+        assert found.peak == plain.peak  # neither is compiled
 
 
 @pytest.mark.parametrize(

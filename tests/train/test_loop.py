@@ -314,8 +314,8 @@ def test_resuming_needs_the_same_settings(settings):
 def test_a_stop_saves_and_leaves_measuring_for_later(settings, monkeypatch):
     measured, measure = [], Monitor.measure
     monkeypatch.setattr(
-        Monitor, "measure", lambda self, state, *done: measured.append(state.step)
-        or measure(self, state, *done),
+        Monitor, "measure", lambda self, state, *done, **stop: measured.append(state.step)
+        or measure(self, state, *done, **stop),
     )  # fmt: skip
     config = settings(num_validation=1, validate_every=2)
 
@@ -330,7 +330,7 @@ def test_a_stop_saves_and_leaves_measuring_for_later(settings, monkeypatch):
 
 
 def test_a_step_that_cannot_be_logged_is_kept(settings, monkeypatch):
-    def fail(self, report):
+    def fail(self, report, stop):
         if report.step == 3:
             raise OSError("no space left")
 
@@ -389,6 +389,17 @@ def test_a_tracker_that_fails_is_told_once(settings, monkeypatch, caplog):
     monkeypatch.setattr("accelerate.Accelerator.log", fail)
     assert train(settings(tracker="tensorboard")).finished
     assert caplog.text.count("tracker tensorboard failed (ConnectionError: no route)") == 1
+
+
+def test_a_tracker_that_does_not_start_is_told_once(settings, monkeypatch, caplog):
+    pytest.importorskip("tensorboard")
+
+    def fail(*_, **__):
+        raise FileExistsError("urae is a file")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
+    assert train(settings(tracker="tensorboard")).finished
+    assert caplog.text.count("tracker tensorboard failed (FileExistsError: urae is a file)") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

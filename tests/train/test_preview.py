@@ -1,5 +1,6 @@
 """Previews: pictures on the way, which training does not notice."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,3 +214,21 @@ def test_the_text_encoders_come_first(config, monkeypatch):
         monkeypatch.setattr(module, name, record)
     train(replace(config, steps=1))
     assert order == ["Previewer", "load_transformer"]
+
+
+def test_a_stop_while_measuring_ends_the_run_there(config, monkeypatch):
+    """What is not drawn by then is drawn when the run goes on."""
+    draw, drawn = Previewer.draw, []
+
+    def stop(self, *arguments):
+        drawn.append(len(drawn))
+        if len(drawn) == 3:  # the first of two, after a step
+            signal.raise_signal(signal.SIGTERM)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Previewer, "draw", stop)
+    config = replace(config, preview_prompts=(PROMPT, f"{PROMPT}, lit from the left"))
+    result = train(config)
+    assert (result.step, len(drawn)) == (2, 3)
+    train(replace(config, resume=True))
+    assert len(drawn) == 3 + 2 + 2  # of step 2 and of step 4

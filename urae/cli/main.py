@@ -84,8 +84,11 @@ def main() -> None:
         if "AttentionBackendName" not in str(error):  # diffusers reads the variable as it loads
             raise
         backend = os.environ.get("DIFFUSERS_ATTN_BACKEND")
-        reason = f"DIFFUSERS_ATTN_BACKEND={backend} is no attention of diffusers; unset it, or name"
-        _fail(ValueError(f"{reason} one, as _native_flash or _native_math"), USER_ERROR)
+        reason = ValueError(
+            f"DIFFUSERS_ATTN_BACKEND={backend} is no attention of diffusers; unset it, or name "
+            "one, as _native_flash or _native_math"
+        )
+        _fail(reason, USER_ERROR)
 
 
 def _fail(error: BaseException, code: int) -> None:

@@ -215,13 +215,14 @@ def _show_training(plan: "TrainPlan", config: "TrainConfig") -> None:
         f"{format_size(plan.checkpoint_bytes)} of checkpoints"
     )
     output.print()
-    _show_ways(plan, config.memory)
+    _show_ways(plan, config)
 
 
-def _show_ways(plan: "TrainPlan", memory: str) -> None:
+def _show_ways(plan: "TrainPlan", config: "TrainConfig") -> None:
     from rich.console import Console
 
     from urae.train.estimate import TERMS
+    from urae.train.memory import name_remedies
 
     output = Console(highlight=False)
     room = _say_room(plan.gpu_bytes, plan.host_bytes)
@@ -240,7 +241,7 @@ def _show_ways(plan: "TrainPlan", memory: str) -> None:
     output.print(_build_table(f"the peak, by --memory and checkpointing{clock}", columns))
     if plan.chosen is None:
         raise MemoryError(
-            f"nothing fits with --memory {memory}: {room}; use --batch-size 1, or a lower "
+            f"nothing fits with --memory {config.memory}: {room}; {name_remedies(config)} a lower "
             "resolution"
         )
     tier, checkpointing = plan.chosen.way
@@ -251,7 +252,7 @@ def _show_ways(plan: "TrainPlan", memory: str) -> None:
     output.print()
     output.print(_build_table("the peak, by what it is made of", columns))
     output.print()
-    output.print(f"{_say_choice(memory, tier)}, gradient checkpointing {checkpointing}")
+    output.print(f"{_say_choice(config.memory, tier)}, gradient checkpointing {checkpointing}")
 
 
 def _show_probe(probe: "Probe", steps: int) -> None:

@@ -49,6 +49,7 @@ class Display:
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self._recent: deque[StepReport] = deque(maxlen=_STEPS_IN_MEAN)
+        self._num_taken, self._seconds = 0, 0.0  # of this session; seconds without its first step
         self._last_line = time.monotonic()
         self._live = Live(Spinner("dots", "loading"), console=console, transient=True)
         if console.is_terminal and is_first_rank():
@@ -60,6 +61,9 @@ class Display:
     def show(self, report: "StepReport") -> None:
         """Take in a step; called after each."""
         self._recent.append(report)
+        if self._num_taken:  # the first one may compile
+            self._seconds += report.seconds
+        self._num_taken += 1
         if self._live.is_started:
             self._live.update(self._build_panel(report))
         elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -68,15 +72,19 @@ class Display:
             console.print(f"step {report.step} of {self.num_steps}: {figures}", soft_wrap=True)
 
     def describe(self, report: "StepReport") -> list[tuple[str, str]]:
-        """Name the figures of a step; loss and pace are means over the last steps."""
+        """Name the figures of a step; loss and pace are means over the last steps.
+
+        What is left is by all steps so far, since batches of one size come together.
+        """
         count = len(self._recent)
         loss = sum(each.loss for each in self._recent) / count
         pace = sum(each.seconds for each in self._recent) / count
+        usual = self._seconds / (self._num_taken - 1) if self._num_taken > 1 else pace
         figures = [
             ("loss", f"{loss:.4f}"),
             ("lr", f"{report.lr:.3g}"),
             ("s/step", f"{pace:.2f}"),
-            ("ETA", format_seconds(pace * (self.num_steps - report.step))),
+            ("ETA", format_seconds(usual * (self.num_steps - report.step))),
         ]
         if report.held_out_loss is not None:
             figures.insert(1, ("held-out", f"{report.held_out_loss:.4f}"))

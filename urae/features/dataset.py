@@ -1,5 +1,6 @@
 """Cached features for training: which there are, and whether they fit a model."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from urae.features.store import (
     EMBED_KEYS,
     EMBED_SUFFIX,
+    EMPTY_PROMPT,
     LATENT_KEYS,
     LATENT_SUFFIX,
     FeatureFile,
@@ -23,6 +25,8 @@ from urae.features.store import (
     split_embed_name,
 )
 from urae.geometry import VAE_FACTOR
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,21 @@ def list_samples(data_dir: Path) -> list[Sample]:
         )
     known = frozenset(stems)
     embeds: defaultdict[str, dict[str, FeatureFile]] = defaultdict(dict)
+    num_alone = 0
     for name in names:
-        if name.endswith(EMBED_SUFFIX) and (owner := split_embed_name(name, known)):
+        if not name.endswith(EMBED_SUFFIX) or name == EMPTY_PROMPT:
+            continue
+        if owner := split_embed_name(name, known):
             embeds[owner[0]][owner[1]] = data_dir / name
+        else:
+            num_alone += 1
+    if num_alone:  # captions are cached first
+        logger.warning(
+            "%d cached captions in %s have no latents of a picture and are left out; if urae cache "
+            "was stopped there, run it again",
+            num_alone,
+            data_dir,
+        )
     return [_read_sample(data_dir, stem, embeds[stem]) for stem in stems]
 
 

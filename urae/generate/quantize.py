@@ -18,7 +18,7 @@ from urae.generate.int8 import Int8Linear
 from urae.generate.parts import Bits
 from urae.generate.speed import check_not_offloaded, list_blocks
 
-_LIBRARIES: dict[str, str] = {"fp8": "torchao", "8bit": "torchao", "4bit": "bitsandbytes"}
+LIBRARIES: dict[str, str] = {"fp8": "torchao", "8bit": "torchao", "4bit": "bitsandbytes"}
 _FP8_CAPABILITY = (8, 9)
 _FP8_MULTIPLE = 16  # of both sides of a matrix
 
@@ -36,7 +36,7 @@ def check_quantization(bits: Tier | Bits, device: torch.device, asked: str = "--
         ValueError: If the device cannot do it: 4 bits are made on CUDA, fp8 wants tensor cores that
             have it.
     """
-    if (library := _LIBRARIES.get(bits)) is None:
+    if (library := LIBRARIES.get(bits)) is None:
         return
     if find_spec(library) is None:
         raise ModuleNotFoundError(
@@ -56,7 +56,7 @@ def check_quantization(bits: Tier | Bits, device: torch.device, asked: str = "--
 
 def can_quantize(tier: Tier) -> bool:
     """Tell whether a tier needs no library, or its library is installed."""
-    return tier not in _LIBRARIES or find_spec(_LIBRARIES[tier]) is not None
+    return tier not in LIBRARIES or find_spec(LIBRARIES[tier]) is not None
 
 
 def build_quantization(tier: Tier, dtype: torch.dtype) -> Any:

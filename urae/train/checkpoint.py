@@ -99,6 +99,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
     keep: int,
+    best: int | None = None,
     stop: Event | None = None,
 ) -> Checkpoint:
     """Write a checkpoint beside its place, move it there, then delete the oldest beyond `keep`.
@@ -112,6 +113,7 @@ def save_checkpoint(
         optimizer: Its state is saved with full precision.
         record: The run's config and what else must fit on resuming; JSON.
         keep: Checkpoints to keep, this one included.
+        best: Step of one that is kept beyond them.
         stop: While the disk is full the run pauses, until this is set. None: it does not pause.
 
     Raises:
@@ -152,16 +154,27 @@ def save_checkpoint(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    _write_once_there_is_room(write, output_dir, step, stop)
+    write_once_there_is_room(write, f"checkpoint of step {step}", output_dir, stop)
     for checkpoint in find_checkpoints(output_dir)[:-keep]:
-        checkpoint.discard()
+        if checkpoint.step != best:
+            checkpoint.discard()
     return Checkpoint(final, step)
 
 
-def _write_once_there_is_room(
-    write: Callable[[], None], output_dir: Path, step: int, stop: Event | None
+def write_once_there_is_room(
+    write: Callable[[], None], what: str, output_dir: Path, stop: Event | None
 ) -> None:
-    """Try to write, on a full disk again and again; say so once."""
+    """Try to write, on a full disk again and again; say so once.
+
+    Args:
+        write: Leaves nothing behind where it fails.
+        what: It writes, for the warning.
+        output_dir: Where.
+        stop: Ends the pause; None: there is none.
+
+    Raises:
+        OSError: If it fails otherwise, or the pause ends.
+    """
     several = dist.is_initialized() and dist.get_world_size() > 1
     deadline = time.monotonic() + (MAX_PAUSE_SECONDS if several else math.inf)
     paused = False
@@ -175,7 +188,7 @@ def _write_once_there_is_room(
             if not (paused or stop.is_set()):
                 limit = f", within {MAX_PAUSE_SECONDS / 60:g} minutes" if several else ""
                 logger.warning(
-                    f"checkpoint of step {step} finds no space left in {output_dir}; the run is "
+                    f"{what} finds no space left in {output_dir}; the run is "
                     f"paused: free some{limit} and it goes on by itself, or stop it with Ctrl-C"
                 )
             paused = True
@@ -315,7 +328,7 @@ def _split_off_tensors(
     plain = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            tensors[f"{prefix}.{name}"] = value
+            tensors[f"{prefix}.{name}"] = value.clone()  # bitsandbytes' tables are shared
         elif isinstance(value, dict):
             plain[name] = _split_off_tensors(value, f"{prefix}.{name}", tensors)
         else:

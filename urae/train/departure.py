@@ -46,8 +46,9 @@ def warn_of_departure(output_dir: Path) -> None:
         last = measurements[-1]
         logger.warning(
             f"the held-out loss has risen from {best.mean:.4f} at step {best.step} to "
-            f"{last.mean:.4f} at step {last.step}: the adapter departs; take an earlier "
-            "checkpoint, or try a lower learning rate, more pictures or fewer steps"
+            f"{last.mean:.4f} at step {last.step}: the adapter departs; take that of "
+            f"checkpoint-{best.step:06d}, or try a lower learning rate, more pictures or fewer "
+            "steps"
         )
 
 

@@ -167,7 +167,7 @@ def estimate(
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
     copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
     kept = _count_kept(transformer, one_map, way)
-    shared = config.context_parallel > 1 and config.compile is not False
+    shared = config.context_parallel > 1 and may_compile(config, way)
     exchanged = len(blocks) * _EXCHANGED * one_map if shared and way.checkpointing != "off" else 0
     on_device = 2 if way.is_offloaded else len(blocks)  # one is copied while the next computes
     host = round_pinned(kept // len(blocks)) * len(blocks) if way.is_offloaded else 0
@@ -186,6 +186,13 @@ def estimate(
         + _WORKSPACE_BYTES,
         host_bytes=host,
     )  # fmt: skip
+
+
+def may_compile(config: TrainConfig, way: Way) -> bool:
+    """Tell whether blocks are compiled in a run that is long enough, on a machine that can."""
+    if way.tier == "4bit" or (way.tier, way.checkpointing) == ("streamed", "selective"):
+        return False
+    return not config.shard if config.compile is None else config.compile
 
 
 def count_adapter(transformer: FluxTransformer2DModel, config: AdapterConfig) -> int:

@@ -156,14 +156,15 @@ class _Run:
             loader,
             catch_stop() as stop,
         ):
+            stopping = False
             with self._saved_on_failure():
-                self.monitor.catch_up(state)
-            while state.step < config.steps:
+                self.monitor.catch_up(state, stop)
+            while state.step < config.steps and not stopping:
                 with self._saved_on_failure():  # the step has changed nothing yet
                     gradients = stepper.compute_gradients(stop)
                 report = stepper.advance(gradients)
                 with self._saved_on_failure():
-                    self.monitor.log_step(report)
+                    self.monitor.log_step(report, stop)
                     if self.monitor.curves is not None and on_step is not None:
                         last = [None, *self.monitor.curves.held_out_losses][-1]
                         on_step(replace(report, held_out_loss=last))
@@ -175,7 +176,9 @@ class _Run:
                 if gradients.stopping and not finished:
                     break  # what is due is measured when the run goes on
                 with self._saved_on_failure():
-                    self.monitor.measure(state)
+                    self.monitor.measure(state, stop=stop)
+                    if self.monitor.is_due(state.step):  # which is saved, and may take minutes
+                        stopping = self.monitor.agree_to_stop(stop)
             finished = state.step == config.steps
             if finished and self.accelerator.is_main_process:
                 state.write_adapter(config.output_dir, self.metadata)

@@ -51,7 +51,7 @@ def choose_way(
         device_bytes, host_bytes = find_least((device_bytes, host_bytes), device)
     fitting = [each for each in estimates if fits(each, device_bytes, host_bytes)]
     if not fitting and config.memory == "auto" and device.type == "cuda":
-        raise _too_little(estimates, device_bytes, host_bytes)
+        raise _too_little(config, estimates, device_bytes, host_bytes)
     chosen = (fitting or estimates[-1:])[0]
     logger.info("%s: %.1f GiB at the peak", chosen.way, chosen.peak / 2**30)
     if chosen.way.tier in QUANTIZED and config.memory == "auto":
@@ -93,12 +93,21 @@ def _list_possible(config: TrainConfig, device: torch.device, num_ranks: int) ->
     return [way for way in ways if can_quantize(way.tier)]
 
 
-def _too_little(estimates: Sequence[Estimate], device_bytes: int, host_bytes: int) -> MemoryError:
+def name_remedies(config: TrainConfig) -> str:
+    """Say what makes a step smaller, where no way fits."""
+    shared = config.context_parallel > 1 and config.compile is None and not config.shard
+    # compiled blocks keep what is exchanged
+    return f"use {'--compile false, ' if shared else ''}--batch-size 1, or"
+
+
+def _too_little(
+    config: TrainConfig, estimates: Sequence[Estimate], device_bytes: int, host_bytes: int
+) -> MemoryError:
     least = min(estimates, key=lambda each: each.peak)
     return MemoryError(
         f"{device_bytes / 2**30:.1f} GiB are free on the GPU and {host_bytes / 2**30:.1f} on "
         f"the host, too little for this run: --memory {least.way.tier} takes "
-        f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; use --batch-size 1, or "
+        f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; {name_remedies(config)} "
         "features of a lower resolution"
     )
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from threading import Event
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from urae.train.departure import warn_of_departure, warn_of_standstill
 from urae.train.inputs import Inputs
 from urae.train.mesh import Mesh
 from urae.train.output import (
+    LEVELS,
     PREVIEW_DIR,
     TRACKER_NAME,
     VALIDATION_FILE,
@@ -76,41 +78,52 @@ class Monitor:
             # a resumed run's steps after its checkpoint are drawn once
             step = inputs.start.step
             once = {"tensorboard": {"purge_step": step + 1}} if step else {}
-            accelerator.init_trackers(TRACKER_NAME, config=settings, init_kwargs=once)
+            with self._tracker_may_fail():
+                accelerator.init_trackers(TRACKER_NAME, config=settings, init_kwargs=once)
 
-    def log_step(self, report: StepReport) -> None:
-        """Write what a step did."""
+    def log_step(self, report: StepReport, stop: Event | None = None) -> None:
+        """Write what a step did; where the disk is full wait for room, until `stop` is set."""
         if self.curves is not None:
-            self.curves.write_step(report)
+            self.curves.write_step(report, stop)
+        levels = zip(LEVELS, report.level_losses, strict=True)
         figures = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
+            "seconds": report.seconds,
             "loader_share": report.loader_seconds / report.seconds,
+            **{name: loss for name, loss in levels if isinstance(loss, float)},
         }
         self._track_figures(figures, report.step)
 
-    def measure(self, state: TrainingState, done: Collection[str] = ()) -> None:
+    def measure(
+        self, state: TrainingState, done: Collection[str] = (), stop: Event | None = None
+    ) -> None:
         """Take the held-out loss and previews of the weights that the run is for, where due.
 
         Args:
             state: Of the run.
             done: Files and folders of what is measured already at this step.
+            stop: Where it is set on a rank, no more previews are begun there.
         """
         if VALIDATION_FILE not in done and self._validates(state.step):
             with state.averaged():
                 self._validate(state.step)
         if PREVIEW_DIR not in done and self._previews(state.step):
             with state.averaged():
-                self._preview(state.step)
+                self._preview(state.step, stop)
 
     def is_due(self, step: int) -> bool:
         """Tell whether there is something to measure after a step."""
         return self._validates(step) or self._previews(step)
 
-    def catch_up(self, state: TrainingState) -> None:
+    def catch_up(self, state: TrainingState, stop: Event) -> None:
         """Measure what is due where the run begins, unless it was before it was stopped there."""
-        self.measure(state, gather_object([self._find_measured(state.step)])[0])
+        self.measure(state, gather_object([self._find_measured(state.step)])[0], stop)
+
+    def agree_to_stop(self, stop: Event) -> bool:
+        """Tell whether a rank was asked to stop; all of them ask alike."""
+        return any(gather_object([stop.is_set()]))
 
     def _find_measured(self, step: int) -> list[str]:
         folder, done = self.config.output_dir, []
@@ -140,19 +153,30 @@ class Monitor:
             self.accelerator,
             self.mesh,
         )
+        if not bool(losses.isfinite().all()):
+            finite = losses.isfinite().all(dim=1).tolist()
+            bad = [s.stem for s, ok in zip(inputs.held_out, finite, strict=True) if not ok]
+            raise FloatingPointError(
+                f"the held-out loss is not finite after step {step}, on {', '.join(bad)}; "
+                "look at that sample, or try a lower learning rate"
+            )
         if self.curves is not None:
             self.curves.write_validation(step, losses)
             warn_of_departure(self.config.output_dir)
         self._track_figures({"validation_loss": losses.mean().item()}, step)
 
-    def _preview(self, step: int) -> None:
+    def _preview(self, step: int, stop: Event | None) -> None:
         """Share the previews out among the devices, and write them on the main one."""
         accelerator, previewer = self.accelerator, self.previewer
         assert previewer is not None
         mine = [previewer.previews[number] for number in self.mesh.share(len(previewer.previews))]
-        drawn = [(preview, previewer.draw(self.transformer, preview)) for preview in mine]
+        drawn = [
+            (preview, previewer.draw(self.transformer, preview))
+            for preview in mine
+            if stop is None or not stop.is_set()
+        ]
         pictures = dict(gather_object(drawn))
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and pictures:
             write_previews(self.config.output_dir, step, pictures, self.config.model)
             self._track_pictures(pictures, step)
             warn_of_standstill(self.config.output_dir)

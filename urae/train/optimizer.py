@@ -83,9 +83,12 @@ def build_schedule(
 
 
 def read_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate that an optimizer just stepped with, its own warm-up included."""
+    """Return the learning rate that an optimizer just stepped with.
+
+    Its own warm-up is included, and the factor that Prodigy finds.
+    """
     group = optimizer.param_groups[0]
-    return float(group.get("scheduled_lr", group["lr"]))
+    return float(group.get("scheduled_lr", group["lr"]) * group.get("d", 1.0))
 
 
 def keeps_average(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
+from threading import Event
 from typing import Any
 
 from jaxtyping import Float
@@ -25,6 +27,7 @@ from urae.train.checkpoint import (
     find_checkpoints,
     find_damage,
     load_record,
+    write_once_there_is_room,
 )
 from urae.train.config import TrainConfig
 from urae.train.loss import NUM_LEVELS
@@ -38,7 +41,8 @@ VALIDATION_FILE = "validation.csv"
 PREVIEW_DIR = "previews"
 LOCK_FILE = ".run.lock"
 
-_LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
+LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
+"""Columns of the loss by quarter of the noise levels, least noise first."""
 
 _DIR = re.compile(r"data\.\d+\.dir")  # of one of several folders
 # fields that may change between an interrupted run and its continuation
@@ -281,16 +285,22 @@ class Curves:
         self._validation = output_dir / VALIDATION_FILE
         self.held_out_losses: list[float] = []  # of the whole run, the first one first
         figures = ["loss", "grad_norm", "lr", "seconds", "loader_seconds"]
-        _start_csv(self._losses, ["step", *figures, *_LEVELS], step)
+        _start_csv(self._losses, ["step", *figures, *LEVELS], step)
         if num_validation:
             samples = [f"sample_{number}" for number in range(1, num_validation + 1)]
-            _start_csv(self._validation, ["step", "loss", *_LEVELS, *samples], step)
+            _start_csv(self._validation, ["step", "loss", *LEVELS, *samples], step)
             self.held_out_losses = _read_column(self._validation, "loss")
 
-    def write_step(self, report: StepReport) -> None:
+    def write_step(self, report: StepReport, stop: Event | None = None) -> None:
+        """Write a step's figures; where the disk is full wait for room, until `stop` is set."""
         seconds = [f"{each:.4f}" for each in (report.seconds, report.loader_seconds)]
         row = [report.step, report.loss, report.grad_norm, report.lr, *seconds]
-        _append_row(self._losses, [*row, *report.level_losses])
+        write_once_there_is_room(
+            lambda: _append_row(self._losses, [*row, *report.level_losses]),
+            f"{self._losses.name} of step {report.step}",
+            self._losses.parent,
+            stop,
+        )
 
     def write_validation(self, step: int, losses: Float[Tensor, "samples levels"]) -> None:
         """Write the mean, the means by level, then by sample, which make for paired intervals."""
@@ -322,6 +332,14 @@ def read_validation(output_dir: Path) -> list[tuple[int, tuple[float, ...]]]:
         ]
 
 
+def find_best_step(output_dir: Path) -> int | None:
+    """Find the step of the lowest held-out loss so far; None if none was measured."""
+    if not (output_dir / VALIDATION_FILE).exists():
+        return None
+    means = {step: fmean(losses) for step, losses in read_validation(output_dir)}
+    return min(means, key=lambda step: means[step], default=None)
+
+
 def _start_csv(path: Path, columns: list[str], step: int) -> None:
     rows: list[list[str]] = []
     if step and path.exists():
@@ -334,10 +352,13 @@ def _start_csv(path: Path, columns: list[str], step: int) -> None:
 
 
 def _append_row(path: Path, row: Sequence[object]) -> None:
+    size = path.stat().st_size
     try:
         with path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
     except OSError as error:
+        with suppress(OSError):  # what was written of it
+            os.truncate(path, size)
         raise OSError(
             error.errno,
             f"a row of {path.name} could not be written ({os.strerror(error.errno or 0)}); free "

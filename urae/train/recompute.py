@@ -26,7 +26,7 @@ from urae.generate.speed import (
 )
 from urae.geometry import num_image_tokens
 from urae.train.config import TrainConfig
-from urae.train.estimate import Way
+from urae.train.estimate import Way, may_compile
 from urae.train.host import HostKeeper, keep_outputs
 
 _VARIANTS = 32  # of one compiled function; beyond it blocks would run uncompiled
@@ -58,12 +58,8 @@ def is_compiled(
 
 def wants_compiled(config: TrainConfig, way: Way, samples: Sequence[Sample]) -> bool:
     """Tell the same of a GPU that is not here, on which blocks can be compiled."""
-    if way.tier == "4bit" or (way.tier, way.checkpointing) == ("streamed", "selective"):
-        return False
-    if config.compile is not None:
-        return config.compile
-    if config.shard:
-        return False
+    if not may_compile(config, way) or config.compile:
+        return may_compile(config, way)
     largest = max(samples, key=lambda sample: sample.height * sample.width)
     pictures = config.batch_size * config.gradient_accumulation
     return is_long(largest.height, largest.width, config.steps, pictures)

@@ -20,6 +20,7 @@ import urae
 from urae.backbones.devices import name_device, name_dtype, pick_dtype
 from urae.backbones.flux import fingerprint_component
 from urae.config import describe_fields, read_toml
+from urae.generate.quantize import LIBRARIES
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.train.config import TrainConfig
@@ -73,12 +74,14 @@ def write_run(
             "device": name_device(accelerator.device),
             "dtype": name_dtype(pick_dtype(accelerator.device)),
             "cuda": torch.version.cuda,
+            # its attention has had faults
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         },
         "versions": {
             "urae": urae.__version__,
             "commit": find_commit(),
             "python": platform.python_version(),
-            **{name: version(name) for name in _packages(config)},
+            **{name: version(name) for name in _packages(config, chosen["memory"])},
         },
     }
     path = config.output_dir / RUN_FILE
@@ -179,6 +182,7 @@ def find_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _packages(config: TrainConfig) -> list[str]:
-    package = PACKAGES.get(config.optimizer.name)
-    return [*_PACKAGES, *([package] if package else [])]
+def _packages(config: TrainConfig, tier: str | bool) -> list[str]:
+    """Name what the numbers depend on: of the optimizer and of quantised weights too."""
+    others = (PACKAGES.get(config.optimizer.name), LIBRARIES.get(str(tier)))
+    return [*dict.fromkeys((*_PACKAGES, *(name for name in others if name)))]

@@ -23,7 +23,7 @@ from urae.train.optimizer import (
     read_lr,
     weights_to_use,
 )
-from urae.train.output import check_same_base
+from urae.train.output import check_same_base, find_best_step
 
 
 @dataclass
@@ -80,6 +80,8 @@ class TrainingState:
     ) -> None:
         """Save a checkpoint, unless that of this step is there.
 
+        The one of the lowest held-out loss is kept beside the last ones.
+
         Args:
             config: Says where, and how many are kept.
             metadata: Of the adapter's files.
@@ -107,6 +109,7 @@ class TrainingState:
                 **record,
             },
             keep=config.keep_checkpoints,
+            best=find_best_step(config.output_dir),
             stop=stop,
         )
 
