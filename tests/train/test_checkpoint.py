@@ -319,7 +319,7 @@ def test_the_command_says_so_and_ends_with_code_1(settings, monkeypatch, capsys)
 
 
 def test_a_curve_that_finds_no_room_pauses_the_run(settings, monkeypatch, caplog):
-    append, tries = output._append_row, []
+    append, tries = output._try_to_append, []
 
     def fill(path, row):
         tries.append(row[0])
@@ -327,11 +327,11 @@ def test_a_curve_that_finds_no_room_pauses_the_run(settings, monkeypatch, caplog
             append(Path("/dev/full"), row)
         append(path, row)
 
-    monkeypatch.setattr(output, "_append_row", fill)
+    monkeypatch.setattr(output, "_try_to_append", fill)
     monkeypatch.setattr("urae.train.checkpoint.RETRY_SECONDS", 0)
-    config = settings(steps=3)
+    config = settings(steps=3, num_validation=1, validate_every=3)
     assert train(config).finished
-    assert tries == [1, 2, 2, 2, 3]
+    assert tries == [0, 1, 2, 2, 2, 3, 3]  # before the first step and after the last, measured
     assert len(output.read_losses(config.output_dir)) == 3
     assert caplog.text.count("loss.csv of step 2 finds no space left in") == 1
 
@@ -350,7 +350,7 @@ def test_a_row_that_is_written_in_part_is_taken_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(output.csv, "writer", write_half)
     with pytest.raises(OSError, match=r"a row of loss.csv could not be written \(No space left"):
-        output._append_row(path, [4, 0.5])
+        output._try_to_append(path, [4, 0.5])
     assert path.read_text() == "step,loss\n"
 
 

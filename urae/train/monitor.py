@@ -92,7 +92,7 @@ class Monitor:
             "lr": report.lr,
             "seconds": report.seconds,
             "loader_share": report.loader_seconds / report.seconds,
-            **{name: loss for name, loss in levels if isinstance(loss, float)},
+            **{name: loss for name, loss in levels if loss is not None},
         }
         self._track_figures(figures, report.step)
 
@@ -104,11 +104,12 @@ class Monitor:
         Args:
             state: Of the run.
             done: Files and folders of what is measured already at this step.
-            stop: Where it is set on a rank, no more previews are begun there.
+            stop: Where it is set on a rank, no more previews are begun there, and a full disk is
+                not waited for.
         """
         if VALIDATION_FILE not in done and self._validates(state.step):
             with state.averaged():
-                self._validate(state.step)
+                self._validate(state.step, stop)
         if PREVIEW_DIR not in done and self._previews(state.step):
             with state.averaged():
                 self._preview(state.step, stop)
@@ -143,7 +144,7 @@ class Monitor:
     def _is_at(self, step: int, every: int) -> bool:
         return step == self.config.steps or step % every == 0
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, step: int, stop: Event | None) -> None:
         inputs = self.inputs
         losses = measure_loss(
             self.transformer,
@@ -161,7 +162,7 @@ class Monitor:
                 "look at that sample, or try a lower learning rate"
             )
         if self.curves is not None:
-            self.curves.write_validation(step, losses)
+            self.curves.write_validation(step, losses, stop)
             warn_of_departure(self.config.output_dir)
         self._track_figures({"validation_loss": losses.mean().item()}, step)
 

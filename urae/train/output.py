@@ -295,18 +295,18 @@ class Curves:
         """Write a step's figures; where the disk is full wait for room, until `stop` is set."""
         seconds = [f"{each:.4f}" for each in (report.seconds, report.loader_seconds)]
         row = [report.step, report.loss, report.grad_norm, report.lr, *seconds]
-        write_once_there_is_room(
-            lambda: _append_row(self._losses, [*row, *report.level_losses]),
-            f"{self._losses.name} of step {report.step}",
-            self._losses.parent,
-            stop,
-        )
+        _append_row(self._losses, [*row, *report.level_losses], stop)
 
-    def write_validation(self, step: int, losses: Float[Tensor, "samples levels"]) -> None:
-        """Write the mean, the means by level, then by sample, which make for paired intervals."""
+    def write_validation(
+        self, step: int, losses: Float[Tensor, "samples levels"], stop: Event | None = None
+    ) -> None:
+        """Write the mean, the means by level, then by sample, which make for paired intervals.
+
+        Where the disk is full it waits as `write_step` does.
+        """
         means = [losses.mean(), *losses.mean(dim=0), *losses.mean(dim=1)]
         figures = [mean.item() for mean in means]
-        _append_row(self._validation, [step, *figures])
+        _append_row(self._validation, [step, *figures], stop)
         self.held_out_losses.append(figures[0])
 
 
@@ -351,7 +351,13 @@ def _start_csv(path: Path, columns: list[str], step: int) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def _append_row(path: Path, row: Sequence[object]) -> None:
+def _append_row(path: Path, row: Sequence[object], stop: Event | None) -> None:
+    """Append a step's row; where the disk is full wait for room, until `stop` is set."""
+    what = f"{path.name} of step {row[0]}"
+    write_once_there_is_room(lambda: _try_to_append(path, row), what, path.parent, stop)
+
+
+def _try_to_append(path: Path, row: Sequence[object]) -> None:
     size = path.stat().st_size
     try:
         with path.open("a", newline="") as file:

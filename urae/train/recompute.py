@@ -58,8 +58,10 @@ def is_compiled(
 
 def wants_compiled(config: TrainConfig, way: Way, samples: Sequence[Sample]) -> bool:
     """Tell the same of a GPU that is not here, on which blocks can be compiled."""
-    if not may_compile(config, way) or config.compile:
-        return may_compile(config, way)
+    if not may_compile(config, way):
+        return False
+    if config.compile:
+        return True
     largest = max(samples, key=lambda sample: sample.height * sample.width)
     pictures = config.batch_size * config.gradient_accumulation
     return is_long(largest.height, largest.width, config.steps, pictures)
