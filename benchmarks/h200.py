@@ -32,6 +32,7 @@ from forward import (
     measure_scaling_vae,
 )
 from generation import GENERATION, measure_generate_2k
+from gradients import measure_gradients
 from measure import describe_machine, find_commit, peak_gib, reset_peak, synchronize
 from report import write_report
 from training import (
@@ -147,10 +148,12 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "two_gpus_context_4k": partial(measure_two_context, side=4096),
     "two_gpus_context_shard_4k": partial(measure_two_context, side=4096, shard=True),
     "forward_two_gpus": measure_forward_two_gpus,
+    "gradients_two_gpus": measure_gradients,
 }
 TWO_GPUS = (
     "forward_two_gpus",
     "generate_4k_two_gpus",
+    "gradients_two_gpus",
     "two_gpus_data_2k",
     "two_gpus_context_4k",
     "two_gpus_context_shard_4k",

@@ -58,6 +58,8 @@ def write_report(folder: Path, parts: list[str]) -> None:
     lines += write_scaling(found, folder)
     if "forward_two_gpus" in results:
         lines += ["", *table_two_gpus(results["forward_two_gpus"])]
+    if "gradients_two_gpus" in results:
+        lines += ["", *table_gradients(results["gradients_two_gpus"])]
     for side, start in ((2048, ("train_stock", "train_2k")), (4096, ("train_4k",))):
         rows = {}
         for part, measured in results.items():
@@ -143,6 +145,16 @@ def table_two_gpus(result: dict[str, Any]) -> list[str]:
     header += ["relative difference", "of one GPU, stock and exact"]
     must, target = TWO_GPUS
     return [*table(header, rows), "", f"At 4096^2 {must} times is a must, {target} the target."]
+
+
+def table_gradients(result: dict[str, Any]) -> list[str]:
+    """List how far the gradients of two GPUs are from one's."""
+    rows = [
+        [mode, entry["matrices"], f"{entry['difference']:.1e}"] for mode, entry in result.items()
+    ]
+    return table(
+        ["gradients of two GPUs, float32", "matrices", "largest relative difference"], rows
+    )
 
 
 def table_train(tiny: bool, side: int, runs: dict[str, Any]) -> list[str]:

@@ -136,7 +136,7 @@ def train(
         options = [*options, "--adapter.over", json.dumps([str(bench.lora)])]
     data, output = bench.work / f"features-{bench.shape}-{side}", bench.work / "train"
     if not data.exists():
-        write_features(bench, data, side)
+        write_features(bench.base, data, bench.side(side) // 8)
     shutil.rmtree(output, ignore_errors=True)
     figures = run_urae(
         bench,
@@ -161,11 +161,11 @@ def train(
     }
 
 
-def write_features(bench: Bench, folder: Path, side: int) -> None:
+def write_features(base: Path, folder: Path, cells: int) -> None:
     """Write random features in the reference's format: two pictures with two captions each."""
     from urae.backbones.flux import build_meta_transformer
 
-    config, cells = build_meta_transformer(bench.base).config, bench.side(side) // 8
+    config = build_meta_transformer(base).config
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(3)
