@@ -16,13 +16,17 @@ Times = dict[str, dict[str, dict[str, Any]]]
 
 SIDES = (1024, 2048, 3072, 4096, 6144, 8192)
 """Of square pictures. A full forward at the last has 16 times the attention of one at 4096."""
-EXACT_SIDES, STOCK_SIDES = SIDES[:5], SIDES[:4]
-"""Those that take seconds; `scaling_8k` has the others."""
 WHOLE_VAE_SIDES = SIDES[:4]
 """Those that the VAE decodes whole in 80 GB."""
-VAE_GIB = 7
-"""What decoding takes at most in `urae generate`, beside the weights."""
 EXACT, LOCAL, STOCK = "urae, exact, compiled", "urae, local attention, compiled", "stock diffusers"
+SCALING: dict[str, tuple[str, Sequence[int]]] = {
+    "scaling_local": (LOCAL, SIDES[1:]),
+    "scaling_exact": (EXACT, SIDES[:5]),
+    "scaling_stock": (STOCK, SIDES[:4]),
+    "scaling_exact_8k": (EXACT, SIDES[5:]),
+    "scaling_stock_8k": (STOCK, SIDES[4:]),
+}
+"""Parts: what each times, at which sides; those of minutes a forward are apart."""
 
 
 def load(bench: Bench) -> Any:
@@ -113,32 +117,22 @@ def measure_forward_optimized(bench: Bench) -> Times:
     return found
 
 
-def measure_scaling(bench: Bench) -> Times:
-    """Time one forward with the 2K LoRA by size: stock, exact, and with local attention."""
+def measure_scaling(bench: Bench, *, case: str, sides: Sequence[int]) -> Times:
+    """Time one forward with the 2K LoRA by size: stock, exact, or with local attention."""
     from urae.resolution import ResolutionPolicy
 
     pipe = load(bench)
-    found: Times = {}
-    with stock_lora(pipe, bench):
-        found[STOCK] = time_sides(pipe, bench, STOCK_SIDES)
-    full = ResolutionPolicy()
+    if case == STOCK:
+        with stock_lora(pipe, bench):
+            return {case: time_sides(pipe, bench, sides)}
+    policy = ResolutionPolicy()
     if bench.tiny:  # whose pictures are within FLUX.1's native side
-        full = replace(full, native_sequence_length=64)
-    found[EXACT] = time_exact(pipe, bench, EXACT_SIDES, full)
+        policy = replace(policy, native_sequence_length=64)
+    if case == EXACT:
+        return {case: time_exact(pipe, bench, sides, policy)}
     compile_blocks(pipe, bench)
-    with adapted(pipe, bench.lora, policy=replace(full, attention="local")):
-        found[LOCAL] = time_sides(pipe, bench, SIDES[1:])
-    return found
-
-
-def measure_scaling_8k(bench: Bench) -> Times:
-    """Time the forwards with full attention that `scaling` leaves out: minutes each."""
-    pipe = load(bench)
-    found: Times = {}
-    with stock_lora(pipe, bench):
-        found[STOCK] = time_sides(pipe, bench, [s for s in SIDES if s not in STOCK_SIDES])
-    found[EXACT] = time_exact(pipe, bench, [s for s in SIDES if s not in EXACT_SIDES])
-    return found
+    with adapted(pipe, bench.lora, policy=replace(policy, attention="local")):
+        return {case: time_sides(pipe, bench, sides)}
 
 
 def time_exact(
@@ -171,6 +165,9 @@ def time_sides(
         seconds = time_forwards(pipe.transformer, bench, side, times)
         chosen = find_attention(pipe.transformer)
         found[str(side)] = {**describe(seconds, peak_gib()), "attention": chosen}
+        print(
+            f"{side} x {side}: {statistics.median(seconds):.3f} s, attention {chosen}", flush=True
+        )
     return found
 
 
@@ -185,13 +182,20 @@ def measure_scaling_vae(bench: Bench) -> Times:
     """Time decoding by size: with stock diffusers, and in stripes as `urae generate` does."""
     from diffusers import AutoencoderKL
 
+    from urae.backbones.free_memory import free_bytes, vae_bytes
     from urae.backbones.vae import decode
 
     vae = AutoencoderKL.from_pretrained(bench.base, subfolder="vae", torch_dtype=bench.dtype)
     vae.to(bench.device).requires_grad_(False)
+
+    def decode_stripes(latents: torch.Tensor) -> torch.Tensor:
+        pixels = 64 * latents.shape[-2] * latents.shape[-1]
+        limit = vae_bytes(torch.device("cuda"), free_bytes(bench.device), pixels)
+        return decode(vae, latents, max_bytes=limit)
+
     cases: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Sequence[int]]] = {
         STOCK: (lambda latents: vae.decode(latents).sample, WHOLE_VAE_SIDES),
-        f"urae, within {VAE_GIB} GiB": (partial(decode, vae, max_bytes=VAE_GIB * 2**30), SIDES),
+        "urae, as `urae generate`": (decode_stripes, SIDES),
     }
     found: Times = {}
     for name, (run, sides) in cases.items():
@@ -205,6 +209,7 @@ def measure_scaling_vae(bench: Bench) -> Times:
                 with stopwatch() as seconds:
                     run(latents)
             found.setdefault(name, {})[str(side)] = describe([seconds()], peak_gib())
+            print(f"{side} x {side}: {seconds():.2f} s, {name}", flush=True)
     return found
 
 

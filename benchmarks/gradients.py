@@ -73,6 +73,7 @@ def run(
 
 def main() -> None:
     """Take one step in one process of the run; the first keeps its gradients."""
+    import urae.train.attention
     import urae.train.loop
     from urae.train import AdapterConfig, OptimizerConfig, TrainConfig, train
     from urae.train.state import TrainingState
@@ -88,8 +89,10 @@ def main() -> None:
         advance(self, num_batches)
 
     TrainingState.advance = keep  # type: ignore[method-assign]
-    # bfloat16 of a GPU would hide what is compared
+    # bfloat16 of a GPU would hide what is compared; of diffusers' attentions in float32 one alone
+    # sees the keys of other ranks
     urae.train.loop.pick_dtype = lambda device: torch.float32  # type: ignore[attr-defined]
+    urae.train.attention.CANDIDATES = ("native",)
     config = TrainConfig(
         model=MODEL,
         data_dir=Path(data),

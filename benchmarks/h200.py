@@ -25,10 +25,10 @@ import torch
 from bench import RANK, ROOT, Bench
 from caching import measure_cache
 from forward import (
+    SCALING,
     measure_forward,
     measure_forward_optimized,
     measure_scaling,
-    measure_scaling_8k,
     measure_scaling_vae,
 )
 from generation import GENERATION, measure_generate_2k
@@ -129,8 +129,10 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     },
     "forward": measure_forward,
     "forward_optimized": measure_forward_optimized,
-    "scaling": measure_scaling,
-    "scaling_8k": measure_scaling_8k,
+    **{
+        name: partial(measure_scaling, case=case, sides=sides)
+        for name, (case, sides) in SCALING.items()
+    },
     "scaling_vae": measure_scaling_vae,
     "train_stock": measure_train_stock,
     **{

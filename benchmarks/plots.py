@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 PANELS = {
-    "one transformer forward, 2K LoRA": ("scaling", "scaling_8k"),
+    "one transformer forward, 2K LoRA": (
+        "scaling_exact",
+        "scaling_local",
+        "scaling_stock",
+        "scaling_exact_8k",
+        "scaling_stock_8k",
+    ),
     "VAE decode": ("scaling_vae",),
 }
 """Titles, and the benchmark's parts that each shows."""
@@ -117,7 +123,7 @@ def describe_origin(record: Mapping[str, Any]) -> str:
 def main() -> None:
     """Draw the plots of a benchmark's folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with scaling.json and its like")
+    parser.add_argument("folder", type=Path, help="with scaling_exact.json and its like")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     parts = [part for parts in PANELS.values() for part in parts]

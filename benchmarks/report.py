@@ -122,13 +122,19 @@ def write_scaling(found: dict[str, Any], folder: Path) -> list[str]:
     lines = []
     for title, parts in PANELS.items():
         rows = [
-            [f"{side}^2", case, entry["seconds"], len(entry["all_seconds"]), entry["peak_gib"]]
+            [
+                *(f"{side}^2", case, entry["seconds"], len(entry["all_seconds"])),
+                *(entry["peak_gib"], entry.get("attention")),
+            ]
             for part in parts
             for case, by_side in found.get(part, {}).get("result", {}).items()
             for side, entry in by_side.items()
         ]
         if rows:
-            lines += ["", *table([title, "", "s", "runs", "peak with weights, GiB"], rows)]
+            lines += [
+                "",
+                *table([title, "", "s", "runs", "peak with weights, GiB", "attention"], rows),
+            ]
     if lines and find_spec("matplotlib") is not None:
         lines += ["", *(f"![{path.stem}]({path.name})" for path in draw_scaling(found, folder))]
     return lines

@@ -10,20 +10,18 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import forward
 import plots
-from forward import EXACT, LOCAL, STOCK, measure_scaling, measure_scaling_8k, measure_scaling_vae
+from forward import EXACT, LOCAL, STOCK, measure_scaling, measure_scaling_vae
 from plots import draw_scaling
 from report import write_report
 
 IN_SVG = f"<!-- {EXACT} -->"  # matplotlib's, over the paths of the letters
-PARTS = ["scaling", "scaling_8k", "scaling_vae"]
+PARTS = [*forward.SCALING, "scaling_vae"]
 
 
 @pytest.fixture
 def bench(bases, expected, monkeypatch):
-    """The smallest model there is, and three sizes in the place of six."""
+    """The smallest model there is, and three sizes in the place of six for the VAE."""
     monkeypatch.setattr(forward, "SIDES", (1024, 2048, 3072))
-    monkeypatch.setattr(forward, "EXACT_SIDES", (1024, 2048))
-    monkeypatch.setattr(forward, "STOCK_SIDES", (1024,))
     monkeypatch.setattr(forward, "WHOLE_VAE_SIDES", (1024,))
     return SimpleNamespace(
         base=bases["dev"],
@@ -55,48 +53,51 @@ def entry(seconds, gib):
 def write_records(folder, *, shape="flux-dev"):
     """Made-up figures, to look at the drawing alone."""
     full = {str(side): entry(side / 1000, side / 100) for side in (1024, 2048)}
-    records = {
-        "scaling": record("scaling", {STOCK: full, EXACT: full, LOCAL: full}, shape=shape),
-        "scaling_8k": record("scaling_8k", {EXACT: {"8192": entry(90.0, 60.0)}}, shape=shape),
-        "scaling_vae": record("scaling_vae", {STOCK: full}, shape=shape),
+    large = {"8192": {**entry(90.0, 60.0), "attention": "flash"}}
+    results = {
+        "scaling_stock": {STOCK: full},
+        "scaling_exact": {EXACT: full},
+        "scaling_local": {LOCAL: full},
+        "scaling_exact_8k": {EXACT: large},
+        "scaling_vae": {STOCK: full},
     }
+    records = {name: record(name, each, shape=shape) for name, each in results.items()}
     for name, each in records.items():
         (folder / f"{name}.json").write_text(json.dumps(each))
     return records
 
 
-def test_forwards_and_decodes_are_measured_by_size(bench):
-    found = measure_scaling(bench)
-    sides = {case: list(by_side) for case, by_side in found.items()}
-    assert sides == {STOCK: ["1024"], EXACT: ["1024", "2048"], LOCAL: ["2048", "3072"]}
-    assert found[EXACT]["2048"]["seconds"] > 0
-    slow = measure_scaling_8k(bench)
-    assert {case: list(each) for case, each in slow.items()} == {
-        STOCK: ["2048", "3072"],
-        EXACT: ["3072"],
-    }
-    vae = measure_scaling_vae(bench)
-    assert [list(each) for each in vae.values()] == [["1024"], ["1024", "2048", "3072"]]
+@pytest.mark.parametrize("case", [STOCK, EXACT, LOCAL])
+def test_forwards_are_measured_by_size(bench, case, capsys):
+    found = measure_scaling(bench, case=case, sides=(1024, 2048))
+    assert {case: list(by_side) for case, by_side in found.items()} == {case: ["1024", "2048"]}
+    assert found[case]["2048"]["seconds"] > 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2048 x 2048: ")
 
 
-def test_local_attention_is_measured_as_such(bench, monkeypatch):
+def test_decodes_are_measured_by_size(bench):
+    found = measure_scaling_vae(bench)
+    assert [list(each) for each in found.values()] == [["1024"], ["1024", "2048", "3072"]]
+
+
+@pytest.mark.parametrize(("case", "attention"), [(EXACT, "full"), (LOCAL, "local")])
+def test_local_attention_is_measured_as_such(bench, monkeypatch, case, attention):
     policies = []
 
     def look(transformer, _bench, side, _count):
         policies.append((transformer.pos_embed.policy.attention, side))
         return [1.0]
 
-    monkeypatch.setattr(forward, "STOCK_SIDES", ())
     monkeypatch.setattr(forward, "time_forwards", look)
-    measure_scaling(bench)
-    assert policies == [("full", 1024), ("full", 2048), ("local", 2048), ("local", 3072)]
+    measure_scaling(bench, case=case, sides=(1024, 2048))
+    assert policies == [(attention, 1024), (attention, 2048)]
 
 
 def test_the_report_lists_and_draws_them(tmp_path):
     write_records(tmp_path)
     write_report(tmp_path, PARTS)
     text = (tmp_path / "results.md").read_text()
-    assert f"| 8192^2 | {EXACT} | 90.0 | 1 | 60.0 |" in text
+    assert f"| 8192^2 | {EXACT} | 90.0 | 1 | 60.0 | flash |" in text
     for name in ("scaling_seconds", "scaling_gib"):
         assert f"![{name}]({name}.png)" in text
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -104,8 +105,8 @@ def test_the_report_lists_and_draws_them(tmp_path):
 
 
 def test_a_plot_is_drawn_of_figures_alone(tmp_path):
-    unmeasured = record("scaling", {STOCK: {"1024": entry(0.2, None)}})
-    assert [path.stem for path in draw_scaling({"scaling": unmeasured}, tmp_path)] == [
+    unmeasured = record("scaling_stock", {STOCK: {"1024": entry(0.2, None)}})
+    assert [path.stem for path in draw_scaling({"scaling_stock": unmeasured}, tmp_path)] == [
         "scaling_seconds"
     ]
     assert draw_scaling({}, tmp_path) == []
@@ -123,7 +124,7 @@ def test_plots_for_the_docs_are_of_the_full_shape(tmp_path, monkeypatch, capsys)
     assert "figures of the tiny shape, which mean nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "docs", tmp_path / "docs")
-    assert "has none of scaling.json" in capsys.readouterr().err
+    assert "has none of scaling_exact.json" in capsys.readouterr().err
 
     write_records(tmp_path)
     run(tmp_path, tmp_path / "docs")

@@ -116,10 +116,12 @@ def test_a_cap_on_the_process_counts(monkeypatch):
     assert free_bytes(torch.device("cuda")) == 8 * GIB
 
 
-def test_the_vae_takes_seven_gib_of_a_gpu_at_most():
-    assert vae_bytes(torch.device("cuda"), 100 * GIB) == 7 * GIB
-    assert vae_bytes(torch.device("cuda"), 5 * GIB) == 4.5 * GIB
-    assert vae_bytes(CPU, 100 * GIB) == 90 * GIB
+def test_the_vae_takes_what_pays_of_a_gpu():
+    gpu, small, large = torch.device("cuda"), 1024**2, 8192**2
+    assert vae_bytes(gpu, 100 * GIB, small) == vae_bytes(gpu, 100 * GIB, 4096**2) == 7 * GIB
+    assert vae_bytes(gpu, 100 * GIB, large) == 28 * GIB
+    assert vae_bytes(gpu, 5 * GIB, small) == vae_bytes(gpu, 5 * GIB, large) == 4.5 * GIB
+    assert vae_bytes(CPU, 100 * GIB, small) == 90 * GIB
 
 
 # --- streaming; the CPU stands in for the GPU, without a side stream ------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import urae
 from urae.adapters.convert import ConvertConfig, convert
-from urae.adapters.files import read_adapter
+from urae.adapters.files import read_adapter, write_lora
 from urae.backbones.flux import load_transformer
 from urae.features.order import StepBatch, StepShare
 from urae.resolution import ResolutionPolicy, find_policy
@@ -143,6 +143,19 @@ def test_each_sample_weighs_the_same_in_any_batches(settings, tmp_path, monkeypa
 
     for found, wanted in zip(gradient(split), gradient([(0, 1, 2)]), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_the_policy_is_that_of_the_adapter_under_the_one_that_trains(settings, expected, tmp_path):
+    layers = read_adapter(expected / "dev_2k_lora.safetensors").layers
+    lora = tmp_path / "lora.safetensors"
+    write_lora(lora, layers, {"urae.policy": ResolutionPolicy(5.0).to_json()})
+    minor = AdapterConfig("minor", 4, over=(str(lora),))
+    for asked, wanted in ((None, ResolutionPolicy(5.0)), (ResolutionPolicy(3.0),) * 2):
+        config = settings(adapter=minor, policy=asked, steps=1, overwrite=True)
+        assert read_adapter(train(config).adapter_path).policy == wanted
+    further = AdapterConfig("lora", 4, init=str(lora))
+    config = settings(adapter=further, steps=1, output_dir=tmp_path / "further")
+    assert read_adapter(train(config).adapter_path).policy == ResolutionPolicy(5.0)
 
 
 def test_the_file_works_by_itself(settings, minor, load_pipe, sample):

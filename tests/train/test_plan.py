@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from urae.adapters.files import read_adapter, write_lora
 from urae.backbones import flux
 from urae.cli.main import app
 from urae.features.cache import CacheConfig, cache
@@ -55,6 +56,23 @@ def test_local_attention_takes_fewer_operations(settings):
     policy = ResolutionPolicy(attention="local", native_sequence_length=64)
     full, local = (plan_training(settings(policy=each), GIB) for each in (None, policy))
     assert local.operations < full.operations
+
+
+def test_a_plan_takes_the_policy_of_the_adapter_under_the_one_that_trains(
+    settings, expected, tmp_path
+):
+    policy = ResolutionPolicy(attention="local", native_sequence_length=64)
+    layers = read_adapter(expected / "dev_2k_lora.safetensors").layers
+    write_lora(tmp_path / "lora.safetensors", layers, {"urae.policy": policy.to_json()})
+    for over in ("lora.safetensors", "owner/repo/lora.safetensors"):  # the latter not here
+        adapter = AdapterConfig(
+            "minor", 4, over=(str(tmp_path / over if "/" not in over else over),)
+        )
+        inherited, named = (
+            plan_training(settings(adapter=adapter, policy=each), GIB) for each in (None, policy)
+        )
+        is_here = "/" not in over
+        assert (inherited.operations == named.operations) == is_here
 
 
 def test_a_gpu_must_be_named_where_there_is_none(settings):

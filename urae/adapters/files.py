@@ -90,19 +90,9 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
         ValueError: If the file is a pickle, or a folder holds no single adapter.
         FileNotFoundError: If nothing is found.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = _find_in_folder(path)
-    if path.suffix.lower() in _PICKLES:
-        raise ValueError(
-            f"adapter {path} is a pickle ({path.suffix}), which can run code when loaded; only "
-            ".safetensors files are read"
-        )
-    if path.is_file():
+    if (path := find_local_adapter(source)) is not None:
         return path
-    if (name := os.fspath(source)) in PACKAGED_ADAPTERS:
-        return PACKAGED_ADAPTERS[name]
-    name = name.removeprefix("hf://")
+    name = os.fspath(source).removeprefix("hf://")
     parts = name.split("/")
     if len(parts) < 3 or any(part in ("", ".", "..", "~") for part in parts):
         raise FileNotFoundError(
@@ -121,6 +111,26 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
             f"adapter {name} was not found here and could not be fetched from the hub ({reason}); "
             "check the name and the connection, or give a local file"
         ) from error
+
+
+def find_local_adapter(source: str | os.PathLike[str]) -> Path | None:
+    """Find an adapter file on this machine; None if there is none.
+
+    Args:
+        source: As in `resolve_adapter`.
+
+    Raises:
+        ValueError: If the file is a pickle, or a folder holds no single adapter.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _find_in_folder(path)
+    if path.suffix.lower() in _PICKLES:
+        raise ValueError(
+            f"adapter {path} is a pickle ({path.suffix}), which can run code when loaded; only "
+            ".safetensors files are read"
+        )
+    return path if path.is_file() else PACKAGED_ADAPTERS.get(os.fspath(source))
 
 
 def _find_in_folder(folder: Path) -> Path:

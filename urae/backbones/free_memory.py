@@ -11,7 +11,7 @@ import torch
 
 USABLE = 0.9
 """Of what is free, for what allocators lose between blocks."""
-_VAE_BYTES = 7 * 2**30
+_VAE_BYTES, _VAE_PIXELS = 7 * 2**30, 4096**2
 _SHORTAGES = (  # of what torch raises as a plain RuntimeError
     "out of memory",  # cudaHostAlloc too, which pins
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -41,18 +41,22 @@ def free_host_bytes() -> int:
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def vae_bytes(device: torch.device, free: int) -> int:
+def vae_bytes(device: torch.device, free: int, pixels: int) -> int:
     """Return what the VAE may take beside its weights: of a GPU no more than pays.
 
     Decoding 4096 x 4096 whole takes 38 GiB on a GPU; within 7 it is 1.4 times the work, in about
-    the same time, and within 6 it is 2.4 times (docs/performance.md).
+    the same time, and within 6 it is 2.4 times (docs/performance.md). More pixels may take more
+    in proportion, as the steps before did: 8192 x 8192 within 7 GiB is 3.8 times the work.
 
     Args:
         device: Where it runs.
         free: Bytes that are free there.
+        pixels: Of all pictures of the batch.
     """
     usable = int(USABLE * free)
-    return min(usable, _VAE_BYTES) if device.type == "cuda" else usable
+    if device.type != "cuda":
+        return usable
+    return min(usable, max(_VAE_BYTES, _VAE_BYTES * pixels // _VAE_PIXELS))
 
 
 def release_memory(device: torch.device) -> None:

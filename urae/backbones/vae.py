@@ -31,7 +31,13 @@ from urae.backbones.free_memory import (
     vae_bytes,
 )
 from urae.backbones.ranks import find_least
-from urae.backbones.vae_chain import Unit, find_source_rows, scale_rows, split_rows
+from urae.backbones.vae_chain import (
+    Unit,
+    find_scale_factor,
+    find_source_rows,
+    scale_rows,
+    split_rows,
+)
 from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
 
 logger = logging.getLogger(__name__)
@@ -66,7 +72,7 @@ def decode(
         MemoryError: If there is no way within `max_bytes`.
     """
     batch, _, rows, columns = latents.shape
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = find_scale_factor(vae)
     if group is not None and max_bytes is not None:
         (max_bytes,) = find_least([max_bytes], latents.device, group)
     plan = plan_decode(
@@ -94,7 +100,9 @@ def decode_within_free(
         MemoryError: If there is no way within what is free.
     """
     device = latents.device
-    max_bytes = vae_bytes(device, free_bytes(device))
+    batch, _, rows, columns = latents.shape
+    pixels = batch * find_scale_factor(vae) ** 2 * rows * columns
+    max_bytes = vae_bytes(device, free_bytes(device), pixels)
     while True:
         try:
             return decode(vae, latents, max_bytes=max_bytes, group=group)

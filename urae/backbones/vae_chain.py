@@ -98,6 +98,11 @@ def find_shape(ops: Unit, shape: Shape) -> Shape:
 # --- units ----------------------------------------------------------------------------------------
 
 
+def find_scale_factor(vae: AutoencoderKL) -> int:
+    """Return how many pixels of a side one latent stands for."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def list_decoder(vae: AutoencoderKL) -> Blocks:
     """List the units from latents to pixels.
 

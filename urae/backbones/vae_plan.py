@@ -18,6 +18,7 @@ from urae.backbones.vae_chain import (
     Blocks,
     Shape,
     Unit,
+    find_scale_factor,
     find_shape,
     find_source_rows,
     list_decoder,
@@ -89,7 +90,7 @@ def plan_decode(
         MemoryError: If `max_bytes` does not suffice, however it is split.
         ValueError: If the VAE has blocks that FLUX's has not.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = find_scale_factor(vae)
     latents = Shape(vae.config.latent_channels, height // factor, width // factor)
     costs = _Costs.of(batch, dtype or vae.dtype, device or vae.device, num_ranks)
     return _plan(list_decoder(vae), latents, costs, max_bytes, f"decoding {width} x {height}")

@@ -76,7 +76,7 @@ class Encoders:
         """
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         pixels = pixels.to(self.device).float().div(127.5).sub(1).to(self.dtype)
-        max_bytes = vae_bytes(self.device, free_bytes(self.device))
+        max_bytes = vae_bytes(self.device, free_bytes(self.device), image.width * image.height)
         moments = encode(self._vae, pixels, max_bytes=max_bytes)
         latents = DiagonalGaussianDistribution(moments)
         return latents.mean[0], latents.std[0]

@@ -331,7 +331,7 @@ def _estimate_decode(
     vae: AutoencoderKL, request: Request, weights: int, device_bytes: int
 ) -> Stage:
     gpu = torch.device("cuda")
-    max_bytes = vae_bytes(gpu, device_bytes - weights)
+    max_bytes = vae_bytes(gpu, device_bytes - weights, request.height * request.width)
     try:
         plan = plan_decode(
             vae, request.height, request.width,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from urae.adapters.files import resolve_adapter
+from urae.adapters.adapt import choose_policy
+from urae.adapters.files import read_adapter, resolve_adapter
 from urae.backbones.flux import fetch_model, fingerprint_component
 from urae.features.store import fingerprint_encoders
 from urae.resolution import ResolutionPolicy, read_base_policy
@@ -169,7 +170,7 @@ class Bench:
             adapter=adapter,
             rank=rank,
             guidance_scale=1.0,
-            policy=self.policy,
+            policy=self.policy_4k,
             steps=config.steps_4k,
             batch_size=config.batch_size_4k,
             lr=config.lr,
@@ -178,13 +179,18 @@ class Bench:
             over=self.lora_2k,
         )
         side, captions = config.side_4k, config.num_captions_4k
-        return Cell(factors, training, self._score(self.policy, self.dev, side, captions))
+        return Cell(factors, training, self._score(self.policy_4k, self.dev, side, captions))
 
     @cached_property
     def lora_2k(self) -> Weights:
         """The adapter under the 4K stage."""
         path = resolve_adapter(self.config.adapter_2k)
         return Weights(str(path), digest_file(path))
+
+    @cached_property
+    def policy_4k(self) -> ResolutionPolicy:
+        """That of the adapter under the 4K stage, as in `urae train`."""
+        return choose_policy(None, [read_adapter(self.lora_2k.name)], fetch_model(self.dev.name))
 
     def _score_2k(self, policy: ResolutionPolicy | None, model: Weights) -> Scoring:
         return self._score(policy, model, self.config.side_2k, self.config.num_captions)

@@ -221,7 +221,7 @@ class TrainConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     policy: ResolutionPolicy | None = None
-    """Resolution policy; by default the base's own."""
+    """Resolution policy; by default that of the adapter under this one, or the base's own."""
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:

@@ -35,9 +35,9 @@ STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, 
 
 _NUMBER_BYTES = 2  # bfloat16, as on any GPU
 # maps of tokens x channels in bfloat16 that are alive when a block is recomputed and gone back
-# through: 24.2 and 15.4 by count (tests/train/test_estimate.py), and what the rows of
-# docs/performance.md take more
-_WHOLE, _CHUNKED = 25, 16
+# through, by count (tests/train/test_estimate.py), and what the rows of docs/performance.md take
+# more where MLPs are whole
+_WHOLE, _CHUNKED = 25, 15.4
 # maps that a compiled block of a shared picture keeps on the device whatever is recomputed: as many
 # as q, k, v and the output that are exchanged; by the one such step (docs/performance.md)
 _EXCHANGED = 4
@@ -52,7 +52,7 @@ _EAGER_RATE = 312e12  # both ways, by flash; the two steps at 2048^2 that were n
 _EAGER_TOKENS = 12_000  # at least: at 1024^2 launches cost as much again
 _LOCAL_RATE = 389e12  # both ways, by flex; the one compiled step with local attention, at 4096^2
 _EIGHT_BIT = 1.05  # times the same with a base in bfloat16; the one such compiled step, at 2048^2
-_STREAMED = 1.15  # times the same with resident weights; the one such step, at 2048^2
+_STREAMED = 2.48e-5  # more a token than with resident weights; the one such step at 2048^2
 _STREAMED_TOKENS = 16_384  # at least: with fewer the weights take longer to come than to be used
 _BACKWARD = 2.5  # attention's backward pass, in forwards
 COMPILING_SECONDS = 24.0
@@ -179,7 +179,7 @@ def estimate(
         adapter=int(4 * trained * copies) + frozen * trained * _NUMBER_BYTES,
         gradients=4 * trained,
         kept=kept * on_device // len(blocks) + exchanged,
-        block=one_map * (_CHUNKED if way.tier == "streamed" else _WHOLE),
+        block=int(one_map * (_CHUNKED if way.tier == "streamed" else _WHOLE)),
         loss=config.batch_size * tokens
         * (_ROPE_BYTES * transformer.config.attention_head_dim
            + _LOSS_BYTES * transformer.config.in_channels)
@@ -273,8 +273,12 @@ def estimate_seconds(
             return linear + 2 * once + backward
         case ("8bit", "full", True):
             return _EIGHT_BIT * (linear + 2 * once + backward)
-        case ("streamed", "full", True) if config.batch_size * tokens >= _STREAMED_TOKENS:
-            return _STREAMED * (linear + 2 * once + backward)
+        case ("streamed", *_) if config.batch_size * tokens < _STREAMED_TOKENS:
+            return None
+        case ("streamed", "full", True):
+            return linear + 2 * once + backward + _STREAMED * tokens
+        case ("streamed", "selective", False):
+            return linear + once + backward + _STREAMED * tokens
         case ("resident", "selective", True):
             return linear + once + backward
         case ("resident", "full", False):

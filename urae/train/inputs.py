@@ -48,6 +48,11 @@ class Inputs:
     """Its averaged weights to go on from, where the resumed run averages."""
     start: Start
 
+    @property
+    def adapters(self) -> list[AdapterFile]:
+        """Those under the one that trains, and the one that it starts from."""
+        return [*self.over, *([self.initial] if self.initial else [])]
+
 
 def check_inputs(config: TrainConfig) -> Inputs:
     """Find and check everything that a run reads, before any weights load.

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 
+from urae.adapters.adapt import choose_policy
 from urae.adapters.files import LORA_FILE_NAME
 from urae.backbones.attention import name_crash
 from urae.backbones.devices import pick_dtype
@@ -24,7 +25,7 @@ from urae.backbones.flux import fingerprint_component, load_transformer
 from urae.backbones.free_memory import explain_memory, is_out_of_memory
 from urae.backbones.ranks import explain_lost_rank
 from urae.config import flatten
-from urae.resolution import ResolutionPolicy, apply_policy, read_base_policy
+from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train.adapter import TrainingAdapter, attach_for_training
 from urae.train.attention import choose_attention
 from urae.train.checkpoint import check_same_origin, find_checkpoints
@@ -107,7 +108,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         inputs = check_inputs(config)
-        policy = config.policy or read_base_policy(inputs.model_path)
+        policy = choose_policy(config.policy, inputs.adapters, inputs.model_path)
         samples = [*inputs.samples, *inputs.held_out]
         check_mesh(config, samples, inputs.model_path, policy, accelerator.num_processes)
         mesh = build_mesh(config, accelerator)

@@ -171,8 +171,8 @@ def check_same_policy(start: Start, policy: ResolutionPolicy) -> None:
     before = ResolutionPolicy.from_json(text, "the checkpoint")
     if before != policy:
         raise ValueError(
-            f"the run began with {before} and would go on with {policy}, as its base now says; "
-            "name the first in the recipe's [policy]"
+            f"the run began with {before} and would go on with {policy}, as its base or the "
+            "adapter under it now says; name the first in the recipe's [policy]"
         )
 
 

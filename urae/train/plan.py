@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from urae.adapters.adapt import choose_policy
+from urae.adapters.files import find_local_adapter, read_adapter
 from urae.backbones.devices import check_gpu_is_known, pick_device
 from urae.backbones.flux import build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes
@@ -23,7 +25,7 @@ from urae.features.store import LATENT_SUFFIX, FeatureFile, count_bytes
 from urae.generate.inputs import default_sampling
 from urae.geometry import PATCH, TOKEN_PIXELS, VAE_FACTOR, num_image_tokens
 from urae.local_attention import build_local_attention
-from urae.resolution import ResolutionPolicy, read_base_policy
+from urae.resolution import ResolutionPolicy
 from urae.train.config import DataConfig, TrainConfig
 from urae.train.estimate import (
     COMPILING_SECONDS,
@@ -224,7 +226,9 @@ def list_buckets(
     sizes = list(map(size_of, samples))
     batches = build_batches(sizes, config.batch_size, seed=config.seed, epoch=0)
     num_batches = Counter(sizes[batch[0]] for batch in batches)
-    policy = config.policy or read_base_policy(find_local(config.model))
+    sources = [*config.adapter.over, *([config.adapter.init] if config.adapter.init else [])]
+    here = [path for source in sources if (path := find_local_adapter(source)) is not None]
+    policy = choose_policy(config.policy, list(map(read_adapter, here)), find_local(config.model))
     buckets = []
     for size, count in Counter(sizes).items():
         tokens = text_tokens + num_image_tokens(*size)
