@@ -74,11 +74,12 @@ class Study:
     batch: int
     steps: int
     guidance_scale: float
+    first_caption: int = 0
 
     @property
     def jobs(self) -> list[tuple[Scene, int]]:
         """All captions with the first noise, then with the next."""
-        scenes = held_out_scenes(self.num_captions)
+        scenes = held_out_scenes(self.num_captions, self.first_caption)
         return [(scene, number) for number in range(self.num_seeds) for scene in scenes]
 
     def describe(self) -> dict[str, Any]:
@@ -89,6 +90,7 @@ class Study:
             "guidance_scale": self.guidance_scale,
             "num_captions": self.num_captions,
             "num_seeds": self.num_seeds,
+            **({"first_caption": self.first_caption} if self.first_caption else {}),
         }
 
     def picture(self, number: int) -> Path:
@@ -312,6 +314,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beside", action="store_true", help="another process makes exact ones")
     parser.add_argument("--side", type=int, default=1024, help="pixels; the miniature's 4K")
     parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--first", type=int, default=0, help="number of the first held-out caption")
     parser.add_argument("--seeds", type=int, default=3, help="pictures a caption")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time")
     parser.add_argument("--steps", type=int, help="default: the miniature's")
@@ -341,6 +344,7 @@ def main() -> None:
         arguments.batch,
         arguments.steps or steps,
         guidance_scale if arguments.guidance is None else arguments.guidance,
+        arguments.first,
     )
     study.output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # not forked: this process may hold a GPU
