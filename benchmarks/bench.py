@@ -86,6 +86,12 @@ def time_forwards(transformer: Any, bench: Bench, side: int, count: int) -> list
     return found
 
 
+def find_attention(transformer: Any) -> str:
+    """Name the attention that a transformer's layers have been set to, or the process's own."""
+    names = {processor._attention_backend for processor in transformer.attn_processors.values()}
+    return ", ".join(sorted(str(name.value) if name else "default" for name in names))
+
+
 def torchrun(num_processes: int) -> list[str]:
     """Return the words before a script that is to run in several processes."""
     module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench import Bench, time_forwards
+from bench import Bench, find_attention, time_forwards
 from measure import peak_gib, reset_peak, stopwatch
 
 Times = dict[str, dict[str, dict[str, Any]]]
@@ -169,12 +169,6 @@ def time_sides(
             f"{side} x {side}: {statistics.median(seconds):.3f} s, attention {chosen}", flush=True
         )
     return found
-
-
-def find_attention(transformer: Any) -> str:
-    """Name the attention that a transformer's layers have been set to, or the process's own."""
-    names = {processor._attention_backend for processor in transformer.attn_processors.values()}
-    return ", ".join(sorted(str(name.value) if name else "default" for name in names))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import ROOT, Bench, random_inputs, time_forwards, torchrun
+from bench import ROOT, Bench, find_attention, random_inputs, time_forwards, torchrun
 
 sys.path.insert(0, str(ROOT))
 
@@ -53,11 +53,13 @@ def main() -> None:
             urae.optimize(pipe)
             alone = time_forwards(pipe.transformer, bench, side, count)
             wanted = predict_velocity(pipe.transformer, *inputs, 3.5)
+            attention = find_attention(pipe.transformer)
             ranks.wait()
             urae.optimize(pipe)  # anew, so that attention is chosen for half of the heads
             with context_parallel(pipe.transformer, mesh):
                 together = time_forwards(pipe.transformer, bench, side, count)
                 velocity = 1 * predict_velocity(pipe.transformer, *inputs, 3.5)
+                shared_attention = find_attention(pipe.transformer)
             found[str(side)] = {
                 "one": statistics.median(alone),
                 "two": statistics.median(together),
@@ -65,6 +67,7 @@ def main() -> None:
                 "all_two": together,
                 "difference": relative_difference(velocity, wanted),
                 "rounding": relative_difference(plain, wanted),
+                "attention": [attention, shared_attention],
             }
         if ranks.rank == 0:
             Path(figures).write_text(json.dumps(found))
