@@ -39,3 +39,10 @@ def test_wrong_types_are_told_by_field(build, message):
 def test_lists_and_texts_stand_for_tuples_and_paths():
     config = ConvertConfig(["my_2k", "my_4k"], "my_4k.safetensors")
     assert config == ConvertConfig(("my_2k", "my_4k"), Path("my_4k.safetensors"))
+
+
+def test_what_a_recipe_takes_is_taken_from_python():
+    assert AdapterConfig(over="miniature-2k").over == ("miniature-2k",)
+    config = TrainConfig("miniature-dev", "features", "run", preview_prompts="a red circle")
+    assert config.data_dir == Path("features")
+    assert config.preview_prompts == ("a red circle",)

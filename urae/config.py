@@ -177,7 +177,7 @@ def check_types(config: Any) -> None:
 
 @cache
 def _list_adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     return {field.name: TypeAdapter(hints[field.name]) for field in fields(kind)}
 
 

@@ -250,7 +250,14 @@ class ResolutionPositions(nn.Module):
             return
         active = _active_adapters(module)
         inactive = tuple(name for name in self.adapter_names if name not in active)
-        if inactive and inactive != self._warned_about:
+        gone = [name for name in inactive if name not in getattr(module, "peft_config", {})]
+        if gone and inactive != self._warned_about:
+            warnings.warn(
+                f"the resolution policy is on but its adapter {', '.join(gone)} was removed; call "
+                "urae.adapt again, or urae.restore(pipe) to leave ultra-resolution",
+                stacklevel=2,
+            )
+        elif inactive and inactive != self._warned_about:
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "
                 "(loading another LoRA deactivates earlier ones, disable_lora all); call "

@@ -94,7 +94,7 @@ def test_adapters_are_named_peft_adapters(load_pipe, expected, sample):
     pipe.set_adapters(["urae_2k", "urae_4k"])
     assert torch.equal(sample(pipe), both)
     pipe.delete_adapters("urae_4k")
-    with pytest.warns(UserWarning, match="urae_4k is not active"):
+    with pytest.warns(UserWarning, match="urae_4k was removed"):
         assert torch.equal(sample(pipe), only_2k)
     urae.adapt(pipe, [lora, minor], adapter_names=["a", "b"])
     assert pipe.get_active_adapters() == ["a", "b"]
@@ -579,3 +579,30 @@ def test_attention_backend(load_pipe, expected, sample, rel):
     with attention_backend("native"):  # set_attention_backend sets the process's own for good
         pipe.transformer.set_attention_backend("_native_math")
         assert rel(sample(pipe), wanted) < 1e-5
+
+
+def test_a_removed_adapter_warns_with_what_helps(load_pipe, expected, sample):
+    pipe = urae.adapt(load_pipe(), stages(expected, "dev")["2k"])
+    pipe.unload_lora_weights()
+    with pytest.warns(UserWarning, match=r"urae_2k was removed; call urae.adapt again"):
+        sample(pipe)
+
+
+def test_a_scheduler_made_of_ours_gets_its_shift_back(load_pipe, expected):
+    lora, policy = stages(expected, "dev")["2k"], ResolutionPolicy(time_shift=6.0)
+    pipe = load_pipe()
+    before = {name: pipe.scheduler.config[name] for name in ("shift", "use_dynamic_shifting")}
+    for _ in range(2):
+        urae.adapt(pipe, lora, policy=policy)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        assert pipe.scheduler.config.shift == 6.0
+    urae.restore(pipe)
+    assert {name: pipe.scheduler.config[name] for name in before} == before
+    urae.adapt(pipe, lora, policy=policy)
+    pipe.scheduler = own = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
+    assert urae.restore(pipe).scheduler is own
+
+
+def test_a_policy_of_another_type(load_pipe):
+    with pytest.raises(ValueError, match=r"must be a urae\.ResolutionPolicy"):
+        urae.adapt(load_pipe(), policy={"ntk_factor": 2.0})

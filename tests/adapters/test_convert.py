@@ -195,3 +195,24 @@ def test_a_layer_without_kohya_name():
     layers = {"x_embedder": LowRank(torch.ones(1, 2), torch.ones(2, 1))}
     with pytest.raises(ValueError, match="x_embedder has no name in kohya"):
         to_kohya(layers)
+
+
+def test_a_minor_adapter_after_another_than_its_own_is_told(tmp_path, expected, caplog):
+    lora, other = expected / "dev_2k_lora.safetensors", tmp_path / "other.safetensors"
+    halved = {k: v / 2 if "_B" in k else v for k, v in load_file(lora).items()}
+    save_file(halved, other)
+    initial, layer = torch.ones(64, 1), "transformer_blocks.0.attn.to_q"
+    layers = {layer: LowRank(initial.T.repeat(2, 1), initial.repeat(1, 2))}
+    metadata = {"urae.kind": "minor", "urae.rank": "1", "urae.over": str(lora)}
+    minor = tmp_path / "m.safetensors"
+    write_lora(minor, layers, metadata)
+
+    def convert_after(*before):
+        caplog.clear()
+        sources = (*map(str, before), str(minor))
+        convert(ConvertConfig(sources, tmp_path / "c.safetensors", overwrite=True))
+        return caplog.text
+
+    assert convert_after(lora) == ""
+    assert f"stands after {other}" in convert_after(other)
+    assert "2 adapters stand before minor adapter" in convert_after(other, lora)

@@ -304,3 +304,8 @@ def test_original_weights_in_the_hubs_cache(bases, monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "snapshot_download", lambda repo, **_: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"holds quantised weights \(I8\)"):
         open_original_weights(transformer, names)
+
+
+def test_components_to_leave_out_are_known(bases):
+    with pytest.raises(ValueError, match=r"without \['t5'\] must name components: transformer"):
+        load_pipeline(str(bases["dev"]), dtype=torch.float32, without=["t5"])

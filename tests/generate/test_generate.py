@@ -2,8 +2,9 @@ import json
 import os
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -244,6 +245,15 @@ def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_
     save_picture(path, Image.new("RGB", (8, 8)), record)
     with pytest.raises(FileExistsError, match="is there with height 128, this job has 96"):
         generate(settings(resume=True))
+    policy, other = ResolutionPolicy(), ResolutionPolicy(time_shift=3.0)
+    whole = {**record, "height": 96, "model": settings().model, "adapters": [], "loras": []}
+    whole |= {"speed": settings().speed, "steps": 2, "policy": asdict(policy)}
+    save_picture(path, Image.new("RGB", (8, 8)), whole)
+    assert (
+        generate(settings(resume=True)) == generate(settings(resume=True, policy=policy)) == [path]
+    )
+    with pytest.raises(FileExistsError, match="is there with policy"):
+        generate(settings(resume=True, policy=other))
     path.write_bytes(b"mine")
     with pytest.raises(ValueError, match="is no whole PNG"):
         generate(settings(resume=True))
@@ -717,7 +727,9 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-def test_steps_are_not_lost_where_decoding_runs_out_of_memory(settings, monkeypatch, tmp_path):
+def test_steps_are_not_lost_where_decoding_runs_out_of_memory(
+    settings, load_pipe, monkeypatch, tmp_path
+):
     (whole,) = generate(settings(height=256, width=256, steps=1))
     limits, decode = [], vae.decode
     errors = [
@@ -740,7 +752,7 @@ def test_steps_are_not_lost_where_decoding_runs_out_of_memory(settings, monkeypa
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):  # the others would wait for this one
         limits.clear()
         latents = torch.zeros(1, 4, 8, 8)
-        vae.decode_within_free(None, latents, group=object())
+        vae.decode_within_free(load_pipe().vae, latents, group=object())
     assert len(limits) == 1
 
 
@@ -758,3 +770,21 @@ def test_a_picture_that_is_not_finite_is_not_written(settings, monkeypatch, name
     with pytest.raises(FloatingPointError, match=message):
         generate(config)
     assert not config.output_dir.exists()
+
+
+def test_jobs_in_two_threads(settings, expected, tmp_path):
+    adapters = (str(expected / "dev_2k_lora.safetensors"),)
+    configs = [settings(adapters=adapters, steps=1, output_dir=tmp_path / str(n)) for n in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        paths = [path for (path,) in pool.map(generate, configs)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"  # not left on meta
+
+
+def test_a_prompt_that_is_cut_is_told(settings, caplog):
+    long = settings(prompts=("red " * 40,), steps=1, max_sequence_length=16)
+    generate(long)
+    assert "tokens and is read to the 16th" in caplog.text
+    caplog.clear()
+    generate(replace(long, prompts=("red",)))
+    assert "is read to" not in caplog.text

@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -260,3 +260,16 @@ def test_what_is_lost_is_not_merged(monkeypatch):
     assert merge_weight(weight, down, up) is None
     monkeypatch.setattr(joined_adapters, "_MAX_LOSS", 1.0)
     assert torch.equal(merge_weight(weight, down, up), weight)
+
+
+@pytest.mark.parametrize("sign", [0.5, -1.0])
+def test_numbers_written_past_torchs_count_are_followed(adapted, draw, rel, part, sign):
+    """As peft's hotswap writes them; -1 leaves each factor's norm as it was."""
+    pipe = apply(adapted(), part)
+    before = draw(pipe)
+    for layer in pipe.transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_B["urae_2k"].weight.data.mul_(sign)
+    found = draw(pipe)
+    assert rel(before, found) > 1e-3
+    assert rel(found, draw(apply(pipe))) < 2e-6

@@ -450,3 +450,8 @@ def test_no_step_waits_for_the_device(adapted, sample, parts, attention):
             sample(pipe, num_inference_steps=steps)
         counts.append(reads.count)
     assert counts[1] == counts[2]
+
+
+def test_a_part_that_is_no_text(load_pipe):
+    with pytest.raises(ValueError, match="must be a text, NAME or NAME=STRENGTH"):
+        urae.optimize(load_pipe(), parts=[("progressive", 0.5)])

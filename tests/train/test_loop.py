@@ -488,3 +488,9 @@ def test_tensorboard_draws_each_step_once(settings):
     train(replace(config, steps=2, overwrite=True))
     assert steps() == [1, 2]
     assert (config.output_dir / "urae" / "mine.txt").exists()
+
+
+def test_a_run_where_gradients_are_off(settings):
+    with torch.inference_mode():
+        result = train(settings(steps=2))
+    assert all(map(math.isfinite, result.losses))

@@ -30,6 +30,9 @@ Source = str | os.PathLike[str]
 Pipe = TypeVar("Pipe")
 
 _ORIGINAL = "_urae_original"  # where an adapted scheduler keeps the one it was made from
+_SHIFT = ("shift", "use_dynamic_shifting")
+_shifted: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The scheduler that each pipe was given."""
 _owners: WeakKeyDictionary[nn.Module, "ref[Any]"] = WeakKeyDictionary()
 """The pipe that each transformer was adapted through; others that share it inherit."""
 
@@ -65,6 +68,8 @@ def adapt(
         FileNotFoundError: If an adapter is missing, or the original weights that a minor adapter
             needs.
     """
+    if policy is not None and not isinstance(policy, ResolutionPolicy):
+        raise ValueError(f"policy {policy!r} must be a urae.ResolutionPolicy, or None")
     transformer, sources = transformer_of(pipe), as_sources(adapters)
     if (inherited := _find_inherited(pipe, transformer, sources, policy)) is not None:
         _set_policy(pipe, inherited)
@@ -132,8 +137,7 @@ def restore(pipe: Pipe) -> Pipe:
         _owners.pop(transformer, None)
     for controlnet in _controlnets_of(pipe):
         remove_policy(controlnet)
-    scheduler = pipe.scheduler  # type: ignore[attr-defined]
-    pipe.scheduler = getattr(scheduler, _ORIGINAL, scheduler)  # type: ignore[attr-defined]
+    _restore_scheduler(pipe)
     return pipe
 
 
@@ -288,9 +292,24 @@ def _set_policy(pipe: Any, policy: ResolutionPolicy) -> None:
     """Follow it outside of the transformer: in ControlNets and scheduler."""
     for controlnet in _controlnets_of(pipe):
         apply_policy(controlnet, policy)
-    original = getattr(pipe.scheduler, _ORIGINAL, pipe.scheduler)
+    _restore_scheduler(pipe)
+    original = pipe.scheduler
     pipe.scheduler = shift_scheduler(original, policy)
     setattr(pipe.scheduler, _ORIGINAL, original)
+    _shifted[pipe] = pipe.scheduler
+
+
+def _restore_scheduler(pipe: Any) -> None:
+    """Put back the scheduler from before, or its time shift into one that was made of ours."""
+    scheduler, ours = pipe.scheduler, _shifted.pop(pipe, None)
+    if hasattr(scheduler, _ORIGINAL):
+        pipe.scheduler = getattr(scheduler, _ORIGINAL)
+    elif ours is not None and all(
+        scheduler.config.get(name) == ours.config[name] for name in _SHIFT
+    ):
+        before = getattr(ours, _ORIGINAL).config
+        changes = {name: before[name] for name in _SHIFT}
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, **changes)
 
 
 def _path_of(pipe: Any) -> str | None:

@@ -3,12 +3,14 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from urae.adapters.files import AdapterFile, LowRank, merge_minor
+from urae.adapters.files import AdapterFile, LowRank, find_local_adapter, merge_minor
 from urae.adapters.minor import minor_components
+from urae.storage import digest_file
 
 logger = logging.getLogger(__name__)
 
@@ -151,11 +153,25 @@ def check_order(files: Sequence[AdapterFile]) -> None:
                 f"{file.path} is a {file.kind} adapter, which acts alone; leave the others out"
             )
         trained_over = file.metadata.get("urae.over")
-        if file.kind == "minor" and trained_over and index == 0:
+        if file.kind != "minor" or not trained_over:
+            continue
+        if index == 0:
             raise ValueError(
                 f"minor adapter {file.path} was trained over {trained_over}; give both in order, "
                 "that one first"
             )
+        if _is_other(trained_over, files[index - 1].path):
+            logger.warning(
+                "minor adapter %s was trained over %s and stands after %s, over which it does "
+                "something else; give it right after the former",
+                file.path, trained_over, files[index - 1].path,
+            )  # fmt: skip
+
+
+def _is_other(name: str, path: Path) -> bool:
+    """Tell whether a file is surely not the adapter of a name; one that is not here may be any."""
+    found = find_local_adapter(name)
+    return found is not None and digest_file(found) != digest_file(path)
 
 
 def find_initial(
@@ -176,6 +192,12 @@ def find_initial(
                 f"{adapter.path} does not hold its B0 and A0: name the base that it was trained "
                 "on (--model), and its 2K LoRA before it"
             )
+        if len(over) > 1:
+            logger.warning(
+                "%d adapters stand before minor adapter %s, whose file has its B0 and A0 over the "
+                "last: name the base (--model) to have them computed over all, as urae.adapt does",
+                len(over), adapter.path,
+            )  # fmt: skip
         return adapter.initial
     if not over and adapter.initial is None:
         logger.warning(

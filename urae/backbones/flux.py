@@ -50,6 +50,7 @@ MAX_TEXT_TOKENS = 512
 MAX_UNGUIDED_TEXT_TOKENS = 256
 """The same of FLUX.1-schnell, which has no guidance."""
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_COMPONENTS = ("transformer", "vae", *TEXT_COMPONENTS)
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 1 << 16
@@ -150,6 +151,8 @@ def load_pipeline(
         ValueError: As `fetch_model`, and if a single file is to be quantised.
         FileNotFoundError, PermissionError: As `fetch_model`.
     """
+    if unknown := sorted(set(without) - set(_COMPONENTS)):
+        raise ValueError(f"without {unknown} must name components: {', '.join(_COMPONENTS)}")
     path = fetch_model(model, without=without)
     parts: dict[str, Any] = {name: None for name in without}
     logger.info("loading %s from %s", model, path)
@@ -204,6 +207,12 @@ def fingerprint_component(folder: Path, component: str) -> str:
                 stream.seek(start)
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def count_tokens(pipe: FluxPipeline, prompt: str) -> int:
+    """Count the T5 tokens of a whole prompt, its end included."""
+    tokenizer: Any = pipe.tokenizer_2
+    return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
 
 @torch.no_grad()

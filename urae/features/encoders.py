@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from urae.backbones.devices import pick_device, pick_dtype
-from urae.backbones.flux import TEXT_COMPONENTS, encode_prompts, load_pipeline
+from urae.backbones.flux import TEXT_COMPONENTS, count_tokens, encode_prompts, load_pipeline
 from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
 from urae.backbones.vae import encode
 
@@ -57,8 +57,7 @@ class Encoders:
 
     def count_tokens(self, caption: str) -> int:
         """Count the T5 tokens of a whole caption, its end included."""
-        tokenizer: Any = self._text_pipe.tokenizer_2
-        return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
+        return count_tokens(self._text_pipe, caption)
 
     @torch.no_grad()
     def encode_image(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,8 @@ def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
     }
     given = ("steps", "guidance_scale", "max_sequence_length")
     wanted |= {name: getattr(config, name) for name in given if getattr(config, name) is not None}
+    if config.policy is not None:
+        wanted["policy"] = asdict(config.policy)
     for name, value in wanted.items():
         if not is_recorded(record, name, value):
             raise FileExistsError(

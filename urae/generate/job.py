@@ -7,6 +7,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from traceback import clear_frames
 from typing import Any
 
@@ -27,6 +28,7 @@ from urae.backbones.context_parallel import (
 from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.flux import (
     build_meta_models,
+    count_tokens,
     encode_prompts,
     fetch_model,
     find_local,
@@ -73,6 +75,9 @@ from urae.geometry import num_image_tokens
 from urae.resolution import ResolutionPolicy, find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
+
+# while weights load, transformers and peft change how every new module of the process is made
+_LOADING = Lock()
 
 _AGAIN = "start all of them again, where there is a --seed with --resume, else with --overwrite"
 
@@ -261,7 +266,11 @@ class _Job:
         return leave_compiled_out(self.parts) if tier in QUANTIZED else [*self.parts]
 
     def load(self, tier: Tier) -> FluxPipeline:
-        """Load the model with its adapters, on the CPU."""
+        """Load the model with its adapters, on the CPU; one thread at a time."""
+        with _LOADING:
+            return self._load(tier)
+
+    def _load(self, tier: Tier) -> FluxPipeline:
         config = self.config
         inexact = [str(part) for part in self.list_parts(tier) if part.name not in EXACT]
         if tier in QUANTIZED:
@@ -366,6 +375,13 @@ def _encode_prompts(
     else:
         for encoder in encoders:
             encoder.to(device)
+    for prompt in dict.fromkeys(prompts):
+        if (num_tokens := count_tokens(pipe, prompt)) > max_sequence_length:
+            logger.warning(
+                "prompt %r has %d tokens and is read to the %dth: the rest of it counts for "
+                "nothing; shorten it, or raise --max-sequence-length where the model has more",
+                f"{prompt[:40]}...", num_tokens, max_sequence_length,
+            )  # fmt: skip
     embeds = {
         prompt: PromptEmbeds(
             *(

@@ -12,8 +12,9 @@ measured against what the adapters add as well, and in bfloat16 they stay produc
 **Nothing goes stale.** Layers, factors and weights of peft stay in place and untouched, so that
 `set_adapters`, `load_lora_weights`, `delete_adapters` and a scale in `joint_attention_kwargs` work
 as ever. Before each forward of the transformer what was made of them is compared with what they
-are now, and made anew if they have changed. Where blocks are offloaded by then, peft's own forward
-comes back instead.
+are now, and made anew if they have changed. New numbers written past torch's count of versions, as
+peft's hotswap writes them, are looked for when the text changes: once a picture. Where blocks are
+offloaded by then, peft's own forward comes back instead.
 """
 
 import logging
@@ -98,6 +99,8 @@ class _JoinedAdapters:
         self._layers: list[Any] = []
         self._held: list[Any] = []  # so that nothing else takes their place in memory
         self._state: list[Any] = []
+        self._text: Tensor | None = None  # of the last forward
+        self._sums: Tensor | None = None
         self._has_warned = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -105,7 +108,9 @@ class _JoinedAdapters:
         """Follow what has changed since the last forward."""
         # the forward multiplies the adapters' scales by it after this hook
         scale = (kwargs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
-        if self._read(scale) == self._state:
+        is_other_text = kwargs.get("encoder_hidden_states") is not self._text
+        self._text = kwargs.get("encoder_hidden_states")
+        if self._read(scale) == self._state and not (is_other_text and self._have_other_numbers()):
             return
         were_joined = any(isinstance(layer, _OneProduct | _Merged) for layer in self._layers)
         self.release()
@@ -132,6 +137,7 @@ class _JoinedAdapters:
         dtype = self._transformer.dtype  # diffusers goes through all modules for it
         plain = [layer for layer in self._layers if _is_plain(layer, dtype)]
         count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
+        self._sums = _sum_up(self._layers)
         if self._merge and plain and not count and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -150,6 +156,13 @@ class _JoinedAdapters:
             for name in _BUFFERS:
                 layer._buffers.pop(name, None)
                 layer._non_persistent_buffers_set.discard(name)
+
+    def _have_other_numbers(self) -> bool:
+        """Tell whether factors hold others than those that were joined; waits for the device."""
+        sums = _sum_up(self._layers)
+        if sums is None or self._sums is None:
+            return False
+        return not torch.equal(sums, self._sums)
 
     def _read(self, scale: float) -> list[Any]:
         """Describe all that peft's forwards read, but for the numbers of the weights."""
@@ -177,6 +190,22 @@ def _list_weights(layer: Any) -> Iterator[Tensor]:
     for name in _list_active(layer):
         yield layer.lora_A[name].weight
         yield layer.lora_B[name].weight
+
+
+def _sum_up(layers: list[Any]) -> Tensor | None:
+    """Return sum and norm of each factor of the layers that are joined; None if none is."""
+    joined = [layer for layer in layers if isinstance(layer, _OneProduct | _Merged)]
+    factors = [
+        each[name].weight.detach()
+        for layer in joined
+        for name in _list_active(layer)
+        for each in (layer.lora_A, layer.lora_B)
+    ]
+    if not factors:
+        return None
+    sums = torch.stack([factor.sum(dtype=torch.float32) for factor in factors])
+    norms = torch.stack(torch._foreach_norm(factors)).float()
+    return torch.cat([sums, norms])
 
 
 def _describe(layer: Any) -> tuple[Any, ...]:

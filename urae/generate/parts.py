@@ -122,6 +122,8 @@ class Part:
         Raises:
             ValueError: If it is no such part.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"part {text!r} must be a text, NAME or NAME=STRENGTH")
         name, equals, number = text.partition("=")
         try:
             strength = float(number) if equals else None

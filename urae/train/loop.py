@@ -97,7 +97,7 @@ def train(
         ConnectionError: If another process of the run is lost.
         OSError: If a checkpoint cannot be written, or the GPU fails; earlier checkpoints stay.
     """
-    with explain_lost_rank(_AGAIN):
+    with explain_lost_rank(_AGAIN), torch.inference_mode(False), torch.enable_grad():
         accelerator = _build_accelerator(config)
         with hold_output(config.output_dir) if accelerator.is_main_process else nullcontext():
             return _Run(config, accelerator).train(on_step)
