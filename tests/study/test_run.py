@@ -13,6 +13,7 @@ import pytest
 from urae.study import run, run_study
 from urae.study.questions import QUESTIONS, table_2
 from urae.study.run import list_cells
+from urae.train import TrainResult
 
 FIGURES = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), 0.5)
 
@@ -61,6 +62,22 @@ def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
         run_study(config)
     assert run_study(config).done == 4
     assert scored == [(0, 1.0), (0, 3.5), (0, 3.5), (1, 1.0), (1, 3.5)]
+
+
+def test_a_stop_that_finds_a_run_finished_ends_the_study(study, two_cells, monkeypatch):
+    trained = []
+
+    def train(config):
+        trained.append(config.output_dir)
+        return TrainResult(1, config.output_dir / "adapter", True, 1, stopped=True)
+
+    monkeypatch.setattr(run, "make_data", lambda *_: None)
+    monkeypatch.setattr(run, "mix", lambda *_: None)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "_score", lambda *_: pytest.fail("went on"))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study("a"))
+    assert len(trained) == 1
 
 
 def test_no_cell_is_begun_when_the_time_is_up(study, two_cells, monkeypatch):

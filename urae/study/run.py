@@ -179,8 +179,8 @@ def _train(training: Training, start: Start, folders: Folders) -> None:
     data_dir = folders.root / "mixes" / run_dir.name
     mix(folders.data, training.parts, data_dir)
     config = build_train_config(training, start, data_dir, run_dir)
-    if not train(config).finished:
-        raise KeyboardInterrupt  # it caught the signal, and has saved a checkpoint
+    if train(config).stopped:
+        raise KeyboardInterrupt  # it caught the signal, and has saved what it had
 
 
 def build_train_config(
