@@ -71,7 +71,11 @@ def study_command(
         result = run_study(
             config, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
-    text = f"{result.done} of {result.total} runs, {result.text_path}"
+    written = str(result.text_path)
+    if result.text_path is None:
+        why = "the table there holds other runs of it" if result.done else "no run is done yet"
+        written = f"nothing written to {config.output_dir}: {why}"
+    text = f"{result.done} of {result.total} runs, {written}"
     if result.done == result.total:
         console.print("[green]done:[/]", Text(text), soft_wrap=True)
     else:

@@ -102,5 +102,7 @@ class StudyConfig:
                 f"num_validation {self.num_validation} must be at least 1 and below {smallest}, "
                 "the number of training pictures"
             )
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr {self.lr} must be a positive number")
         if not self.max_minutes > 0:
             raise ValueError(f"max_minutes {self.max_minutes} must be a positive number")
