@@ -43,7 +43,7 @@ def study_command(
     adapter: Annotated[str, typer.Option(help="2K LoRA under the 4K stage of c.")] = "miniature-2k",
     workers: Annotated[int, typer.Option(min=1, help="Processes; several share a GPU well.")] = 1,
     max_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Begin no cell after these; the same command goes on.")
+        float, typer.Option(min=0.01, help="Begin nothing after these; the same command goes on.")
     ] = math.inf,
     verbose: Verbose = False,
 ) -> None:

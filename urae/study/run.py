@@ -28,7 +28,7 @@ from urae.backbones.flux import load_pipeline
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.study.bench import Bench
-from urae.study.cells import Cell, DataSet, Training, identify
+from urae.study.cells import Cell, Training, identify
 from urae.study.config import StudyConfig
 from urae.study.data import find_folder, list_data, make_data, mix, read_quality
 from urae.study.measure import measure_held_out, measure_pictures, read_own_validation
@@ -135,7 +135,7 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
             on_progress(sum(folders.result(cell).is_file() for cell in cells), len(cells))
 
     tell()
-    make = partial(_make_data, folders=folders, deadline=deadline)
+    make = partial(make_data, folders.data, work_dir=folders.work_dir, deadline=deadline)
     for error in _run_all(make, list_data(pending), config.workers, lambda: None):
         raise error
     work = partial(run_group, folders=folders, deadline=deadline)
@@ -287,11 +287,6 @@ def _write_result(cell: Cell, figures: dict[str, float], path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(record, indent=1).encode())
-
-
-def _make_data(data: DataSet, *, folders: Folders, deadline: float) -> None:
-    if time.time() < deadline:
-        make_data(folders.data, data, folders.work_dir)
 
 
 def _run_all(
