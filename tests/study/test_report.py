@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from urae.study.plot import draw
@@ -31,6 +32,7 @@ def test_what_no_seed_changes_has_no_interval(rows):
     untrained = [replace(row, cell=replace(row.cell, training=None)) for row in rows()]
     text = write_text("a", QUESTIONS["a"], untrained, 24)
     assert "| lora | clean | 1 | 52.0 (47.0 to 57.0) | 0.3000 | 1.00 | 0.1000 |" in text
+    assert "+21.0 (+18.5 to +23.5); held-out loss -0.2000.\n" in text
     (figures, *_) = [figures for _, figures in summarize(untrained[:1])]
     assert figures["held_out_loss"].low == -math.inf  # one seed does not tell that
 
@@ -97,6 +99,28 @@ def test_a_plot_of_cells_with_one_seed_and_several_panels(all_cells, tmp_path):
     draw(QUESTIONS["d"], [(cell.factors, estimates) for cell in cells], tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_points_lie_side_by_side_where_a_tick_has_several(all_cells, tmp_path, monkeypatch):
+    places, errorbar = {}, Axes.errorbar
+
+    def record(axes, x, y, **how):
+        panel = axes.get_subplotspec().colspan.start
+        places.setdefault(panel, {})[how["label"]] = x
+        return errorbar(axes, x, y, **how)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
+    share = Estimate(0.0, 1e-18, 0.0126, 3)  # Wilson's, of no picture that passes
+    cells = [cell for cell in all_cells("d") if cell.seed == 0]
+    summary = [(cell.factors, {"score": share, "held_out_loss": share}) for cell in cells]
+    draw(QUESTIONS["d"], summary, tmp_path / "d.png")
+    on, _, auto, none = (places[panel] for panel in range(4))
+    assert on["on, static"][1] == 1 and on["on, static"][3:] == [3, 4]  # alone: upon the tick
+    assert auto == {"on, static": [4]}
+    assert none["on, static"] == pytest.approx([1.95, 4])
+    assert none["on, dynamic"] == pytest.approx([2.05])
+    here = [on[line][-1] for line in ("off, static", "on, 10", "on, dynamic")]
+    assert [on["on, static"][2], *here] == pytest.approx([1.85, 1.95, 2.05, 2.15])
 
 
 def test_a_study_without_matplotlib(monkeypatch):

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,20 @@ def summarize(rows: Sequence[Row]) -> Summary:
 def _estimate(name: str, rows: Sequence[Row]) -> Estimate:
     """Return the estimate of a figure from a cell's seeds."""
     values = [row.figures[name] for row in rows]
-    if name in METRICS and METRICS[name].is_share:
+    if _is_share(name):
         return estimate_share(values, sum(row.cell.scoring.num_captions for row in rows))
-    found = estimate(values)
-    is_fixed = rows[0].cell.training is None and found.count > 1 and len(set(values)) == 1
-    return replace(found, varies=not is_fixed)  # the loss of a base is the same for every seed
+    return replace(estimate(values), varies=not _is_fixed(values, rows))
+
+
+def _is_share(name: str) -> bool:
+    return name in METRICS and METRICS[name].is_share
+
+
+def _is_fixed(values: Sequence[float], rows: Iterable[Row]) -> bool:
+    """Tell whether no seed changes what was measured, as the loss of a base without adapter."""
+    return (
+        all(row.cell.training is None for row in rows) and len(values) > 1 and len(set(values)) == 1
+    )
 
 
 def decide(claim: Claim, rows: Sequence[Row]) -> dict[str, Estimate] | None:
@@ -139,18 +148,29 @@ def decide(claim: Claim, rows: Sequence[Row]) -> dict[str, Estimate] | None:
     whole = [each for each in pairs.values() if len(each) == most]
     if not whole:
         return None
-    found = {name: _compare(name, whole) for name in METRICS}
-    return {name: each for name, each in found.items() if each.varies or name == _DECIDING}
+    return {
+        name: _compare(name, whole)
+        for name in METRICS
+        if name == _DECIDING or _differs(name, whole)
+    }
 
 
-def _compare(name: str, pairs: Sequence[Sequence[tuple[Row, Row]]]) -> Estimate:
-    """Return the mean paired difference of a figure, from the pairs of each seed."""
-    if all(row.figures[name] == other.figures[name] for each in pairs for row, other in each):
-        return Estimate(0.0, 0.0, 0.0, len(pairs), varies=False)
-    return compare(
-        [_mean(row.figures[name] for row, _ in each) for each in pairs],
-        [_mean(other.figures[name] for _, other in each) for each in pairs],
-    )
+Pairs = Sequence[Sequence[tuple[Row, Row]]]
+"""Of each seed: a better cell by the claim, and a worse one."""
+
+
+def _differs(name: str, pairs: Pairs) -> bool:
+    return any(row.figures[name] != other.figures[name] for each in pairs for row, other in each)
+
+
+def _compare(name: str, pairs: Pairs) -> Estimate:
+    """Return the mean paired difference of a figure over the seeds."""
+    better = [_mean(row.figures[name] for row, _ in each) for each in pairs]
+    worse = [_mean(other.figures[name] for _, other in each) for each in pairs]
+    differences = [a - b for a, b in zip(better, worse, strict=True)]
+    rows = [row for each in pairs for pair in each for row in pair]
+    is_fixed = not _is_share(name) and _is_fixed(differences, rows)
+    return replace(compare(better, worse), varies=_differs(name, pairs) and not is_fixed)
 
 
 def _mean(values: Any) -> float:
