@@ -1,3 +1,4 @@
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from diffusers import FluxTransformer2DModel
 
 from urae.backbones.flux import PACKAGED
 from urae.study import StudyConfig
+from urae.study.results import Row, find_result
 from urae.study.run import list_cells
 
 TINY = {
@@ -35,6 +37,43 @@ def study(tmp_path):
     def build(question="a", **changes) -> StudyConfig:
         paths = {"work_dir": tmp_path / "work", "output_dir": tmp_path / "docs" / "study"}
         return StudyConfig(question, **{**paths, **TINY, "stand_in": True, **changes})
+
+    return build
+
+
+@pytest.fixture
+def finish():
+    """Leave in the work folder what finished cells do, each measured on some device."""
+
+    def write(config, cells, device="cpu", dtype="float32", score=0.5) -> list[Path]:
+        figures = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), score)
+        record = {"figures": figures, "device": device, "dtype": dtype, "torch": "2", "commit": "a"}
+        folder = config.work_dir / "study" / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [find_result(folder, cell) for cell in cells]
+        for path in paths:
+            path.write_text(json.dumps(record))
+        return paths
+
+    return write
+
+
+@pytest.fixture
+def rows(study):
+    """Results of question a: guidance 1 scores 0.2 more, give or take, whatever the rest."""
+
+    def build(gain=0.2, seeds=3):
+        found = []
+        for cell in list_cells(study("a", num_seeds=seeds)):
+            helped = gain * (cell.factors["guidance"] == 1.0)
+            score = 0.3 + helped + 0.01 * cell.seed * (1 + (cell.factors["guidance"] == 1.0))
+            figures = {"score": score, "held_out_loss": 0.5 - helped, "spectrum": 1.0}
+            record = {
+                "figures": {**figures, "wasserstein": 0.1, "data_score": 0.9},
+                **{"device": "H200", "dtype": "bfloat16", "torch": "2", "commit": "abc"},
+            }
+            found.append(Row(cell, record))
+        return found
 
     return build
 

@@ -8,7 +8,8 @@ from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.study import StudyConfig
 from urae.study.cells import Weights
 from urae.study.questions import QUESTIONS, SHARES, TEACHER_STEPS
-from urae.study.report import Row, decide
+from urae.study.report import decide
+from urae.study.results import Row
 from urae.study.run import group_cells, list_cells
 
 NUM_CELLS = {"a": 8, "b": 39, "c": 15, "d": 20, "e": 4, "f": 5}
@@ -132,6 +133,8 @@ def test_a_missing_teacher_is_said_first(study):
     [
         ({"num_seeds": 0}, "num_seeds 0 must be at least 1"),
         ({"num_samples": 16}, "num_validation 16 must be at least 1 and below 16"),
+        ({"lr": 0.0}, r"lr 0\.0 must be a positive number"),
+        ({"lr": -1.0}, r"lr -1\.0 must be a positive number"),
         ({"max_minutes": 0.0}, r"max_minutes 0\.0 must be a positive number"),
         ({"side_2k": 500}, "side_2k 500 is not a positive multiple of 16"),
         ({"side_2k": 64}, "side_2k 64 must be at least 128, the smallest that the scene check"),

@@ -4,35 +4,15 @@ import math
 from dataclasses import replace
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from urae.study.plot import draw
 from urae.study.questions import QUESTIONS
-from urae.study.report import Row, decide, judge, put_into_page, write_report, write_text
-from urae.study.run import list_cells
+from urae.study.report import decide, judge, summarize, write_report, write_text
 from urae.study.statistics import Estimate
 
 FIRST, *_ = QUESTIONS["a"].claims
-
-
-@pytest.fixture
-def rows(study):
-    """Results of question a: guidance 1 scores 0.2 more, give or take, whatever the rest."""
-
-    def build(gain=0.2, seeds=3):
-        found = []
-        for cell in list_cells(study("a", num_seeds=seeds)):
-            helped = gain * (cell.factors["guidance"] == 1.0)
-            score = 0.3 + helped + 0.01 * cell.seed * (1 + (cell.factors["guidance"] == 1.0))
-            figures = {"score": score, "held_out_loss": 0.5 - helped, "spectrum": 1.0}
-            record = {
-                "figures": {**figures, "wasserstein": 0.1, "data_score": 0.9},
-                **{"device": "H200", "dtype": "bfloat16", "torch": "2", "commit": "abc"},
-            }
-            found.append(Row(cell, record))
-        return found
-
-    return build
 
 
 @pytest.mark.parametrize(
@@ -46,6 +26,27 @@ def test_verdicts_follow_from_the_paired_interval(rows, gain, verdict):
     assert judge(found) == verdict
     text = write_text("a", QUESTIONS["a"], rows(gain), 24)
     assert f"with 3.5. (paper, section 3.3 and Table 2): **{verdict}**. Paired" in text
+
+
+def test_what_no_seed_changes_has_no_interval(rows):
+    untrained = [replace(row, cell=replace(row.cell, training=None)) for row in rows()]
+    text = write_text("a", QUESTIONS["a"], untrained, 24)
+    assert "| lora | clean | 1 | 52.0 (47.0 to 57.0) | 0.3000 | 1.00 | 0.1000 |" in text
+    assert "+21.0 (+18.5 to +23.5); held-out loss -0.2000.\n" in text
+    (figures, *_) = [figures for _, figures in summarize(untrained[:1])]
+    assert figures["held_out_loss"].low == -math.inf  # one seed does not tell that
+
+
+def test_a_claim_leaves_out_what_no_pair_differs_in(rows):
+    text = write_text("a", QUESTIONS["a"], rows(), 24)
+    assert "+21.0 (+18.5 to +23.5); held-out loss -0.2000 (-0.2000 to -0.2000).\n" in text
+    assert "spectrum" not in text.split("|")[0]
+    failed = [replace(row, record={**row.record, "figures": {**row.figures, "score": 0.0}})
+              for row in rows()]  # fmt: skip
+    assert judge(decide(FIRST, failed)["score"]) == "cannot tell"
+    text = write_text("a", QUESTIONS["a"], failed, 24)
+    assert "**cannot tell**. Paired difference over 3 seeds: scene check, % +0.0; held-out" in text
+    assert "| lora | clean | 1 | 0.0 (0.0 to 56.1) | 0.3000 (0.3000 to 0.3000) |" in text
 
 
 def test_one_seed_tells_nothing(rows):
@@ -82,15 +83,6 @@ def test_table_plot_and_text_are_written_and_go_into_the_page(rows, study):
     assert "| lora | clean | 1 | 52.0 (47.0 to 57.0) | 0.3000 (0.3000 to 0.3000) |" in text
     assert page.read_text().startswith("# A\n<!-- results of a -->\n\n8 cells, 3 seeds, on H200")
     assert "(study/a.png)" in page.read_text() and page.read_text().endswith("# B\n")
-    write_report(config, [], 24)
-    assert page.read_text().count("Not run yet.") == 1
-
-
-def test_a_page_without_a_place(tmp_path):
-    page = tmp_path / "study.md"
-    page.write_text("# Study\n")
-    with pytest.raises(ValueError, match="has no place for question b; put <!-- results of b -->"):
-        put_into_page(page, "b", "text")
 
 
 def test_the_page_of_the_project_has_a_place_for_each_question(pytestconfig):
@@ -107,6 +99,28 @@ def test_a_plot_of_cells_with_one_seed_and_several_panels(all_cells, tmp_path):
     draw(QUESTIONS["d"], [(cell.factors, estimates) for cell in cells], tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_points_lie_side_by_side_where_a_tick_has_several(all_cells, tmp_path, monkeypatch):
+    places, errorbar = {}, Axes.errorbar
+
+    def record(axes, x, y, **how):
+        panel = axes.get_subplotspec().colspan.start
+        places.setdefault(panel, {})[how["label"]] = x
+        return errorbar(axes, x, y, **how)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
+    share = Estimate(0.0, 1e-18, 0.0126, 3)  # Wilson's, of no picture that passes
+    cells = [cell for cell in all_cells("d") if cell.seed == 0]
+    summary = [(cell.factors, {"score": share, "held_out_loss": share}) for cell in cells]
+    draw(QUESTIONS["d"], summary, tmp_path / "d.png")
+    on, _, auto, none = (places[panel] for panel in range(4))
+    assert on["on, static"][1] == 1 and on["on, static"][3:] == [3, 4]  # alone: upon the tick
+    assert auto == {"on, static": [4]}
+    assert none["on, static"] == pytest.approx([1.95, 4])
+    assert none["on, dynamic"] == pytest.approx([2.05])
+    here = [on[line][-1] for line in ("off, static", "on, 10", "on, dynamic")]
+    assert [on["on, static"][2], *here] == pytest.approx([1.85, 1.95, 2.05, 2.15])
 
 
 def test_a_study_without_matplotlib(monkeypatch):

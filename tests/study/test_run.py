@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -7,12 +8,15 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
-from urae.study import run, run_study
+from urae.study import data, run, run_study
 from urae.study.questions import QUESTIONS, table_2
 from urae.study.run import list_cells
+from urae.train import TrainResult
 
 FIGURES = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), 0.5)
 
@@ -40,7 +44,7 @@ def test_a_cell_from_scenes_to_figures(study, two_cells, monkeypatch):
     monkeypatch.setattr(run, "run_group", lambda *_, **__: pytest.fail("ran again"))
     assert run_study(config).done == 1
     with pytest.raises(pytest.fail.Exception):
-        run_study(study("a", steps=3))
+        run_study(study("a", steps=3, output_dir=config.work_dir / "elsewhere"))
 
 
 def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
@@ -52,7 +56,7 @@ def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
             raise KeyboardInterrupt
         return FIGURES
 
-    monkeypatch.setattr(run, "make_data", lambda *_: None)
+    monkeypatch.setattr(run, "make_data", lambda *_, **__: None)
     monkeypatch.setattr(run, "_train", lambda *_: None)
     monkeypatch.setattr(run, "read_losses", lambda *_: [1.0])
     monkeypatch.setattr(run, "_score", score)
@@ -63,14 +67,66 @@ def test_a_killed_study_runs_the_rest_only(study, two_cells, monkeypatch):
     assert scored == [(0, 1.0), (0, 3.5), (0, 3.5), (1, 1.0), (1, 3.5)]
 
 
+def test_a_stop_that_finds_a_run_finished_ends_the_study(study, two_cells, monkeypatch):
+    trained = []
+
+    def train(config):
+        trained.append(config.output_dir)
+        return TrainResult(1, config.output_dir / "adapter", True, 1, stopped=True)
+
+    monkeypatch.setattr(run, "make_data", lambda *_, **__: None)
+    monkeypatch.setattr(run, "mix", lambda *_: None)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "_score", lambda *_: pytest.fail("went on"))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study("a"))
+    assert len(trained) == 1
+
+
 def test_no_cell_is_begun_when_the_time_is_up(study, two_cells, monkeypatch):
-    monkeypatch.setattr(run, "make_data", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr(data, "write_folder", lambda *_, **__: pytest.fail("began"))
     monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("began"))
     monkeypatch.setattr(run, "read_losses", lambda *_: [1.0])
     config = study("a", max_minutes=1e-9)
     result = run_study(config)
     assert (result.done, result.total) == (0, 2)
-    assert result.text_path.read_text() == "Not run yet.\n"
+    assert result.text_path is None and not config.output_dir.exists()
+
+
+@pytest.mark.parametrize(("deadline", "pictures", "features"), [(1, 0, 0), (4, 2, 0), (14, 4, 2)])
+def test_a_data_set_that_ran_out_of_time_goes_on_later(
+    study, two_cells, monkeypatch, tmp_path, deadline, pictures, features
+):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    wanted = list_cells(study("a"))[0].training.parts[0].data
+    looks = itertools.count(1)  # a second each: before all, each picture and each encoding
+    clock = SimpleNamespace(time=lambda: next(looks))
+    with monkeypatch.context() as patch:
+        patch.setattr("urae.miniature.sources.time", clock)
+        patch.setattr("urae.study.data.time", clock)
+        data.make_data(tmp_path / "cut", wanted, tmp_path, deadline=deadline)
+    folder = data.find_folder(tmp_path / "cut", wanted)
+    assert len(list(folder.glob("*.png"))) == pictures
+    assert len(list(folder.glob("*.safetensors"))) == features
+    data.make_data(tmp_path / "cut", wanted, tmp_path)
+    data.make_data(tmp_path / "whole", wanted, tmp_path)
+    whole = data.find_folder(tmp_path / "whole", wanted)
+    names = {path.name for path in whole.iterdir() if path.is_file()}
+    assert "quality.json" in names and names == {p.name for p in folder.iterdir() if p.is_file()}
+    assert all((folder / name).read_bytes() == (whole / name).read_bytes() for name in names)
+
+
+def test_the_teacher_stops_when_the_time_is_up(study, two_cells, monkeypatch, tmp_path):
+    wanted = list_cells(study("a", num_samples=150))[0].training.parts[0].data
+    wanted = replace(wanted, source="synthetic", teacher=wanted.encoders, teacher_steps=4)
+    drawn, looks = [], itertools.count(1)
+    monkeypatch.setattr(data, "load_stage", lambda *_: MagicMock())
+    monkeypatch.setattr(data, "write_synthetic", lambda *of, **_: drawn.append(of[2]))
+    monkeypatch.setattr(data, "cache", lambda *_, **__: pytest.fail("began"))
+    monkeypatch.setattr(data, "time", SimpleNamespace(time=lambda: next(looks)))
+    data.make_data(tmp_path, wanted, tmp_path, deadline=4)
+    data.make_data(tmp_path, wanted, tmp_path, deadline=4 + 5)
+    assert drawn == [range(64), range(64, 128), *(range(64), range(64, 128), range(128, 150))]
 
 
 def test_a_run_that_was_cut_off_is_resumed(study, two_cells, tmp_path):
@@ -139,13 +195,14 @@ def test_a_run_that_fails_leaves_the_others_alone(workers, caplog):
     assert caplog.text.count("a run failed, the others go on") == 2
 
 
-def test_the_report_comes_before_the_error(study, two_cells, monkeypatch):
+def test_the_report_comes_before_the_error(study, two_cells, finish, monkeypatch):
     def fail(cells, **_):
         raise OSError(f"no {cells[0].key}")
 
     monkeypatch.setattr(run, "run_group", fail)
     monkeypatch.setattr(run, "list_data", lambda _: [])
     config = study("a")
+    finish(config, list_cells(config)[:1])
     with pytest.raises(OSError, match="no "):
         run_study(config)
     assert (config.output_dir / "a.md").exists()

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from urae.study.statistics import compare, estimate, find_quantile
+from urae.study.statistics import compare, estimate, estimate_share, find_quantile
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,23 @@ def test_one_value_has_no_interval():
     assert not found.is_positive and not found.is_negative
     with pytest.raises(ValueError, match="no value to take the mean of"):
         estimate([])
+
+
+def test_shares_stay_within_their_bounds():
+    found = estimate_share([0.0, 0.01, 0.06], 300)
+    assert found.low == 0 and found.high == estimate([0.0, 0.01, 0.06]).high
+    assert estimate_share([1.0, 0.99, 0.94], 300).high == 1
+    assert estimate_share([0.5], 100) == estimate([0.5])
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high"),  # Wilson's interval, z = 1.96, by its formula
+    [(0.0, 0.0, 0.01264), (1.0, 0.98736, 1.0), (0.02, 0.00920, 0.04294)],
+)
+def test_alike_shares_have_the_interval_of_all_pictures(share, low, high):
+    found = estimate_share([share] * 3, 300)
+    assert (found.mean, found.count) == (share, 3)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_pairs_are_told_apart_where_means_are_not():

@@ -336,10 +336,22 @@ def test_a_stop_saves_and_leaves_measuring_for_later(settings, monkeypatch):
         if report.step == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    assert train(config, on_step=stop).step == 2
+    first = train(config, on_step=stop)
+    assert (first.step, first.stopped) == (2, True)
     assert measured == [0, 1]
-    train(replace(config, resume=True))
+    assert not train(replace(config, resume=True)).stopped
     assert measured == [0, 1, 2, 3, 4]
+
+
+def test_a_stop_during_the_last_step_is_told_of(settings):
+    config = settings()
+
+    def stop(report):
+        if report.step == config.steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    result = train(config, on_step=stop)
+    assert result.finished and result.stopped
 
 
 def test_a_step_that_cannot_be_logged_is_kept(settings, monkeypatch):

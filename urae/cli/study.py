@@ -43,7 +43,7 @@ def study_command(
     adapter: Annotated[str, typer.Option(help="2K LoRA under the 4K stage of c.")] = "miniature-2k",
     workers: Annotated[int, typer.Option(min=1, help="Processes; several share a GPU well.")] = 1,
     max_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Begin no cell after these; the same command goes on.")
+        float, typer.Option(min=0.01, help="Begin nothing after these; the same command goes on.")
     ] = math.inf,
     verbose: Verbose = False,
 ) -> None:
@@ -71,7 +71,11 @@ def study_command(
         result = run_study(
             config, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
-    text = f"{result.done} of {result.total} runs, {result.text_path}"
+    written = str(result.text_path)
+    if result.text_path is None:
+        why = "the table there holds other runs of it" if result.done else "no run is done yet"
+        written = f"nothing written to {config.output_dir}: {why}"
+    text = f"{result.done} of {result.total} runs, {written}"
     if result.done == result.total:
         console.print("[green]done:[/]", Text(text), soft_wrap=True)
     else:

@@ -89,10 +89,9 @@ def compare(reading: Reading, described: Scene | Description) -> SceneReport:
 def score(reports: Sequence[SceneReport], *, num_captions: int | None = None) -> Score:
     """Return the share of reports that pass, with Wilson's 95% interval.
 
-    The interval is Wilson's score interval (Journal of the American Statistical Association 22,
-    1927), which holds for few pictures and shares near 0 and 1 too. Pictures of one caption are
-    alike: they count as so many independent ones as have the variance that is found between the
-    captions' means (Kish, Survey Sampling, 1965: the design effect), at least one a caption.
+    Pictures of one caption are alike: they count as so many independent ones as have the variance
+    that is found between the captions' means (Kish, Survey Sampling, 1965: the design effect), at
+    least one a caption.
 
     Args:
         reports: All captions with one noise, then with the next.
@@ -110,14 +109,28 @@ def score(reports: Sequence[SceneReport], *, num_captions: int | None = None) ->
         statistics.fmean(each.passed for each in reports[i::captions]) for i in range(captions)
     ]
     between = sum((mean - share) ** 2 for mean in means)
-    count, z = float(captions), 1.959964
+    count = float(captions)
     if captions < len(reports) and between:
         independent = share * (1 - share) * captions * (captions - 1) / between
         count = min(max(independent, captions), len(reports))
+    return Score(share, *find_interval(share, count), len(reports))
+
+
+def find_interval(share: float, count: float) -> tuple[float, float]:
+    """Return the 95% interval of a share of independent pictures.
+
+    It is Wilson's score interval (Journal of the American Statistical Association 22, 1927), which
+    holds for few pictures and shares near 0 and 1 too.
+
+    Args:
+        share: Of the pictures.
+        count: How many they are, or are worth.
+    """
+    z = 1.959964
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     spread = math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     half = z * spread / (1 + z**2 / count)
-    return Score(share, max(0.0, middle - half), min(1.0, middle + half), len(reports))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _match_objects(

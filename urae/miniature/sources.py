@@ -5,7 +5,9 @@ them one word is wrong, in `VAGUE_SHARE`, independently, words are left out.
 """
 
 import json
+import math
 import random
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,6 +102,7 @@ def write_folder(
     width: int,
     *,
     workers: int = 1,
+    deadline: float = math.inf,
 ) -> int:
     """Write samples as a folder of captioned pictures that `urae cache` reads.
 
@@ -114,6 +117,7 @@ def write_folder(
         height: In pixels, a multiple of 16.
         width: The same.
         workers: Processes that share the indices.
+        deadline: No sample is begun after this time, as of `time.time`.
 
     Returns:
         How many were written.
@@ -123,7 +127,7 @@ def write_folder(
     """
     check_size(height, width)
     claim_folder(folder, {"kind": kind, "seed": seed, "height": height, "width": width})
-    write = partial(_write_sample, folder, kind, seed, height, width)
+    write = partial(_write_sample, folder, kind, seed, height, width, deadline)
     if workers == 1:
         return sum(map(write, indices))
     with start_processes(workers) as pool:
@@ -157,11 +161,13 @@ def _describe(settings: Mapping[str, str | int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _write_sample(folder: Path, kind: Kind, seed: int, height: int, width: int, index: int) -> bool:
-    """Tell whether it was not there."""
+def _write_sample(
+    folder: Path, kind: Kind, seed: int, height: int, width: int, deadline: float, index: int
+) -> bool:
+    """Tell whether it was written now."""
     draw, suffix = (sample_real, ".jpg") if kind == "real" else (sample_clean, ".png")
     image = folder / f"{index:06d}{suffix}"
-    is_new = not image.exists()
+    is_new = not image.exists() and time.time() < deadline
     if is_new:
         sample = draw(index, seed, height, width)
         text = json.dumps({"prompt": sample.caption})

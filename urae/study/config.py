@@ -52,7 +52,7 @@ class StudyConfig:
     workers: int = 1
     """Processes that work on cells; several share a GPU well, and all GPUs are used."""
     max_minutes: float = math.inf
-    """No cell is begun after these; the same call goes on."""
+    """No cell is begun after these, no picture of a data set; the same call goes on."""
     num_seeds: int = 3
     """Of each cell: initial weights, order, noise, and the captions and noises of its score."""
     num_samples: int = 1000
@@ -102,5 +102,7 @@ class StudyConfig:
                 f"num_validation {self.num_validation} must be at least 1 and below {smallest}, "
                 "the number of training pictures"
             )
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr {self.lr} must be a positive number")
         if not self.max_minutes > 0:
             raise ValueError(f"max_minutes {self.max_minutes} must be a positive number")

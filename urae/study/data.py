@@ -1,9 +1,11 @@
 """Training pictures and their features: made once, shared by the cells, mixed by links."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +22,11 @@ from urae.study.cells import Cell, DataSet, Part, identify
 
 _QUALITY_FILE = "quality.json"  # written last: a set that has it is whole
 _NUM_CHECKED = 200  # pictures of a set, to say how good it is
+_DRAWN_AT_ONCE = 64  # by the teacher, between two looks at the time: whole batches of it
+
+
+class _TimeIsUpError(Exception):
+    """What is made so far is kept."""
 
 
 def list_data(cells: Iterable[Cell]) -> list[DataSet]:
@@ -37,13 +44,14 @@ def find_folder(root: Path, data: DataSet) -> Path:
     return root / f"{data.source}-{data.side}-{_key(data)}"
 
 
-def make_data(root: Path, data: DataSet, work_dir: Path) -> None:
-    """Make a set's pictures and features, as far as they are not there.
+def make_data(root: Path, data: DataSet, work_dir: Path, deadline: float = math.inf) -> None:
+    """Make a set's pictures and features, as far as they are not there and there is time.
 
     Args:
         root: Folder of all sets.
         data: Which.
         work_dir: Of the miniature's stages, where the teacher is.
+        deadline: Nothing is begun after this time; another call goes on.
 
     Raises:
         FileNotFoundError: If the teacher is missing.
@@ -51,20 +59,40 @@ def make_data(root: Path, data: DataSet, work_dir: Path) -> None:
     folder = find_folder(root, data)
     if (folder / _QUALITY_FILE).is_file():
         return
-    indices = range(data.count)
-    if data.source == "synthetic":
-        assert data.teacher is not None and data.teacher_steps is not None
-        pipe = load_stage(data.teacher.name, work_dir).to(pick_device())
-        pipe.set_progress_bar_config(disable=True)
-        write_synthetic(
-            folder, pipe, indices, seed=data.seed, side=data.side, steps=data.teacher_steps
-        )
-    else:
-        workers = min(os.cpu_count() or 1, data.count)
-        write_folder(folder, data.source, indices, data.seed, data.side, data.side, workers=workers)
-    cache(CacheConfig(folder, data.encoders.name, data.side))
+
+    def watch(*_progress: object) -> None:
+        if time.time() >= deadline:
+            raise _TimeIsUpError
+
+    try:
+        watch()
+        if data.source == "synthetic":
+            _draw(folder, data, work_dir, watch)
+        else:
+            workers, sides = min(os.cpu_count() or 1, data.count), (data.side, data.side)
+            write_folder(
+                folder, data.source, range(data.count), data.seed, *sides,
+                workers=workers, deadline=deadline,
+            )  # fmt: skip
+        watch()  # they may not be whole
+        cache(CacheConfig(folder, data.encoders.name, data.side), progress=watch)
+    except _TimeIsUpError:
+        return
     quality = asdict(score([_check(path) for path in _pictures(folder)[:_NUM_CHECKED]]))
     write_atomic(folder / _QUALITY_FILE, json.dumps(quality).encode())
+
+
+def _draw(folder: Path, data: DataSet, work_dir: Path, watch: Callable[[], None]) -> None:
+    """Let the teacher draw the pictures that are not there, and look at the time in between."""
+    assert data.teacher is not None and data.teacher_steps is not None
+    pipe = load_stage(data.teacher.name, work_dir).to(pick_device())
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, data.count, _DRAWN_AT_ONCE):
+        watch()
+        some = range(start, min(start + _DRAWN_AT_ONCE, data.count))
+        write_synthetic(
+            folder, pipe, some, seed=data.seed, side=data.side, steps=data.teacher_steps
+        )
 
 
 def read_quality(root: Path, parts: Sequence[Part]) -> float:

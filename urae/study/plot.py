@@ -1,9 +1,11 @@
 """A question's plot: scene check and held-out loss with their intervals."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from urae.study.cells import Factor
@@ -16,6 +18,7 @@ _METRICS = {"score": "scene check, share that passes", "held_out_loss": "held-ou
 _COLOURS = ("#2660be", "#d1495b", "#2a9d6f", "#e0992f", "#7b4fa3", "#5c6470")
 _SPREAD = 0.5  # of the room between two values, for the lines side by side
 _PANEL_INCHES = (4.2, 3.2)
+_LETTERS_AN_INCH = 9  # of the title
 
 
 def check_plotting() -> None:
@@ -45,7 +48,7 @@ def draw(question: Question, summary: Summary, path: Path) -> None:
     width, height = _PANEL_INCHES
     size = (width * len(panels) + 1.6, height * len(_METRICS) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(question.title, fontsize=12)
+    figure.suptitle(fill(question.title, round(_LETTERS_AN_INCH * size[0])), fontsize=12)
     grid = figure.subplots(len(_METRICS), len(panels), sharex=True, sharey="row", squeeze=False)
     lines = list(dict.fromkeys(_line_of(factors, question) for factors, _ in summary))
     ticks = _values(summary, question.x)
@@ -55,12 +58,12 @@ def draw(question: Question, summary: Summary, path: Path) -> None:
             chosen = [
                 cell for cell in summary if panel is None or cell[0][str(question.panels)] == panel
             ]
+            placed = list(_place_cells(chosen, question, ticks, lines))
             for number, line in enumerate(lines):
-                some = [cell for cell in chosen if _line_of(cell[0], question) == line]
-                offset = _SPREAD * ((number + 0.5) / len(lines) - 0.5)
-                places = [ticks.index(factors[question.x]) + offset for factors, _ in some]
-                _draw_line(axes, places, [figures[metric] for _, figures in some], line, number)
+                points = [(place, figures[metric]) for of, place, figures in placed if of == line]
+                _draw_line(axes, points, line, number)
             axes.set_xticks(range(len(ticks)), [_write(tick) for tick in ticks])
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
             axes.grid(axis="y", color="#e2e4e8")
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0 and panel is not None:
@@ -77,7 +80,7 @@ def draw(question: Question, summary: Summary, path: Path) -> None:
         [handles[line] for line in labels],
         labels,
         title=", ".join(question.lines),
-        loc="outside right upper",
+        loc="outside right center",  # clear of the title
         frameon=False,
     )
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -87,22 +90,37 @@ def _line_of(factors: Mapping[str, Factor], question: Question) -> str:
     return ", ".join(_write(factors[name]) for name in question.lines)
 
 
-def _draw_line(
-    axes: Any, places: Sequence[float], estimates: Sequence[Estimate], line: str, number: int
-) -> None:
+def _place_cells(
+    cells: Summary, question: Question, ticks: Sequence[Factor], lines: Sequence[str]
+) -> Iterator[tuple[str, float, Mapping[str, Estimate]]]:
+    """Yield each cell's line, place and estimates: side by side where a tick has several lines."""
+    for tick, value in enumerate(ticks):
+        here = [cell for cell in cells if cell[0][question.x] == value]
+        here.sort(key=lambda cell: lines.index(_line_of(cell[0], question)))
+        for number, (factors, figures) in enumerate(here):
+            offset = (number - (len(here) - 1) / 2) * _SPREAD / len(lines)
+            yield _line_of(factors, question), tick + offset, figures
+
+
+def _draw_line(axes: Any, points: Sequence[tuple[float, Estimate]], line: str, number: int) -> None:
     """Draw points with their intervals; none where there was one seed."""
-    if not places:
+    if not points:
         return
-    halves = [0.0 if math.isinf(e.high) else e.high - e.mean for e in estimates]
+    estimates = [estimate for _, estimate in points]
+    known = [e if math.isfinite(e.low) else replace(e, low=e.mean, high=e.mean) for e in estimates]
     axes.errorbar(
-        places,
+        [place for place, _ in points],
         [each.mean for each in estimates],
-        yerr=halves,
+        yerr=[
+            [max(0.0, each.mean - each.low) for each in known],
+            [max(0.0, each.high - each.mean) for each in known],
+        ],
         fmt="o",
         markersize=5,
         capsize=3,
         color=_COLOURS[number % len(_COLOURS)],
         label=line,
+        clip_on=False,  # a point may lie on the axis
     )
 
 

@@ -2,10 +2,8 @@
 
 import csv
 import io
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +11,14 @@ from urae.config import flatten
 from urae.storage import write_atomic
 from urae.study.cells import Cell, Factor
 from urae.study.config import StudyConfig
+from urae.study.metrics import DATA_SCORE, METRICS
+from urae.study.output import find_page, put_into_page
 from urae.study.plot import draw
 from urae.study.questions import QUESTIONS, Claim, Question
-from urae.study.statistics import Estimate, compare, estimate
+from urae.study.results import Row
+from urae.study.statistics import Estimate, compare, estimate, estimate_share
 
-
-@dataclass(frozen=True)
-class Row:
-    """A finished cell."""
-
-    cell: Cell
-    record: Mapping[str, Any]
-    """What its file says."""
-
-    @property
-    def figures(self) -> Mapping[str, float]:
-        """By name."""
-        figures: Mapping[str, float] = self.record["figures"]
-        return figures
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a figure is written."""
-
-    title: str
-    scale: float
-    digits: int
-
-    def write(self, value: float, sign: bool = False) -> str:
-        """Write a value."""
-        return f"{self.scale * value:{'+' if sign else ''}.{self.digits}f}"
-
-
-METRICS = {
-    "score": Metric("scene check, %", 100, 1),
-    "held_out_loss": Metric("held-out loss", 1, 4),
-    "spectrum": Metric("spectrum, dB", 1, 2),
-    "wasserstein": Metric("sliced Wasserstein", 1, 4),
-}
-"""Those of the tables, the one that decides first; more is better of it, less of the others."""
-
-_DATA_SCORE = Metric("training pictures, %", 100, 1)
+_DECIDING = next(iter(METRICS))
 
 
 def write_report(config: StudyConfig, rows: Sequence[Row], num_cells: int) -> Path:
@@ -64,7 +28,7 @@ def write_report(config: StudyConfig, rows: Sequence[Row], num_cells: int) -> Pa
 
     Args:
         config: Of the study.
-        rows: The cells that are done.
+        rows: The cells that are done, one or more.
         num_cells: Cells times seeds that there are to be.
 
     Returns:
@@ -73,13 +37,11 @@ def write_report(config: StudyConfig, rows: Sequence[Row], num_cells: int) -> Pa
     question, folder, letter = QUESTIONS[config.question], config.output_dir, config.question
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{letter}.md"
-    if rows:
-        write_atomic(folder / f"{letter}.csv", write_csv(rows).encode())
-        draw(question, summarize(rows), folder / f"{letter}.png")
+    write_atomic(folder / f"{letter}.csv", write_csv(rows).encode())
+    draw(question, summarize(rows), folder / f"{letter}.png")
     write_atomic(path, write_text(letter, question, rows, num_cells).encode())
-    page = folder.with_suffix(".md")
-    if page.is_file():
-        prefix = f"{folder.name}/"
+    if page := find_page(folder):
+        prefix = f"{page.stem}/"
         put_into_page(page, letter, write_text(letter, question, rows, num_cells, prefix))
     return path
 
@@ -88,7 +50,6 @@ def write_csv(rows: Sequence[Row]) -> str:
     """Write a line for each cell and seed: factors, seed, figures, settings, where it ran."""
     lines = []
     for row in rows:
-        where = {key: row.record[key] for key in ("device", "dtype", "torch", "commit")}
         settings = _describe_settings(row.cell)
         lines.append(
             {
@@ -96,7 +57,7 @@ def write_csv(rows: Sequence[Row]) -> str:
                 "seed": row.cell.seed,
                 **row.figures,
                 "key": row.cell.key,
-                **where,
+                **row.origin,
                 **settings,
             }
         )
@@ -134,22 +95,36 @@ def summarize(rows: Sequence[Row]) -> Summary:
     for row in rows:
         groups.setdefault(tuple(row.cell.factors.items()), []).append(row)
     return [
-        (
-            dict(factors),
-            {
-                name: estimate([row.figures[name] for row in group])
-                for name in group[0].figures
-            },
-        )
+        (dict(factors), {name: _estimate(name, group) for name in group[0].figures})
         for factors, group in groups.items()
-    ]  # fmt: skip
+    ]
+
+
+def _estimate(name: str, rows: Sequence[Row]) -> Estimate:
+    """Return the estimate of a figure from a cell's seeds."""
+    values = [row.figures[name] for row in rows]
+    if _is_share(name):
+        return estimate_share(values, sum(row.cell.scoring.num_captions for row in rows))
+    return replace(estimate(values), varies=not _is_fixed(values, rows))
+
+
+def _is_share(name: str) -> bool:
+    return name in METRICS and METRICS[name].is_share
+
+
+def _is_fixed(values: Sequence[float], rows: Iterable[Row]) -> bool:
+    """Tell whether no seed changes what was measured, as the loss of a base without adapter."""
+    return (
+        all(row.cell.training is None for row in rows) and len(values) > 1 and len(set(values)) == 1
+    )
 
 
 def decide(claim: Claim, rows: Sequence[Row]) -> dict[str, Estimate] | None:
     """Return the mean paired difference, better less worse, of each metric.
 
     Of each seed, the differences of all pairs of cells are averaged; the interval is that of these
-    means over the seeds.
+    means over the seeds. A figure in which no pair differs is left out: what the claim is about
+    does not bear on it. The deciding one stays, without an interval.
 
     Returns:
         By metric; None if there is no pair of finished cells.
@@ -174,12 +149,28 @@ def decide(claim: Claim, rows: Sequence[Row]) -> dict[str, Estimate] | None:
     if not whole:
         return None
     return {
-        name: compare(
-            [_mean(row.figures[name] for row, _ in each) for each in whole],
-            [_mean(other.figures[name] for _, other in each) for each in whole],
-        )
+        name: _compare(name, whole)
         for name in METRICS
+        if name == _DECIDING or _differs(name, whole)
     }
+
+
+Pairs = Sequence[Sequence[tuple[Row, Row]]]
+"""Of each seed: a better cell by the claim, and a worse one."""
+
+
+def _differs(name: str, pairs: Pairs) -> bool:
+    return any(row.figures[name] != other.figures[name] for each in pairs for row, other in each)
+
+
+def _compare(name: str, pairs: Pairs) -> Estimate:
+    """Return the mean paired difference of a figure over the seeds."""
+    better = [_mean(row.figures[name] for row, _ in each) for each in pairs]
+    worse = [_mean(other.figures[name] for _, other in each) for each in pairs]
+    differences = [a - b for a, b in zip(better, worse, strict=True)]
+    rows = [row for each in pairs for pair in each for row in pair]
+    is_fixed = not _is_share(name) and _is_fixed(differences, rows)
+    return replace(compare(better, worse), varies=_differs(name, pairs) and not is_fixed)
 
 
 def _mean(values: Any) -> float:
@@ -202,12 +193,10 @@ def write_text(
     Args:
         letter: Of the question.
         question: Its claims and title.
-        rows: The cells that are done.
+        rows: The cells that are done, one or more.
         num_cells: Cells times seeds that there are to be.
         prefix: Of the links to plot and table.
     """
-    if not rows:
-        return "Not run yet.\n"
     lines = [_describe_run(rows, num_cells), ""]
     lines += [_write_claim(claim, rows) for claim in question.claims]
     lines += ["", *_write_table(summarize(rows)), ""]
@@ -244,27 +233,20 @@ def _write_claim(claim: Claim, rows: Sequence[Row]) -> str:
     found = decide(claim, rows)
     if found is None:
         return f"{head} **not tested**, its cells are missing."
-    score = found["score"]
+    score = found[_DECIDING]
     others = "; ".join(
-        f"{metric.title} {write_estimate(found[name], metric, sign=True)}"
+        f"{metric.title} {metric.write_estimate(found[name], sign=True)}"
         for name, metric in METRICS.items()
+        if name in found
     )
     verdict, seeds = judge(score), _count(score.count, "seed")
     return f"{head} **{verdict}**. Paired difference over {seeds}: {others}."
 
 
-def write_estimate(found: Estimate, metric: Metric, sign: bool = False) -> str:
-    """Write a mean with its interval, if it has one."""
-    mean = metric.write(found.mean, sign)
-    if math.isinf(found.low):
-        return f"{mean} (no interval)"
-    return f"{mean} ({metric.write(found.low, sign)} to {metric.write(found.high, sign)})"
-
-
 def _write_table(summary: Summary) -> list[str]:
     metrics = dict(METRICS)
     if any("data_score" in figures for _, figures in summary):
-        metrics["data_score"] = _DATA_SCORE
+        metrics["data_score"] = DATA_SCORE
     head = [*summary[0][0], *(metric.title for metric in metrics.values())]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for factors, figures in summary:
@@ -276,24 +258,6 @@ def _write_table(summary: Summary) -> list[str]:
             elif name == "data_score":  # the same pictures for every seed
                 cells.append(metric.write(figures[name].mean))
             else:
-                cells.append(write_estimate(figures[name], metric))
+                cells.append(metric.write_estimate(figures[name]))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def put_into_page(page: Path, letter: str, text: str) -> None:
-    """Replace what a page says between the marks of a question.
-
-    Raises:
-        ValueError: If the page has no such marks.
-    """
-    begin, end = f"<!-- results of {letter} -->", f"<!-- end of {letter} -->"
-    before = page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(before):
-        raise ValueError(
-            f"page {page} has no place for question {letter}; put {begin} and {end} on lines of "
-            "their own, or choose another --output"
-        )
-    after = pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", before)
-    write_atomic(page, after.encode())

@@ -28,13 +28,15 @@ from urae.backbones.flux import load_pipeline
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.study.bench import Bench
-from urae.study.cells import Cell, DataSet, Training, identify
+from urae.study.cells import Cell, Training, identify
 from urae.study.config import StudyConfig
 from urae.study.data import find_folder, list_data, make_data, mix, read_quality
 from urae.study.measure import measure_held_out, measure_pictures, read_own_validation
+from urae.study.output import check_output, holds_more
 from urae.study.plot import check_plotting
 from urae.study.questions import QUESTIONS
-from urae.study.report import Row, write_report
+from urae.study.report import write_report
+from urae.study.results import check_place, find_result, read_results
 from urae.study.starts import Start, prepare_start
 from urae.train import OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints
@@ -55,8 +57,9 @@ class StudyResult:
     done: int
     total: int
     """Cells times seeds."""
-    text_path: Path
-    """The report's text; table and plot lie beside it."""
+    text_path: Path | None
+    """The report's text; table and plot lie beside it. None if nothing was written, as no cell is
+    done, or as the table that is there holds some that are not done here."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Folders:
         return self.work_dir / "study"
 
     @property
+    def results(self) -> Path:
+        """A file for each finished cell."""
+        return self.root / "results"
+
+    @property
     def data(self) -> Path:
         """A folder for each set of pictures."""
         return self.root / "data"
@@ -82,7 +90,7 @@ class Folders:
 
     def result(self, cell: Cell) -> Path:
         """A finished cell's figures."""
-        return self.root / "results" / f"{cell.key}.json"
+        return find_result(self.results, cell)
 
 
 def list_cells(config: StudyConfig) -> list[Cell]:
@@ -107,6 +115,8 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
 
     Raises:
         ValueError, FileNotFoundError: If a base, teacher or adapter is missing.
+        ValueError, FileExistsError: If the output folder is of another study or of no use, or what
+            cells have left is damaged or of another device; before anything is made.
         ModuleNotFoundError: If matplotlib is not installed.
         KeyboardInterrupt: On Ctrl-C or SIGTERM; the runs in progress are saved.
     """
@@ -115,6 +125,9 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
     cells = list_cells(config)
     folders = Folders(config.work_dir.resolve())
     pending = [cell for cell in cells if not folders.result(cell).is_file()]
+    there = read_results(folders.results, cells)
+    place = check_place(there, folders.results, goes_on=bool(pending))
+    check_output(config, cells, place)
     groups = group_cells(pending)
 
     def tell() -> None:
@@ -122,17 +135,16 @@ def run_study(config: StudyConfig, *, on_progress: OnProgress | None = None) -> 
             on_progress(sum(folders.result(cell).is_file() for cell in cells), len(cells))
 
     tell()
-    make = partial(_make_data, folders=folders, deadline=deadline)
+    make = partial(make_data, folders.data, work_dir=folders.work_dir, deadline=deadline)
     for error in _run_all(make, list_data(pending), config.workers, lambda: None):
         raise error
     work = partial(run_group, folders=folders, deadline=deadline)
     errors = _run_all(work, groups, config.workers, tell)
-    rows = [
-        Row(cell, json.loads(path.read_text()))
-        for cell in cells
-        if (path := folders.result(cell)).is_file()
-    ]
-    text_path = write_report(config, rows, len(cells))
+    rows = read_results(folders.results, cells)
+    check_place(rows, folders.results, goes_on=False)  # another machine may have shared the folder
+    text_path = None
+    if rows and not holds_more(config, rows):
+        text_path = write_report(config, rows, len(cells))
     for error in errors:
         raise error
     return StudyResult(len(rows), len(cells), text_path)
@@ -179,8 +191,8 @@ def _train(training: Training, start: Start, folders: Folders) -> None:
     data_dir = folders.root / "mixes" / run_dir.name
     mix(folders.data, training.parts, data_dir)
     config = build_train_config(training, start, data_dir, run_dir)
-    if not train(config).finished:
-        raise KeyboardInterrupt  # it caught the signal, and has saved a checkpoint
+    if train(config).stopped:
+        raise KeyboardInterrupt  # it caught the signal, and has saved what it had
 
 
 def build_train_config(
@@ -275,11 +287,6 @@ def _write_result(cell: Cell, figures: dict[str, float], path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(record, indent=1).encode())
-
-
-def _make_data(data: DataSet, *, folders: Folders, deadline: float) -> None:
-    if time.time() < deadline:
-        make_data(folders.data, data, folders.work_dir)
 
 
 def _run_all(

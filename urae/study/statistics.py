@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from urae.miniature.check import find_interval
 
 _COVERAGE = 0.95
 
@@ -17,6 +19,8 @@ class Estimate:
     high: float
     count: int
     """Of values."""
+    varies: bool = True
+    """False of what every seed measures alike: its interval would have no width."""
 
     @property
     def is_positive(self) -> bool:
@@ -32,8 +36,7 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the mean of independent values, and its interval if they are normally distributed.
 
-    Values that are all alike have an interval of no width: a share that is 0 for every seed says
-    less than that.
+    Values that are all alike have an interval of no width; `estimate_share` knows better.
 
     Raises:
         ValueError: If there is no value.
@@ -47,6 +50,25 @@ def estimate(values: Sequence[float]) -> Estimate:
     variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     half = find_quantile(count - 1) * math.sqrt(variance / count)
     return Estimate(mean, mean - half, mean + half, count)
+
+
+def estimate_share(shares: Sequence[float], num_pictures: int) -> Estimate:
+    """Return the mean of independent shares with its interval, within 0 and 1.
+
+    Where two seeds or more have the same share, 0 of all pictures mostly, their spread says
+    nothing: the interval is then Wilson's, over all pictures.
+
+    Args:
+        shares: Of as many pictures each.
+        num_pictures: Of all shares together.
+    """
+    found = estimate(shares)
+    if found.count == 1:
+        return found
+    if len(set(shares)) == 1:
+        low, high = find_interval(shares[0], num_pictures)
+        return Estimate(shares[0], low, high, found.count)
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -71,6 +71,8 @@ class TrainResult:
     """Of each step of the whole run; on the main process alone."""
     held_out_losses: tuple[float, ...] = ()
     """Of the whole run, as often as they were measured; on the main process alone."""
+    stopped: bool = False
+    """Whether a signal asked for a stop; one that came during the last step found it finished."""
 
 
 def train(
@@ -185,16 +187,18 @@ class _Run:
                 state.write_adapter(config.output_dir, self.metadata)
             self.accelerator.wait_for_everyone()
         folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
+        stopped = self.monitor.agree_to_stop(stop)
         self.accelerator.end_training()
-        return self._build_result(folder / LORA_FILE_NAME)
+        return self._build_result(folder / LORA_FILE_NAME, stopped)
 
-    def _build_result(self, adapter_path: Path) -> TrainResult:
+    def _build_result(self, adapter_path: Path, stopped: bool) -> TrainResult:
         step, curves = self.state.step, self.monitor.curves
         return TrainResult(
             step,
             adapter_path,
             finished=step == self.config.steps,
             num_steps=step - self.inputs.start.step,
+            stopped=stopped,
             losses=tuple(read_losses(self.config.output_dir)) if curves else (),
             held_out_losses=tuple(curves.held_out_losses) if curves else (),
         )
