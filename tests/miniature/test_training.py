@@ -38,7 +38,7 @@ from urae.miniature.text import TEXT_PARTS, label_tokens
 from urae.miniature.world import caption, sample_scene, training_scene
 from urae.resolution import read_base_policy
 
-SCORE = ScoreConfig(side=128, num_captions=1, num_seeds=2, steps=1)
+SCORE = ScoreConfig(side=192, num_captions=1, num_seeds=2, steps=1)
 STAGE = "batch_size = 2\nnum_scenes = 3\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
 RECIPE = (
     "[vae]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
