@@ -148,6 +148,24 @@ def test_synthetic_pictures_are_a_folder_to_cache(tmp_path):
     assert (tmp_path / "000000.png").stat().st_mtime_ns == before
 
 
+def test_pictures_of_two_teachers_do_not_mix(tmp_path):
+    def write(weights, dtype=torch.float32, **sampling):
+        parts = build_miniature("teacher", guided=False, seed=weights)
+        pipe = build_pipeline(parts, static_shift=None, latent_mean=0.0, latent_std=1.0).to(dtype)
+        pipe.set_progress_bar_config(disable=True)
+        sampling = {"seed": 1, "side": 32, "steps": 1, **sampling}
+        return write_synthetic(tmp_path, pipe, range(2), **sampling)
+
+    assert write(weights=0) == 2
+    assert write(weights=0, dtype=torch.bfloat16) == 0  # as a GPU would load it
+    message = "another set .*steps 1, guidance 3.5, teacher .*; choose another folder, or delete"
+    for other in ({"weights": 1}, {"weights": 0, "steps": 2}, {"weights": 0, "guidance_scale": 2}):
+        with pytest.raises(ValueError, match=message):
+            write(**other)
+    with pytest.raises(ValueError, match="height 40 is not a positive multiple of 16"):
+        write(weights=0, side=40)
+
+
 def test_edges_cost_more_than_areas_of_the_same_error():
     wanted = torch.zeros(1, 3, 32, 32)
     flat, stripes = torch.full_like(wanted, 0.1), torch.full_like(wanted, 0.1)
