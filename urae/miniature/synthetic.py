@@ -13,7 +13,7 @@ from torch import Tensor
 from urae.geometry import check_size
 from urae.miniature.model import TEXT_TOKENS
 from urae.miniature.photograph import encode_picture
-from urae.miniature.sources import claim_folder
+from urae.miniature.sources import Settings, claim_folder
 from urae.miniature.world import caption, training_scene
 from urae.storage import write_atomic
 
@@ -89,7 +89,7 @@ def write_synthetic(
         FileExistsError: If it holds anything else.
     """
     check_size(side, side)
-    settings = {
+    settings: Settings = {
         "kind": "synthetic",
         "seed": seed,
         "height": side,
