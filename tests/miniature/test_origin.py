@@ -55,7 +55,11 @@ def origin_of(work, *names):
     [
         ("lr = 1e-3, w", "lr = 2e-3, w", "made with lr = 0.001, but the recipe now says 0.002"),
         ("[vae]", "seed = 5\n[vae]", "made with seed = 0, but the recipe now says 5"),
-        ("num_captions = 2", "num_captions = 3", "made with num_captions = 2, but the recipe now says 3"),
+        (
+            "num_captions = 2",
+            "num_captions = 3",
+            "made with num_captions = 2, but the recipe now says 3",
+        ),
     ],
 )
 def test_a_stage_does_not_go_on_with_another_recipe(recipe, tmp_path, old, new, message):
