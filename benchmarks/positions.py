@@ -5,11 +5,10 @@
 
 The flow loss on true renders that nothing trains on, at guidance 1 and the same noises for all
 rows, at noisy levels, where a picture's layout is decided, and at the rest; with the 95% interval
-of its paired difference from the reference's factor of 10.
+of its paired difference from the reference's factor of 10, by Student's t.
 """
 
 import argparse
-import math
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from urae.miniature.model import POLICY
 from urae.miniature.pool import Pool, build_pool
 from urae.miniature.text import TEXT_PARTS
 from urae.resolution import ResolutionPolicy
+from urae.study.statistics import compare
 
 FIRST_SEED = 2**41
 LEVELS = {"sigma 0.85 to 1": (0.85, 1.0), "sigma 0.3 to 0.85": (0.3, 0.85)}
@@ -58,9 +58,8 @@ def measure_losses(pipe: Any, pool: Pool, levels: tuple[float, float]) -> Tensor
 
 def describe(losses: Tensor, reference: Tensor) -> str:
     """Write a mean, and the mean difference from the reference with its 95% interval."""
-    change = losses - reference
-    interval = 1.96 * change.std().item() / math.sqrt(len(change))
-    return f"{losses.mean():.3f} ({change.mean():+.3f} +- {interval:.3f})"
+    change = compare(losses.tolist(), reference.tolist())
+    return f"{losses.mean():.3f} ({change.mean:+.3f} +- {change.high - change.mean:.3f})"
 
 
 def report(side: int, count: int, factors: Sequence[str], adapters: Sequence[str]) -> None:

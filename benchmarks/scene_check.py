@@ -106,7 +106,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--count", type=int, default=300, help="scenes a size")
     parser.add_argument(
-        "--sizes", nargs="+", default=["256", "512", "1024", "384x256", "512x1024"], metavar="SIZE"
+        "--sizes",
+        nargs="+",
+        default=["192", "256", "512", "1024", "384x256", "512x1024"],
+        metavar="SIZE",
     )
     parser.add_argument("--vae", type=Path, help="weights of a VAE stage of the miniature")
     arguments = parser.parse_args()

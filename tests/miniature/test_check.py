@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from urae.miniature.check import SceneReport, check_scene, compare, score
 from urae.miniature.grammar import LIGHTS, SHAPES, TEXTURES, parse_caption
 from urae.miniature.photograph import blur, decode_picture, encode_picture
-from urae.miniature.read import read_picture
+from urae.miniature.read import LEAST_SIDE, read_picture
 from urae.miniature.render import OBJECT_RGB, render
 from urae.miniature.segment import find_components
 from urae.miniature.sources import PARTS, make_wrong
@@ -83,8 +83,25 @@ def test_the_largest_size():
         assert check_scene(degrade(draw(scene, 1024, 1024)), scene).passed
 
 
+def test_true_renders_of_the_least_size_pass():
+    size = (LEAST_SIDE, LEAST_SIDE)
+    reports = [check_scene(draw(scene, *size), scene) for scene in MANY[:200]]
+    assert score(reports).share >= 0.99
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(256, 256), (512, 512), (1024, 1024), (512, 768), (384, 256)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (LEAST_SIDE, LEAST_SIDE),
+        (LEAST_SIDE, 2 * LEAST_SIDE),
+        (256, 256),
+        (512, 512),
+        (1024, 1024),
+        (512, 768),
+        (384, 256),
+    ],
+)
 def test_the_bars(size):
     readings = [read_picture(draw(scene, *size)) for scene in MANY]
     assert score(list(map(compare, readings, MANY))).share >= 0.99
@@ -217,8 +234,9 @@ def test_a_picture_that_is_none():
     for picture in (torch.zeros(3, 256, 256), np.zeros((256, 256, 3), np.uint8)):
         with pytest.raises(ValueError, match="is not 8-bit sRGB of shape 3 x H x W"):
             check_scene(picture, SCENE)
-    with pytest.raises(ValueError, match="64 x 256 is too small to read"):
-        check_scene(torch.zeros(3, 64, 256, dtype=torch.uint8), SCENE)
+    message = "176 x 256 is too small to read; its sides must be at least 192 pixels"
+    with pytest.raises(ValueError, match=message):
+        check_scene(torch.zeros(3, 176, 256, dtype=torch.uint8), SCENE)
 
 
 # --- reading --------------------------------------------------------------------------------------

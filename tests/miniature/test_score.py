@@ -68,12 +68,13 @@ def test_a_stage_excludes_a_model_and_adapters(arguments, cli):
 def test_the_command_says_what_was_scored(lora, tmp_path, monkeypatch, cli):
     configs = []
 
-    def score(pipe, config):
+    def score(pipe, config, on_progress):
+        on_progress(1, 1500)
         configs.append(config)
         return [SceneReport(*[True] * 9)] * config.num_captions
 
     monkeypatch.setattr(score_module, "score_pipeline", score)
-    output = tmp_path / "score.json"
+    output = tmp_path / "figures" / "score.json"
     outcome = cli("miniature", "score", "--adapter", lora, "--side", "512", "--output", output)
     assert outcome.exit_code == 0, outcome.exception
     found = json.loads(output.read_text())
@@ -86,6 +87,45 @@ def test_the_command_says_what_was_scored(lora, tmp_path, monkeypatch, cli):
     assert (config.side, config.steps, config.guidance_scale) == (512, 24, 3.5)
     assert cli("miniature", "score", "--first", 500).exit_code == 0
     assert (configs[0].first_caption, configs[1].first_caption) == (0, 500)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--side", "500"], ValueError, "side 500 is not a positive multiple of 16"),
+        (["--side", "176"], ValueError, "side 176 must be at least 192, the smallest that the sc"),
+        (["--output", "."], FileExistsError, r"output \. is a folder; name a \.json file"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_loads(
+    arguments, error, message, cli, monkeypatch
+):
+    monkeypatch.setattr(score_module, "load_scored", lambda **_: pytest.fail("it loads"))
+    outcome = cli("miniature", "score", *arguments)
+    with pytest.raises(error, match=message):
+        raise outcome.exception
+
+
+def test_only_stages_with_a_transformer_are_offered(cli, tmp_path):
+    outcome = cli("miniature", "score", "vae", "--work", tmp_path)
+    message = (
+        "stage 'vae' is no transformer; choose one of base, refined, dev, schnell, teacher_256"
+    )
+    assert message in str(outcome.exception)
+
+
+def test_progress_is_told_by_the_picture(monkeypatch):
+    def draw(pipe, scenes, numbers, **_):
+        return [torch.zeros(3, 192, 192, dtype=torch.uint8) for _ in scenes]
+
+    monkeypatch.setattr(score_module, "draw_scenes", draw)
+    told = []
+    config = score_module.ScoreConfig(192, num_captions=2, num_seeds=2)
+    reports = score_module.score_pipeline(
+        None, config, on_progress=lambda done, total: told.append((done, total))
+    )
+    assert len(reports) == 4
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.fixture

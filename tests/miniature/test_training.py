@@ -38,7 +38,7 @@ from urae.miniature.text import TEXT_PARTS, label_tokens
 from urae.miniature.world import caption, sample_scene, training_scene
 from urae.resolution import read_base_policy
 
-SCORE = ScoreConfig(side=128, num_captions=1, num_seeds=2, steps=1)
+SCORE = ScoreConfig(side=192, num_captions=1, num_seeds=2, steps=1)
 STAGE = "batch_size = 2\nnum_scenes = 3\nloop = { steps = 2, lr = 1e-3, warmup_steps = 1 }\n"
 RECIPE = (
     "[vae]\npixels = 65536\nnum_scenes = 2\nlarge_sides = []\nlarge_share = 0.0\n"
@@ -146,6 +146,24 @@ def test_synthetic_pictures_are_a_folder_to_cache(tmp_path):
     assert not skips
     assert sources[2].captions == {"prompt": caption(training_scene(1, 2))}
     assert (tmp_path / "000000.png").stat().st_mtime_ns == before
+
+
+def test_pictures_of_two_teachers_do_not_mix(tmp_path):
+    def write(weights, dtype=torch.float32, **sampling):
+        parts = build_miniature("teacher", guided=False, seed=weights)
+        pipe = build_pipeline(parts, static_shift=None, latent_mean=0.0, latent_std=1.0).to(dtype)
+        pipe.set_progress_bar_config(disable=True)
+        sampling = {"seed": 1, "side": 32, "steps": 1, **sampling}
+        return write_synthetic(tmp_path, pipe, range(2), **sampling)
+
+    assert write(weights=0) == 2
+    assert write(weights=0, dtype=torch.bfloat16) == 0  # as a GPU would load it
+    message = "another set .*steps 1, guidance 3.5, teacher .*; choose another folder, or delete"
+    for other in ({"weights": 1}, {"weights": 0, "steps": 2}, {"weights": 0, "guidance_scale": 2}):
+        with pytest.raises(ValueError, match=message):
+            write(**other)
+    with pytest.raises(ValueError, match="height 40 is not a positive multiple of 16"):
+        write(weights=0, side=40)
 
 
 def test_edges_cost_more_than_areas_of_the_same_error():

@@ -13,8 +13,8 @@ from urae.study.results import Row, find_result
 from urae.study.run import list_cells
 
 TINY = {
-    "side_2k": 128,
-    "side_4k": 128,
+    "side_2k": 192,
+    "side_4k": 192,
     "num_samples": 4,
     "num_samples_4k": 4,
     "num_validation": 1,

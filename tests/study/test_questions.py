@@ -137,7 +137,7 @@ def test_a_missing_teacher_is_said_first(study):
         ({"lr": -1.0}, r"lr -1\.0 must be a positive number"),
         ({"max_minutes": 0.0}, r"max_minutes 0\.0 must be a positive number"),
         ({"side_2k": 500}, "side_2k 500 is not a positive multiple of 16"),
-        ({"side_2k": 64}, "side_2k 64 must be at least 128, the smallest that the scene check"),
+        ({"side_2k": 176}, "side_2k 176 must be at least 192, the smallest that the scene check"),
     ],
 )
 def test_sizes_out_of_range(changes, message):

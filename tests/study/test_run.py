@@ -148,7 +148,7 @@ def test_seeds_have_captions_of_their_own_and_cells_share_them(study, two_cells,
 
     def draw(pipe, scenes, numbers, **sampling):
         drawn.append([scene.seed for scene in scenes])
-        return [torch.zeros(3, 128, 128, dtype=torch.uint8) for _ in scenes]
+        return [torch.zeros(3, 192, 192, dtype=torch.uint8) for _ in scenes]
 
     monkeypatch.setattr(measure, "draw_scenes", draw)
     pipe = type("Pipe", (), {"device": torch.device("cpu")})()

@@ -9,7 +9,13 @@ import typer
 from rich.text import Text
 
 from urae.adapters.packaged import BASE
-from urae.cli.terminal import Verbose, console, is_first_rank, quiet_progress_bars
+from urae.cli.terminal import (
+    Verbose,
+    build_progress,
+    console,
+    is_first_rank,
+    quiet_progress_bars,
+)
 
 miniature_app = typer.Typer(no_args_is_help=True)
 
@@ -147,7 +153,7 @@ def score_command(
 ) -> None:
     """Generate pictures of held-out captions and print how many pass the scene check."""
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from urae.miniature.score import (
         ScoreConfig,
@@ -158,14 +164,22 @@ def score_command(
     )
     from urae.storage import write_atomic
 
+    config = ScoreConfig(side, captions, seeds, workers=workers, first_caption=first)
+    if output:
+        _make_place(output)
     quiet_progress_bars()
     name, adapters = stage.value if stage else None, adapter or []
     pipe = load_scored(model=model, stage=name, work_dir=work, adapters=adapters)
     usual_steps, usual_guidance = default_sampling(pipe, name)
     steps = usual_steps if steps is None else steps
     guidance = usual_guidance if guidance is None else guidance
-    config = ScoreConfig(side, captions, seeds, steps, guidance, workers, first)
-    found = summarize(score_pipeline(pipe, config), captions)
+    config = replace(config, steps=steps, guidance_scale=guidance)
+    with build_progress() as bar:
+        task = bar.add_task("pictures", total=captions * seeds)
+        reports = score_pipeline(
+            pipe, config, on_progress=lambda done, _: bar.update(task, completed=done)
+        )
+    found = summarize(reports, captions)
     what = {"stage": name} if name else {"model": model or BASE, "adapters": adapters}
     whole = f"{name or model or BASE}{' with ' if adapters else ''}{' and '.join(adapters)}"
     interval = f"{found['low']:.1%} to {found['high']:.1%}"
@@ -177,6 +191,13 @@ def score_command(
     typer.echo(", ".join(f"{part} {found[part]:.1%}" for part in parts))
     if output:
         write_atomic(output, json.dumps({**what, **asdict(config), **found}, indent=1).encode())
+
+
+def _make_place(output: Path) -> None:
+    """Make a file's folder before the work that it is for."""
+    if output.is_dir():
+        raise FileExistsError(f"output {output} is a folder; name a .json file")
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 @miniature_app.command("export")

@@ -76,14 +76,15 @@ def export_pipelines(work_dir: Path, output_dir: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If a stage's file is missing.
+        ValueError: If a stage was trained on other files than are there; nothing is written.
     """
+    has_schnell = (work_dir / "schnell.safetensors").is_file()
+    pipes = {name: load_stage(name, work_dir) for name in _KINDS if has_schnell or name == "dev"}
     folders = []
-    for name in _KINDS:
-        if name == "schnell" and not (work_dir / "schnell.safetensors").is_file():
-            continue
+    for name, pipe in pipes.items():
         record = read_record(name, work_dir)
         folder = output_dir / f"miniature-{name}"
-        write_pipeline(folder, load_stage(name, work_dir))
+        write_pipeline(folder, pipe)
         write_atomic(folder / "recipe.json", json.dumps(record, indent=1).encode())
         seed = tomllib.loads(record[name]["urae.recipe"]).get("seed", 0)
         card = _CARD.format(name=folder.name, kind=_KINDS[name], seed=seed, tokens=TEXT_TOKENS)

@@ -3,6 +3,7 @@
 Under torchrun the processes share each batch, and average their gradients.
 """
 
+import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, distributed, nn
 
+from urae.miniature.origin import check_same_origin, pick_origin
+from urae.storage import write_atomic
 from urae.train.guards import catch_stop
 
 logger = logging.getLogger(__name__)
@@ -23,6 +28,9 @@ _LOG_EVERY_SECONDS = 20.0
 _KEEP_EVERY_SECONDS = 60.0
 _CLOCK_EVERY_STEPS = 50
 _ALIGNMENT = 64  # elements
+# what comes of a state file that holds something else, and of one that is damaged or cut short
+_OTHER = (ValueError, LookupError, TypeError, AttributeError)
+_DAMAGE = (*_OTHER, BadZipFile, UnpicklingError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -140,8 +148,9 @@ def run_loop(
     Raises:
         FloatingPointError: If loss or gradient is not finite where it is looked at: every 20 s, and
             before any state is saved.
+        ValueError: As `read_state`.
+        OSError: If the state cannot be saved, no space being left for one; that of before is whole.
     """
-    state_path = run.state_file(stage)
     weights = FlatParameters(module)
     optimizer = torch.optim.AdamW(
         [weights.vector], lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay,
@@ -150,7 +159,7 @@ def run_loop(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     average = weights.vector.detach().clone()
     tensors = {"weights": weights.vector.detach(), "average": average}
-    step = _load_state(state_path, tensors, optimizer, schedule, run.device)
+    step = _load_state(stage, run, tensors, optimizer, schedule)
     generator = torch.Generator(run.device)
     logged = kept = time.monotonic()
     logged_step = step
@@ -180,7 +189,7 @@ def run_loop(
             due = stopping or now - kept > _KEEP_EVERY_SECONDS
             if (due or step == config.steps) and run.rank == 0:
                 _check_finite(norm, step)
-                _save_state(state_path, tensors, optimizer, schedule, step)
+                _save_state(stage, run, tensors, optimizer, schedule, step)
                 kept = time.monotonic()
             if stopping:
                 break
@@ -268,25 +277,64 @@ def _agree_to_stop(wanted: bool, step: int, run: StageRun) -> bool:
     return flag.item() > 0
 
 
+def read_state(stage: str, run: StageRun) -> dict[str, Any] | None:
+    """Read what a stage goes on from, None if it starts.
+
+    Raises:
+        ValueError: If the file is damaged, or was made by another recipe or from other files.
+    """
+    path = run.state_file(stage)
+    if not path.is_file():
+        return None
+    stream = io.BytesIO(path.read_bytes())
+    try:
+        with ZipFile(stream) as archive:
+            if archive.testzip() is not None:
+                raise _damaged(path)
+        stream.seek(0)
+        state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+        origin = dict(state.get("origin", {}))
+    except _DAMAGE as error:
+        raise _damaged(path) from error
+    check_same_origin(path, origin, pick_origin(run.metadata))
+    return state
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is no whole state of a stage; delete it to begin the stage anew")
+
+
 def _save_state(
-    path: Path, tensors: Mapping[str, Tensor], optimizer: Any, schedule: Any, step: int
+    stage: str,
+    run: StageRun,
+    tensors: Mapping[str, Tensor],
+    optimizer: Any,
+    schedule: Any,
+    step: int,
 ) -> None:
+    path = run.state_file(stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
     states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    torch.save({"step": step, **tensors, **states}, beside)
-    beside.replace(path)
+    stream = io.BytesIO()
+    torch.save({"step": step, "origin": pick_origin(run.metadata), **tensors, **states}, stream)
+    write_atomic(path, stream.getvalue())
 
 
 def _load_state(
-    path: Path, tensors: Mapping[str, Tensor], optimizer: Any, schedule: Any, device: torch.device
+    stage: str, run: StageRun, tensors: Mapping[str, Tensor], optimizer: Any, schedule: Any
 ) -> int:
-    if not path.is_file():
+    state = read_state(stage, run)
+    if state is None:
         return 0
-    saved = torch.load(path, map_location=device, weights_only=True)
-    for name, tensor in tensors.items():
-        tensor.copy_(saved[name])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    logger.info("going on from step %d", saved["step"])
-    return int(saved["step"])
+    try:
+        step = int(state["step"])
+        for name, tensor in tensors.items():
+            if state[name].shape != tensor.shape:
+                raise _damaged(run.state_file(stage))
+            tensor.copy_(state[name])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    except _OTHER as error:
+        raise _damaged(run.state_file(stage)) from error
+    logger.info("going on from step %d", step)
+    return step

@@ -1,6 +1,6 @@
 """The scene check over many captions and seeds of one pipeline."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from urae.adapters.packaged import BASE
 from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.flux import load_pipeline
 from urae.config import check_types
+from urae.geometry import check_side
 from urae.miniature.check import SceneReport, Score, check_scene, score
 from urae.miniature.model import HELD_OUT_SEED
 from urae.miniature.processes import start_processes
+from urae.miniature.read import LEAST_SIDE
 from urae.miniature.stages import load_stage
 from urae.miniature.synthetic import generate_pictures
 from urae.miniature.world import Scene, caption, sample_scene
@@ -43,6 +45,12 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_side("side", self.side)
+        if self.side < LEAST_SIDE:
+            raise ValueError(
+                f"side {self.side} must be at least {LEAST_SIDE}, the smallest that the scene "
+                "check reads"
+            )
 
 
 def load_scored(
@@ -96,12 +104,18 @@ def held_out_scenes(count: int, first: int = 0) -> list[Scene]:
     return [sample_scene(HELD_OUT_SEED + number) for number in range(first, first + count)]
 
 
-def score_pipeline(pipe: FluxPipeline, config: ScoreConfig) -> list[SceneReport]:
+def score_pipeline(
+    pipe: FluxPipeline,
+    config: ScoreConfig,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[SceneReport]:
     """Generate pictures of held-out captions and check each against its caption.
 
     Args:
         pipe: A miniature pipeline on its device, adapted or not.
         config: How many, of which size.
+        on_progress: Told how many pictures are made, of how many.
 
     Returns:
         A report a picture: all captions with the first noise, then with the next.
@@ -117,10 +131,10 @@ def score_pipeline(pipe: FluxPipeline, config: ScoreConfig) -> list[SceneReport]
         guidance_scale=config.guidance_scale,
     )
     with start_processes(config.workers) as pool:
-        checks = [
-            pool.submit(check_scene, picture.numpy(), scene)
-            for picture, scene in zip(pictures, scenes, strict=True)
-        ]
+        checks = []
+        for picture, scene in zip(pictures, scenes, strict=True):
+            checks.append(pool.submit(check_scene, picture.numpy(), scene))
+            on_progress(len(checks), len(scenes))
         return [check.result() for check in checks]
 
 

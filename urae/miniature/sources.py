@@ -49,6 +49,9 @@ _LEFT_OUT_SHARE = 0.5  # of the words of a vague caption that can be
 _CHUNK = 8  # indices that a process takes at a time
 _SET_FILE = Path(".urae") / "scenes.json"  # in a folder of samples: which set they are of
 
+Settings = Mapping[str, str | int | float]
+"""What tells a set of samples from others, by name."""
+
 _OBJECT_PARTS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES}
 _BACKGROUND_PARTS = {"texture": TEXTURES, "background": BACKGROUNDS, "light": LIGHTS}
 PARTS = (*_OBJECT_PARTS, "relation", *_BACKGROUND_PARTS)
@@ -124,6 +127,7 @@ def write_folder(
 
     Raises:
         ValueError: If FLUX has no such size, or the folder holds samples of another set.
+        FileExistsError: If it holds anything else.
     """
     check_size(height, width)
     claim_folder(folder, {"kind": kind, "seed": seed, "height": height, "width": width})
@@ -134,30 +138,49 @@ def write_folder(
         return sum(pool.map(write, indices, chunksize=_CHUNK))
 
 
-def claim_folder(folder: Path, settings: Mapping[str, str | int]) -> None:
+def claim_folder(folder: Path, settings: Settings) -> None:
     """Make a folder for samples of one set, or see that it is that set's.
 
     Args:
         folder: Made if it is missing.
-        settings: What tells the set from others, by name.
+        settings: Of the set.
 
     Raises:
-        ValueError: If the folder holds samples of another set.
+        ValueError: If the folder holds samples of another set, or its record is damaged.
+        FileExistsError: If it holds anything else: that is somebody's own.
     """
     record = folder / _SET_FILE
     if record.exists():
-        there = json.loads(record.read_text(encoding="utf-8"))
+        there = _read_settings(record)
         if there != settings:
             raise ValueError(
                 f"{folder} holds pictures of another set ({_describe(there)}), this is "
-                f"{_describe(settings)}; choose another folder"
+                f"{_describe(settings)}; choose another folder, or delete this one"
             )
         return
+    if folder.exists() and any(each.name != _SET_FILE.parent.name for each in folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} holds files, and no {_SET_FILE} says that they are of such a set; choose a "
+            "new or an empty folder"
+        )
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(record, json.dumps(dict(settings)).encode())
 
 
-def _describe(settings: Mapping[str, str | int]) -> str:
+def _read_settings(record: Path) -> Settings:
+    try:
+        there: Any = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(
+            f"{record} is damaged: which set its folder holds is not known; choose another folder, "
+            "or delete this one"
+        )
+    return there
+
+
+def _describe(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 

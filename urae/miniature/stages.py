@@ -3,7 +3,7 @@
 import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from diffusers import FluxPipeline
@@ -13,13 +13,14 @@ from urae.backbones.devices import pick_device
 from urae.backbones.ranks import join_ranks
 from urae.miniature.autoencoder import train_vae
 from urae.miniature.flow import train_flow, train_four_steps, train_guided
-from urae.miniature.loop import StageRun
+from urae.miniature.loop import StageRun, read_state
 from urae.miniature.model import (
     Kind,
     build_miniature,
     build_pipeline,
     read_weights,
 )
+from urae.miniature.origin import check_inputs, describe_origin
 from urae.miniature.recipe import FlowStage, MiniatureRecipe, load_recipe
 from urae.miniature.text import TEXT_PARTS, train_text
 from urae.train.record import find_commit
@@ -56,6 +57,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "teacher_1024": ("vae", "text", "teacher_512"),
 }
 """The stages whose files each reads."""
+_TRANSFORMERS = tuple(name for name in STAGES if name not in ("vae", "text"))
 _HISTORY = "urae.history"
 
 Record = dict[str, dict[str, str]]
@@ -87,17 +89,29 @@ def train_stage(
         The stage's file, or None if it was stopped before its last step.
 
     Raises:
-        ValueError: If the stage is unknown, the recipe is wrong, or the processes cannot share
-            its batches.
+        ValueError: If the stage is unknown, the recipe is wrong, the processes cannot share its
+            batches, or what it goes on from is damaged or was made by another recipe or from
+            other files; or if an earlier stage was trained on other files than are there.
         FileNotFoundError: If an earlier stage's file is missing.
+        FileExistsError: If the stage is done.
+        OSError: If the disk is full; what it goes on from is whole or as it was.
     """
     if name not in STAGES:
         raise ValueError(f"stage {name!r} is unknown; choose one of {', '.join(STAGES)}")
+    file = _file(name, work_dir)
+    if file.exists():
+        raise FileExistsError(f"{file} is done and is kept; delete it to train the stage anew")
     recipe = load_recipe(recipe_path)
     history: Record = {}
     for needed in NEEDS[name]:
         history |= read_record(needed, work_dir)
+        _check_inputs(needed, history[needed], work_dir, NEEDS[name])
     metadata = {
+        **describe_origin(
+            recipe.seed,
+            getattr(recipe, name),
+            [_file(needed, work_dir) for needed in NEEDS[name]],
+        ),
         _HISTORY: json.dumps(history),
         "urae.version": __version__,
         "urae.commit": commit or find_commit() or "unknown",
@@ -109,9 +123,22 @@ def train_stage(
         run = StageRun(
             work_dir, recipe.seed, metadata, ranks.device, max_seconds, ranks.rank, ranks.count
         )
+        read_state(name, run)  # what does not fit is said before anything is rendered
         done = STAGES[name](recipe, run)
         ranks.wait()  # the file is whole when any of them returns
-        return run.file(name) if done else None
+        return file if done else None
+
+
+def _file(name: str, work_dir: Path) -> Path:
+    return work_dir / f"{name}.safetensors"
+
+
+def _check_inputs(
+    name: str, metadata: Mapping[str, str], work_dir: Path, beside: Iterable[str]
+) -> None:
+    """Refuse a stage that was trained on other files than those of the stages used beside it."""
+    files = [_file(each, work_dir) for each in NEEDS[name] if each in beside]
+    check_inputs(_file(name, work_dir), metadata, files)
 
 
 def read_record(name: str, work_dir: Path) -> Record:
@@ -122,7 +149,7 @@ def read_record(name: str, work_dir: Path) -> Record:
     Raises:
         FileNotFoundError: If it is missing.
     """
-    metadata = read_weights(work_dir / f"{name}.safetensors", {})
+    metadata = read_weights(_file(name, work_dir), {})
     history: Record = json.loads(metadata.pop(_HISTORY, "{}"))
     return {**history, name: dict(sorted(metadata.items()))}
 
@@ -147,17 +174,18 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
         work_dir: Of the stages' files.
 
     Raises:
-        ValueError: If the stage has no transformer.
+        ValueError: If the stage has no transformer, or was trained on other files than are there.
         FileNotFoundError: If a file is missing.
     """
-    if name not in STAGES or name in ("vae", "text"):
-        raise ValueError(f"stage {name!r} is no transformer; choose one of {', '.join(STAGES)}")
+    if name not in _TRANSFORMERS:
+        choices = ", ".join(_TRANSFORMERS)
+        raise ValueError(f"stage {name!r} is no transformer; choose one of {choices}")
     kind: Kind = "teacher" if name.startswith("teacher") else "dev"
     parts = build_miniature(kind, guided=name == "dev", seed=0)
-    vae = read_weights(work_dir / "vae.safetensors", {"vae": parts["vae"]})
-    read_weights(work_dir / "text.safetensors", {part: parts[part] for part in TEXT_PARTS})
-    transformer = {"transformer": parts["transformer"]}
-    metadata = read_weights(work_dir / f"{name}.safetensors", transformer)
+    vae = read_weights(_file("vae", work_dir), {"vae": parts["vae"]})
+    read_weights(_file("text", work_dir), {part: parts[part] for part in TEXT_PARTS})
+    metadata = read_weights(_file(name, work_dir), {"transformer": parts["transformer"]})
+    _check_inputs(name, metadata, work_dir, ("vae", "text"))
     return build_pipeline(
         parts,
         static_shift=_read_shift(name, metadata),

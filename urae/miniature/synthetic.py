@@ -1,5 +1,6 @@
 """Pictures that a miniature pipeline makes: the teacher's, with their captions, train adapters."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,10 @@ from diffusers import FluxPipeline
 from jaxtyping import UInt8
 from torch import Tensor
 
+from urae.geometry import check_size
 from urae.miniature.model import TEXT_TOKENS
 from urae.miniature.photograph import encode_picture
-from urae.miniature.sources import claim_folder
+from urae.miniature.sources import Settings, claim_folder
 from urae.miniature.world import caption, training_scene
 from urae.storage import write_atomic
 
@@ -82,9 +84,21 @@ def write_synthetic(
         How many were written.
 
     Raises:
-        ValueError: If the folder holds samples of another set.
+        ValueError: If FLUX has no such size, or the folder holds samples of another set: of other
+            scenes or another teacher, or sampled otherwise.
+        FileExistsError: If it holds anything else.
     """
-    claim_folder(folder, {"kind": "synthetic", "seed": seed, "height": side, "width": side})
+    check_size(side, side)
+    settings: Settings = {
+        "kind": "synthetic",
+        "seed": seed,
+        "height": side,
+        "width": side,
+        "steps": steps,
+        "guidance": guidance_scale,
+        "teacher": _digest_weights(pipe),
+    }
+    claim_folder(folder, settings)
     missing = [index for index in indices if not (folder / f"{index:06d}.png").exists()]
     scenes = [training_scene(seed, index) for index in missing]
     captions = [caption(scene) for scene in scenes]
@@ -97,3 +111,17 @@ def write_synthetic(
         write_atomic(path.with_suffix(".json"), json.dumps({"prompt": text}).encode())
         write_atomic(path, encode_picture(picture, "PNG"))
     return len(missing)
+
+
+def _digest_weights(pipe: FluxPipeline) -> str:
+    """Return 16 hex digits of the SHA-256 of a pipeline's weights.
+
+    Rounded to bfloat16 they are the same in all dtypes that a stage is loaded in.
+    """
+    digest = hashlib.sha256()
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            bits = tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()[:16]

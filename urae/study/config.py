@@ -9,10 +9,10 @@ from pydantic import ConfigDict
 
 from urae.config import check_types
 from urae.geometry import check_side
+from urae.miniature.read import LEAST_SIDE
 
 Letter = Literal["a", "b", "c", "d", "e", "f"]
 
-_SMALLEST_SIDE = 128
 _AT_LEAST_ONE = (
     "workers",
     "num_seeds",
@@ -91,9 +91,9 @@ class StudyConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         for name in ("side_2k", "side_4k"):
             check_side(name, getattr(self, name))
-            if getattr(self, name) < _SMALLEST_SIDE:
+            if getattr(self, name) < LEAST_SIDE:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} must be at least {_SMALLEST_SIDE}, the smallest "
+                    f"{name} {getattr(self, name)} must be at least {LEAST_SIDE}, the smallest "
                     "that the scene check reads"
                 )
         smallest = min(self.num_samples, self.num_samples_4k)
