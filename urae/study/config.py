@@ -73,11 +73,11 @@ class StudyConfig:
     """Of the 4K stage's pictures."""
     steps: int = 500
     """Training steps at the 2K stage."""
-    steps_4k: int = 400
+    steps_4k: int = 500
     """Training steps at the 4K stage."""
     batch_size: int = 16
     """Pictures a step at the 2K stage."""
-    batch_size_4k: int = 4
+    batch_size_4k: int = 8
     """Pictures a step at the 4K stage."""
     lr: float = 1e-3
     """Learning rate of AdamW."""
