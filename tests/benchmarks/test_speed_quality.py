@@ -41,7 +41,7 @@ def run(bases, expected, tmp_path, monkeypatch):
             "argv",
             [
                 *("speed_quality.py", "--model", str(bases["dev"]), "--output", str(tmp_path)),
-                *("--adapter", str(expected / "dev_2k_lora.safetensors"), "--side", "128"),
+                *("--adapter", str(expected / "dev_2k_lora.safetensors"), "--side", "192"),
                 *("--captions", str(captions), "--seeds", "2", "--batch", "2", "--steps", "2"),
                 *("--candidates", *candidates),
             ],

@@ -378,7 +378,7 @@ def _encode_prompts(
     for prompt in dict.fromkeys(prompts):
         if (num_tokens := count_tokens(pipe, prompt)) > max_sequence_length:
             logger.warning(
-                "prompt %r has %d tokens and is read to the %dth: the rest of it counts for "
+                "prompt '%s' has %d tokens and is read to the %dth: the rest of it counts for "
                 "nothing; shorten it, or raise --max-sequence-length where the model has more",
                 f"{prompt[:40]}...", num_tokens, max_sequence_length,
             )  # fmt: skip
