@@ -45,6 +45,16 @@ def read_keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a safetensors file's tensors, from its header alone.
+
+    Raises:
+        ValueError: If the file is corrupt or truncated.
+    """
+    with _open_whole(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
 @contextmanager
 def _open_whole(path: Path) -> Iterator[Any]:
     try:

@@ -114,12 +114,21 @@ def test_flux_has_190_matrices(tmp_path):
         assert len(find_attention_linears(FluxTransformer2DModel())) == 190
 
 
+def save_single_file(path, *, guided=True, blocks=(19, 38), entry=(3072, 64)):
+    """Write a file whose header has FLUX.1's blocks and entry, unless told otherwise."""
+    names = [f"{kind}_blocks.{index}.norm.weight"
+             for kind, count in zip(("double", "single"), blocks, strict=True)
+             for index in range(count)]  # fmt: skip
+    names += ["guidance_in.in_layer.weight"] if guided else []
+    tensors = {name: torch.ones(1) for name in names}
+    save_file({**tensors, "img_in.weight": torch.ones(entry)}, path)
+    return path
+
+
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_single_file_is_a_transformer_over_the_hub(monkeypatch, bases, tmp_path, guided):
     """The file's own shape is FLUX.1's, too large for a test: what is asked of diffusers counts."""
-    path = tmp_path / "flux1.safetensors"
-    extra = {"guidance_in.in_layer.weight": torch.ones(1)} if guided else {}
-    save_file({"img_in.weight": torch.ones(1), **extra}, path)
+    path = save_single_file(tmp_path / "flux1.safetensors", guided=guided)
     seen = {}
 
     def from_single_file(file, *, config, dtype):
@@ -139,15 +148,36 @@ def test_a_single_file_is_a_transformer_over_the_hub(monkeypatch, bases, tmp_pat
     assert seen["repo"] == flux.HUB_IDS["flux-dev" if guided else "flux-schnell"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": (2, 4)}, r"2 double and 4 single blocks, and an entry of shape \(3072, 64\)"),
+        (
+            {"entry": (192, 64)},
+            r"19 double and 38 single blocks, and an entry of shape \(192, 64\)",
+        ),
+    ],
+)
+def test_a_single_file_of_another_shape_is_refused(tmp_path, changes, message):
+    path = save_single_file(tmp_path / "small.safetensors", **changes)
+    for use in (build_meta_models, build_meta_transformer):
+        with pytest.raises(ValueError, match=f"{message}; a single file must be FLUX.1's"):
+            use(path)
+
+
+def test_a_single_file_of_diffusers_names_is_counted_alike(bases):
+    (path,) = (bases["dev"] / "transformer").glob("*.safetensors")
+    with pytest.raises(ValueError, match=r"1 double and 2 single blocks, and an entry of shape"):
+        build_meta_models(path)
+
+
 def test_text_is_as_long_as_a_model_learnt(tmp_path):
     for guided, length in ((True, 512), (False, 256)):
         config = tmp_path / "transformer" / "config.json"
         config.parent.mkdir(exist_ok=True)
         config.write_text(json.dumps({"guidance_embeds": guided}))
         assert flux.read_text_tokens(tmp_path) == length
-        path = tmp_path / "flux1.safetensors"
-        extra = {"guidance_in.in_layer.weight": torch.ones(1)} if guided else {}
-        save_file({"img_in.weight": torch.ones(1), **extra}, path)
+        path = save_single_file(tmp_path / "flux1.safetensors", guided=guided)
         assert flux.read_text_tokens(path) == length
     assert flux.read_text_tokens(flux.PACKAGED["miniature-schnell"]) == 64
 

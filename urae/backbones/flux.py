@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from urae.backbones.random_flux import build_meta_flux
 from urae.geometry import TOKEN_PIXELS, build_image_ids, build_text_ids, pack, unpack
 from urae.hub import FETCH_ERRORS, tell_reason
 from urae.resolution import BASE_POLICY_FILE, read_base_policy
-from urae.storage import read_keys
+from urae.storage import read_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ MAX_UNGUIDED_TEXT_TOKENS = 256
 """The same of FLUX.1-schnell, which has no guidance."""
 TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _COMPONENTS = ("transformer", "vae", *TEXT_COMPONENTS)
+
+_FILE_SHAPE = (19, 38, 3072, 64)
+"""FLUX.1's double and single blocks, width and channels a token: stock diffusers reads no other."""
+_BLOCK = re.compile(r"(?:^|\.)(double|single|single_transformer|transformer)_blocks\.(\d+)\.")
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 1 << 16
@@ -175,12 +180,22 @@ def base_of_file(path: Path) -> str:
     """Tell which FLUX.1 a single-file transformer is, by its guidance embedding.
 
     Raises:
-        ValueError: If the file is damaged or no FLUX transformer.
+        ValueError: If the file is damaged, no FLUX transformer or of another shape than FLUX.1's.
     """
-    keys = read_keys(path)
-    if not any(key.endswith(("img_in.weight", "x_embedder.weight")) for key in keys):
+    shapes = read_shapes(path)
+    entries = [s for k, s in shapes.items() if k.endswith(("img_in.weight", "x_embedder.weight"))]
+    if not entries:
         raise ValueError(f"model file {path} holds no FLUX transformer")
-    guided = any("guidance_in." in key or "guidance_embedder." in key for key in keys)
+    blocks = {match.groups() for match in map(_BLOCK.search, shapes) if match}
+    num_single = sum(kind.startswith("single") for kind, _ in blocks)
+    found = (len(blocks) - num_single, num_single, *entries[0])
+    if found != _FILE_SHAPE:
+        raise ValueError(
+            f"model file {path} holds {found[0]} double and {found[1]} single blocks, and an entry "
+            f"of shape {found[2:]}; a single file must be FLUX.1's {_FILE_SHAPE}: "
+            "name a folder in diffusers layout"
+        )
+    guided = any("guidance_in." in key or "guidance_embedder." in key for key in shapes)
     return "flux-dev" if guided else "flux-schnell"
 
 
