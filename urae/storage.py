@@ -77,10 +77,18 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file that is there whole or not at all.
 
+    Tensors may share memory, as the layers that kohya joins in one matrix share a factor.
+
     Raises:
         OSError: If it cannot be written, no space being left for one.
     """
-    cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    cpu: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for key, tensor in tensors.items():
+        cpu[key] = tensor.detach().cpu().contiguous()
+        if (storage := cpu[key].untyped_storage().data_ptr()) in written:
+            cpu[key] = cpu[key].clone()
+        written.add(storage)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, serialize(cpu, {"format": "pt", **(metadata or {})}))
 

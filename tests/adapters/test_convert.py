@@ -147,6 +147,31 @@ def test_kohya_file_from_the_published_kind(expected, tmp_path):
     assert "lora_unet_single_blocks_1_linear1.alpha" in keys
 
 
+def test_kohya_files_in_float32_convert(tmp_path, rel):
+    """A factor that q, k and v share there is written once for each."""
+    up, down = torch.randn(3 * 32, 4), torch.randn(4, 32)
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    source = tmp_path / "k.safetensors"
+    save_file({f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}, source)
+    path = convert(ConvertConfig((str(source),), tmp_path / "c.safetensors"))
+    layers = read_adapter(path).layers
+    pairs = [layers[f"transformer_blocks.0.{name}"] for name in QKV]
+    assert rel(torch.cat([pair.up @ pair.down for pair in pairs]), up @ down) < 1e-6
+
+
+def test_a_converted_file_in_the_folder_of_peft_is_not_scaled_twice(tmp_path, rel):
+    source = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.transformer_blocks.0.attn.to_q"
+    tensors = {f"{key}.lora_A.weight": torch.randn(4, 32), f"{key}.lora_B.weight": torch.eye(32, 4)}
+    save_file(tensors, source)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    path = convert(ConvertConfig((str(source),), tmp_path / "c.safetensors"))
+    for found in (source, path):
+        (pair,) = read_adapter(found).layers.values()
+        assert rel(pair.down, tensors[f"{key}.lora_A.weight"]) < 1e-6
+        assert torch.equal(pair.up, 2 * tensors[f"{key}.lora_B.weight"])
+
+
 def test_a_kohya_file_of_another_width_does_the_same(
     base, sources, load_pipe, sample, tmp_path, rel
 ):
