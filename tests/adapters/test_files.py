@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from urae.adapters import files
+from urae.adapters.attach import read_factors
 from urae.adapters.files import LowRank, read_adapter, resolve_adapter, write_lora
 from urae.hub import HTTP_ERROR
 from urae.storage import write_tensors
@@ -15,10 +17,10 @@ from urae.storage import write_tensors
 NAME = "transformer_blocks.0.attn.to_q"
 
 
-def lora(rank=3, **extra):
+def lora(rank=3, *, prefix=f"transformer.{NAME}", width=8, **extra):
     tensors = {
-        f"transformer.{NAME}.lora_A.weight": torch.randn(rank, 8),
-        f"transformer.{NAME}.lora_B.weight": torch.randn(8, rank),
+        f"{prefix}.lora_A.weight": torch.randn(rank, width),
+        f"{prefix}.lora_B.weight": torch.randn(width, rank),
     }
     return tensors | extra
 
@@ -85,10 +87,106 @@ def test_keys_that_diffusers_chokes_on(tmp_path):
         read_adapter(tmp_path / "a.safetensors")
 
 
-def test_other_kinds_of_lora_are_left_to_diffusers(tmp_path, load_pipe):
-    tensors = {f"transformer.{NAME}.lokr_w1": torch.ones(2, 2)}
-    save_file(tensors, tmp_path / "lokr.safetensors")
-    files.check_lora(tmp_path / "lokr.safetensors", load_pipe().transformer)
+def kohya_names(tensors):
+    sides = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    return {f"{stem}.{sides[key.split('.')[-2]]}.weight": t for key, t in tensors.items()}
+
+
+DORA_SCALE = {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(64, 1)}
+LOKR = "lora_unet_double_blocks_0_img_attn_proj.lokr_w1"
+NO_LAYER = "layout of its keys is not known"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (kohya_names(lora()) | DORA_SCALE, r"a\.safetensors is a DoRA in kohya's keys"),
+        ({LOKR: torch.ones(2, 2)}, r"is a LoKr, LoHa or OFT of LyCORIS"),
+        ({f"{LOKR[:-7]}hada_w1_a": torch.ones(2, 2)}, r"is a LoKr, LoHa or OFT of LyCORIS"),
+        ({f"transformer.{NAME}.lokr_w1": torch.ones(2, 2), f"transformer.{NAME}.alpha":
+            torch.ones(())}, r"is a LoKr, LoHa or OFT of LyCORIS"),
+        (lora(prefix="diffusion_model.double_blocks.0.img_attn.qkv"), NO_LAYER),
+        (lora(prefix="transformer.transformer_blocks.0"), NO_LAYER),
+        ({"lora_transformer_transformer_blocks_0_ff_net_0_proj.lora_down.weight": torch.ones(3, 8),
+          "lora_transformer_transformer_blocks_0_ff_net_0_proj.lora_up.weight": torch.ones(8, 3),
+          "lora_transformer_transformer_blocks_0_ff_net_0_proj.alpha": torch.ones(())}, NO_LAYER),
+        ({"lora_unet_down_blocks_0.lora_down.weight": torch.ones(3, 8)},
+         r"diffusers can read \(ValueError: Incompatible keys detected\); it is damaged, or the l"),
+    ],
+)  # fmt: skip
+def test_layouts_that_are_not_read(tmp_path, load_pipe, tensors, message):
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(path)
+    with pytest.raises(ValueError, match=message):
+        files.check_lora(path, load_pipe().transformer)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"transformer.{NAME}.lokr_w1": torch.ones(2, 2)}, "is a lokr adapter, which acts alone"),
+        ({f"base_model.model.{NAME}.lora_magnitude_vector": torch.ones(2)}, "is a dora adapter"),
+        ({"note": torch.ones(2)}, NO_LAYER),
+        ({}, "holds no adapter weights"),
+        ({f"lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{side}.weight":
+            torch.ones(2, 2) for side in ("down", "up")}, "its factors of the text encoder, such"),
+    ],
+)  # fmt: skip
+def test_loras_that_diffusers_would_not_attach(tmp_path, load_pipe, tensors, message):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        files.check_lora(tmp_path / "a.safetensors", load_pipe().transformer)
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("case", ["peft", "bare", "module", "kohya float8", "stock"])
+def test_loras_are_read_alike_beside_adapters(tmp_path, load_pipe, case, rel):
+    """As `--lora`: what stock diffusers does not read by itself gets its names."""
+    tensors = lora(width=64)
+    change = {
+        "peft": lambda key: key.replace("transformer.", "base_model.model.", 1),
+        "bare": lambda key: key.removeprefix("transformer."),
+        "module": lambda key: f"module.{key}",
+    }.get(case, lambda key: key)
+    tensors = {change(key): tensor for key, tensor in tensors.items()}
+    if case == "kohya float8":
+        tensors = {key: tensor.to(FLOAT8) for key, tensor in kohya_names(tensors).items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    if case == "peft":
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6}')
+    pipe = load_pipe()
+    files.check_lora(tmp_path, pipe.transformer)
+    found = files.read_lora(tmp_path)
+    assert isinstance(found, Path) == (case == "stock")
+    pipe.load_lora_weights(found, adapter_name="style")
+    wanted = read_adapter(tmp_path).layers
+    attached = read_factors(pipe.transformer, "style")
+    assert attached.keys() == wanted.keys()
+    for name, pair in wanted.items():
+        assert rel(product(attached[name]), product(pair)) < 1e-6
+
+
+def test_float8_is_read_in_float32(tmp_path):
+    tensors = {key: tensor.to(FLOAT8) for key, tensor in lora().items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    pair = read_adapter(tmp_path / "a.safetensors").layers[NAME]
+    assert torch.equal(product(pair), product(LowRank(*(t.float() for t in tensors.values()))))
+
+
+@pytest.mark.parametrize("own", [{}, {"urae.format": "1"}])
+@pytest.mark.parametrize("prefix", [f"transformer.{NAME}", NAME, None])
+def test_pefts_settings_are_not_of_other_files_beside(tmp_path, own, prefix):
+    tensors = lora() if prefix is None else lora(prefix=prefix)
+    plain = product(LowRank(*tensors.values()))
+    save_file(kohya_names(tensors) if prefix is None else tensors, tmp_path / "a.safetensors", own)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12}')
+    (pair,) = read_adapter(tmp_path / "a.safetensors").layers.values()
+    assert torch.allclose(product(pair), plain)
 
 
 def test_kohya_keys(tmp_path):
@@ -204,6 +302,15 @@ def test_a_connection_that_breaks_off_is_told(monkeypatch):
     monkeypatch.setattr(files, "hf_hub_download", fail)
     with pytest.raises(FileNotFoundError, match=r"\(server disconnected\); check the name"):
         resolve_adapter("owner/repo/a.safetensors")
+
+
+def test_tensors_that_share_memory_are_written(tmp_path):
+    whole = torch.arange(6.0).reshape(2, 3)
+    write_tensors(tmp_path / "a.safetensors", {"x": whole, "y": whole, "z": whole[:1]})
+    found = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(found["x"], whole)
+    assert torch.equal(found["y"], whole)
+    assert torch.equal(found["z"], whole[:1])
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -146,6 +146,18 @@ def test_loras_on_top(settings, expected, load_pipe, tmp_path):
     assert Image.open(none).tobytes() == Image.open(plain).tobytes()
 
 
+def test_a_folder_of_peft_is_a_lora_too(settings, expected, tmp_path):
+    style = expected / "schnell_2k_lora.safetensors"
+    (tmp_path / "peft").mkdir()
+    keys = {key.replace("transformer.", "base_model.model.", 1): tensor
+            for key, tensor in load_file(style).items()}  # fmt: skip
+    save_file(keys, tmp_path / "peft" / "adapter_model.safetensors")
+    (plain,) = generate(settings(loras=((str(style), 2.0),)))
+    folder = str(tmp_path / "peft")
+    (found,) = generate(settings(loras=((folder, 2.0),), output_dir=tmp_path / "found"))
+    assert Image.open(found).tobytes() == Image.open(plain).tobytes()
+
+
 def test_loras_are_checked_before_weights_load(settings, no_weights, expected, tmp_path):
     minor = str(expected / "dev_4k_minor.safetensors")
     with pytest.raises(ValueError, match="is a minor-component adapter; give it as --adapter"):

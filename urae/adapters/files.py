@@ -4,24 +4,30 @@ Every format comes down to one shape, `LowRank` factors a layer. This project's 
 LoRA files of diffusers (a minor adapter too: down [A; A0], up [B, -B0]) whose metadata says more.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float
 from peft import get_peft_config
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from urae.adapters.kohya import split_linear1
+from urae.adapters.layouts import (
+    check_attaches,
+    is_stocks,
+    refuse_unread,
+    split_key,
+    to_diffusers,
+    widen,
+)
 from urae.adapters.packaged import PACKAGED_ADAPTERS
+from urae.adapters.settings import damaged_settings, find_scale, is_pefts_own, read_peft_config
 from urae.adapters.variants import Variant, VariantKind, find_kind
 from urae.backbones.weights import linear_shape
 from urae.hub import FETCH_ERRORS, tell_reason
@@ -37,7 +43,6 @@ _RAW_MINOR = re.compile(
     r"^(?:module\.)?(?:transformer\.)?((?:single_)?transformer_blocks\.\d+\.attn)"
     r"\.processor\.(to_q|to_k|to_v|to_out)_(a|b)\.weight$"
 )
-_LORA_KEY = re.compile(r"^(?:transformer\.)?(.+)\.lora_(A|B)(?:\.default(?:_\d+)?)?\.weight$")
 
 
 class LowRank(NamedTuple):
@@ -163,6 +168,8 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     """
     path = resolve_adapter(source)
     tensors, metadata = read_tensors(path)
+    refuse_unread(path, tensors)
+    tensors = widen(tensors)
     policy = None
     if text := metadata.get("urae.policy"):
         policy = ResolutionPolicy.from_json(text, str(path))
@@ -183,7 +190,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
 def _read_variant(
     path: Path, kind: VariantKind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Variant:
-    config = _read_peft_config(path, metadata)
+    config = read_peft_config(path, metadata)
     expected = {"dora": "LORA", "lokr": "LOKR", "oft": "OFT"}[kind]
     if config.get("peft_type") != expected:
         raise ValueError(
@@ -195,7 +202,7 @@ def _read_variant(
     try:
         get_peft_config(config)
     except (TypeError, ValueError) as error:
-        raise _damaged_settings(path, error) from error
+        raise damaged_settings(path, error) from error
     return Variant(kind, config, state)
 
 
@@ -209,71 +216,29 @@ def _raw_minor_key(path: Path, key: str, tensor: Tensor) -> tuple[str, str, Tens
 
 
 def _read_lora(
-    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, LowRank]:
+    beside = is_pefts_own(path, tensors, metadata)
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     if any("transformer_blocks." in key for key in tensors):
         tensors = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
     tensors, split = split_linear1(tensors)
-    state, alphas = _to_diffusers(path, tensors)
+    state, alphas = to_diffusers(path, tensors)
     state |= split
     factors = []
     for key, tensor in state.items():
-        match = _LORA_KEY.match(key)
-        if match is None or key.startswith("text_encoder"):
+        if (names := split_key(path, key)) is None:
             raise ValueError(
                 f"{path}: key {key!r} is not a low-rank factor of the transformer; load such a "
                 "file with pipe.load_lora_weights beside the adapters of urae"
             )
-        factors.append((match[1], match[2], tensor))
+        factors.append((*names, tensor))
     layers = _pair_factors(path, factors)
-    config = _read_peft_config(path, metadata)
+    config = read_peft_config(path, metadata, beside=beside)
     return {
-        name: LowRank(pair.down, pair.up * _lora_scale(name, pair, alphas, config))
+        name: LowRank(pair.down, pair.up * find_scale(name, len(pair.down), alphas, config))
         for name, pair in layers.items()
     }
-
-
-def _to_diffusers(
-    path: Path, tensors: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    try:
-        state, alphas = FluxPipeline.lora_state_dict(tensors, return_alphas=True)
-    except (KeyError, IndexError, AssertionError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no LoRA that diffusers can read ({type(error).__name__}: {error})"
-        ) from error
-    return state, alphas or {}
-
-
-def _read_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return peft's settings of a file: diffusers keeps them inside, peft itself beside it."""
-    beside = path.parent / "adapter_config.json"
-    try:
-        if text := metadata.get("lora_adapter_metadata"):
-            pairs = dict(json.loads(text)).items()
-            return {key.removeprefix("transformer."): value for key, value in pairs}
-        return dict(json.loads(beside.read_text())) if beside.is_file() else {}
-    except (TypeError, ValueError) as error:
-        raise _damaged_settings(path, error) from error
-
-
-def _damaged_settings(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: its LoRA settings are damaged ({error})")
-
-
-def _lora_scale(
-    name: str, pair: LowRank, alphas: Mapping[str, Any], config: Mapping[str, Any]
-) -> float:
-    rank = pair.down.shape[0]
-    for key in (f"transformer.{name}.alpha", f"{name}.alpha"):
-        if key in alphas:
-            return float(alphas[key]) / rank
-    pattern = config.get("alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(pattern, name), config.get("lora_alpha"))
-    if alpha is None:
-        return 1.0
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dict[str, LowRank]:
@@ -349,27 +314,49 @@ def _foreign(adapter: AdapterFile, name: str) -> ValueError:
 
 
 def check_lora(source: str | os.PathLike[str], transformer: nn.Module) -> None:
-    """Refuse a LoRA that stock diffusers cannot put on this base.
+    """Refuse a LoRA that cannot be put on this base beside adapters.
 
     Args:
-        source: As in `resolve_adapter`; text encoder factors and other parts are not looked at.
+        source: As in `resolve_adapter`; text encoder factors and other parts are not compared.
         transformer: The base; one on the meta device will do.
 
     Raises:
-        ValueError: If the file is damaged, a minor adapter, or for another base.
+        ValueError: If the file is damaged, of another kind or layout, or for another base.
         FileNotFoundError: If it is not found.
     """
     path = resolve_adapter(source)
+    state, _ = _read_lora_state(path)
+    check_attaches(path, state)
+    found = [(split_key(path, key), tensor) for key, tensor in state.items()]
+    factors = [(*names, tensor) for names, tensor in found if names is not None]
+    if factors or not state:
+        check_fits(AdapterFile(path, "lora", _pair_factors(path, factors)), transformer)
+
+
+def read_lora(source: str | os.PathLike[str]) -> Path | dict[str, Tensor]:
+    """Find what stock `load_lora_weights` takes: a file, or factors where it cannot read that.
+
+    Arguments and errors are those of `check_lora`.
+    """
+    path = resolve_adapter(source)
+    state, is_stock = _read_lora_state(path)
+    return path if is_stock else state
+
+
+def _read_lora_state(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Return a LoRA as diffusers names it, and whether stock diffusers can load the file."""
     tensors, metadata = read_tensors(path)
     if metadata.get("urae.kind") == "minor" or any(_RAW_MINOR.match(key) for key in tensors):
         raise ValueError(
             f"{path} is a minor-component adapter; give it as --adapter, after its LoRA"
         )
-    state, _ = _to_diffusers(path, tensors)
-    matches = [(match, tensor) for key, tensor in state.items() if (match := _LORA_KEY.match(key))]
-    factors = [(m[1], m[2], tensor) for m, tensor in matches if not m[1].startswith("text_encoder")]
-    if factors:  # other kinds, such as LoKr, are left to diffusers
-        check_fits(AdapterFile(path, "lora", _pair_factors(path, factors)), transformer)
+    refuse_unread(path, tensors)
+    kind, is_stock = find_kind(list(tensors)), is_stocks(tensors)
+    if kind is not None and not (kind == "dora" and is_stock):  # stock diffusers has that one
+        raise ValueError(f"{path} is a {kind} adapter, which acts alone; give it as --adapter")
+    if is_stock:
+        return to_diffusers(path, tensors)[0], True
+    return name_factors(_read_lora(path, widen(tensors), metadata)), False
 
 
 def merge_minor(trained: LowRank, initial: LowRank) -> LowRank:
@@ -389,8 +376,13 @@ def write_lora(
         layers: Factors of scale 1.
         metadata: String metadata of the safetensors header.
     """
+    write_tensors(path, name_factors(layers), metadata)
+
+
+def name_factors(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """Return factors of scale 1 by diffusers' keys."""
     tensors = {}
     for name, pair in layers.items():
         tensors[f"transformer.{name}.lora_A.weight"] = pair.down
         tensors[f"transformer.{name}.lora_B.weight"] = pair.up
-    write_tensors(path, tensors, metadata)
+    return tensors

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from urae import __version__
 from urae.adapters.adapt import adapt
-from urae.adapters.files import resolve_adapter
+from urae.adapters.files import read_lora
 from urae.backbones.context_parallel import (
     build_mesh,
     check_backend_can_share,
@@ -353,9 +353,11 @@ def _load_loras(pipe: FluxPipeline, loras: tuple[tuple[str, float], ...]) -> Non
         return
     weights = dict.fromkeys(pipe.get_active_adapters(), 1.0)
     for index, (source, weight) in enumerate(loras):
-        path = resolve_adapter(source)
-        name = f"lora_{index}"
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        lora, name = read_lora(source), f"lora_{index}"
+        if isinstance(lora, Path):
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name=name)
+        else:
+            pipe.load_lora_weights(lora, adapter_name=name)
         weights[name] = weight
     pipe.set_adapters(list(weights), list(weights.values()))
 

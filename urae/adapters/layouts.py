@@ -1,0 +1,130 @@
+"""Whose keys an adapter file has: which layouts are read, and what is said of the others."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import FluxPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from torch import Tensor
+
+from urae.adapters.kohya import split_linear1
+
+_TEXT_PREFIX = "text_encoder"
+_LORA_KEY = re.compile(r"^(?:transformer\.)?(.+)\.lora_(A|B)(?:\.default(?:_\d+)?)?\.weight$")
+_LAYER = re.compile(
+    r"(?:(?:single_)?transformer_blocks\.\d+|time_text_embed|norm_out)\.\w"
+    r"|(?:x_embedder|context_embedder|proj_out)$"
+)
+_NO_FACTORS = re.compile(r"\.(?:lokr|hada|oft|boft)_")
+_LYCORIS_PREFIXES = ("lora_unet_", "lora_te", "lycoris_", "diffusion_model.")
+
+
+def split_key(path: Path, key: str) -> tuple[str, str] | None:
+    """Return the layer and the side, A or B, of a transformer's factor, None for other keys.
+
+    Raises:
+        ValueError: If FLUX's transformer, as diffusers has it, has no layers of such names.
+    """
+    match = _LORA_KEY.match(key)
+    if match is None or key.startswith(_TEXT_PREFIX):
+        return None
+    if _LAYER.match(match[1]) is None:
+        raise _unknown_layout(path, key)
+    return match[1], match[2]
+
+
+def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn float8 into float32: it is not computed with."""
+    is_float8 = {k: t.is_floating_point() and t.dtype.itemsize == 1 for k, t in tensors.items()}
+    return {k: t.float() if is_float8[k] else t for k, t in tensors.items()}
+
+
+def refuse_unread(path: Path, keys: Collection[str]) -> None:
+    """Refuse what would be taken for another kind, or read without a part of it.
+
+    Raises:
+        ValueError: For a DoRA of kohya's, and for what LyCORIS has in place of low-rank factors.
+    """
+    if any(key.endswith(".dora_scale") for key in keys):
+        raise ValueError(
+            f"{path} is a DoRA in kohya's keys, whose magnitudes (dora_scale) are not read; take a "
+            "plain LoRA, or a DoRA of peft"
+        )
+    if any(map(_NO_FACTORS.search, keys)) and any(
+        key.endswith(".alpha") or key.startswith(_LYCORIS_PREFIXES) for key in keys
+    ):
+        raise ValueError(
+            f"{path} is a LoKr, LoHa or OFT of LyCORIS, which is not read; take a plain LoRA, or a "
+            "LoKr or OFT of peft"
+        )
+
+
+def to_diffusers(
+    path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Name a file's factors as stock diffusers does.
+
+    Returns:
+        Them, and alphas by key.
+
+    Raises:
+        ValueError: If diffusers cannot.
+    """
+    try:
+        state, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
+    except (KeyError, IndexError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(" :")
+        raise ValueError(
+            f"{path} is no LoRA that diffusers can read ({reason}); it is damaged, or the layout "
+            f"of its keys is not known, such as {next(iter(tensors))!r}"
+        ) from error
+    return state, alphas or {}
+
+
+def is_stocks(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether stock diffusers may load a LoRA by itself; else it needs other names.
+
+    Those that it needs them for: keys of peft or without a prefix, kohya's joined layers of
+    another width than FLUX.1's, kohya's in float8.
+    """
+    for key, tensor in tensors.items():
+        if "transformer_blocks." in key and not key.startswith("transformer."):
+            return False
+        if ".lora_down." in key and tensor.dtype.itemsize == 1:
+            return False
+    return not split_linear1(tensors)[1]
+
+
+def check_attaches(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse a LoRA of which stock diffusers would attach nothing, or which it fails on.
+
+    Args:
+        path: Of the file.
+        state: As `to_diffusers` returns it.
+
+    Raises:
+        ValueError: Says what its keys are like.
+    """
+    text = {key: tensor for key, tensor in state.items() if key.startswith(f"{_TEXT_PREFIX}.")}
+    if text:
+        try:
+            convert_state_dict_to_diffusers(
+                {key.removeprefix(f"{_TEXT_PREFIX}."): tensor for key, tensor in text.items()}
+            )
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path}: diffusers cannot read its factors of the text encoder, such as "
+                f"{next(iter(text))!r} ({error}); take them out of the file"
+            ) from error
+    elif state and not any(key.startswith("transformer.") and "lora" in key for key in state):
+        raise _unknown_layout(path, next(iter(state)))
+
+
+def _unknown_layout(path: Path, key: str) -> ValueError:
+    """Say that a file's keys are of no layout that is read."""
+    return ValueError(
+        f"{path}: the layout of its keys is not known, such as {key!r}; write the LoRA in the keys "
+        "of diffusers, peft or kohya"
+    )
