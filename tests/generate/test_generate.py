@@ -526,7 +526,11 @@ def test_weights_in_eight_bits(settings, expected, caplog, tmp_path):
 
 def test_a_single_file_is_not_quantised(settings, monkeypatch, tmp_path):
     path = tmp_path / "one.safetensors"
-    save_file({"x_embedder.weight": torch.ones(2, 2)}, path)
+    names = [f"double_blocks.{n}.x" for n in range(19)] + [
+        f"single_blocks.{n}.x" for n in range(38)
+    ]
+    tensors = {name: torch.ones(1) for name in names}
+    save_file({"img_in.weight": torch.ones(3072, 64), **tensors}, path)
     monkeypatch.setattr("urae.backbones.flux.load_transformer", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="is a single file, which is not quantised"):
         generate(settings(model=str(path), memory="8bit"))
