@@ -6,7 +6,6 @@ Every step is a command that you could type yourself, on FLUX.1 as on this model
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
@@ -17,6 +16,7 @@ from statistics import fmean
 from PIL import Image
 from rich.console import Console
 
+from urae.cli.main import main as run_command_line
 from urae.cli.terminal import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,13 +81,16 @@ def main() -> None:
 
 
 def urae(*arguments: object) -> None:
-    """Show a command and run it."""
+    """Show a command and run it, in this process: each of its own would import for seconds."""
     words = [str(argument) for argument in arguments]
     console.print(f"[dim]$[/] urae {shlex.join(words)}", style="cyan")
-    done = subprocess.run([sys.executable, "-m", "urae", *words], check=False)
-    if done.returncode:
-        console.print(f"[bold red]the demo stops here:[/] urae {words[0]} failed, see above")
-        sys.exit(done.returncode)
+    sys.argv = ["urae", *words]
+    try:
+        run_command_line()
+    except SystemExit as end:
+        if end.code:
+            console.print(f"[bold red]the demo stops here:[/] urae {words[0]} failed, see above")
+            raise
 
 
 def generate(prompts: Path, name: str, size: int, *adapters: object) -> list[Image.Image]:
