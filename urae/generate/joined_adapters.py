@@ -13,8 +13,8 @@ measured against what the adapters add as well, and in bfloat16 they stay produc
 `set_adapters`, `load_lora_weights`, `delete_adapters` and a scale in `joint_attention_kwargs` work
 as ever. Before each forward of the transformer what was made of them is compared with what they
 are now, and made anew if they have changed. New numbers written past torch's count of versions, as
-peft's hotswap writes them, are looked for when the text changes: once a picture. Where blocks are
-offloaded by then, peft's own forward comes back instead.
+peft's hotswap writes them, are looked for when the text changes, once a picture, unless blocks are
+offloaded. Where they are by the time of another change, peft's own forward comes back instead.
 """
 
 import logging
@@ -87,6 +87,7 @@ class _Merged(Linear):  # type: ignore[misc]
         return F.linear(x, self.merged_weight, self.merged_bias)
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 _BUFFERS = ("joined_down", "joined_up", "merged_weight", "merged_bias")
 
 
@@ -100,7 +101,7 @@ class _JoinedAdapters:
         self._held: list[Any] = []  # so that nothing else takes their place in memory
         self._state: list[Any] = []
         self._text: Tensor | None = None  # of the last forward
-        self._sums: Tensor | None = None
+        self._sums: list[int] = []
         self._has_warned = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -159,10 +160,9 @@ class _JoinedAdapters:
 
     def _have_other_numbers(self) -> bool:
         """Tell whether factors hold others than those that were joined; waits for the device."""
-        sums = _sum_up(self._layers)
-        if sums is None or self._sums is None:
+        if _is_offloaded(self._transformer):  # where they may be anywhere
             return False
-        return not torch.equal(sums, self._sums)
+        return _sum_up(self._layers) != self._sums
 
     def _read(self, scale: float) -> list[Any]:
         """Describe all that peft's forwards read, but for the numbers of the weights."""
@@ -192,8 +192,8 @@ def _list_weights(layer: Any) -> Iterator[Tensor]:
         yield layer.lora_B[name].weight
 
 
-def _sum_up(layers: list[Any]) -> Tensor | None:
-    """Return sum and norm of each factor of the layers that are joined; None if none is."""
+def _sum_up(layers: list[Any]) -> list[int]:
+    """Return the sum of each factor's bits, of the layers that are joined; equal on any device."""
     joined = [layer for layer in layers if isinstance(layer, _OneProduct | _Merged)]
     factors = [
         each[name].weight.detach()
@@ -201,11 +201,7 @@ def _sum_up(layers: list[Any]) -> Tensor | None:
         for name in _list_active(layer)
         for each in (layer.lora_A, layer.lora_B)
     ]
-    if not factors:
-        return None
-    sums = torch.stack([factor.sum(dtype=torch.float32) for factor in factors])
-    norms = torch.stack(torch._foreach_norm(factors)).float()
-    return torch.cat([sums, norms])
+    return [int(each.view(_BITS[each.dtype.itemsize]).sum(dtype=torch.int64)) for each in factors]
 
 
 def _describe(layer: Any) -> tuple[Any, ...]:
