@@ -24,12 +24,13 @@ PANELS = {
 }
 """Titles, and the benchmark's parts that each shows."""
 PLOTS = {
-    "scaling_seconds": ("seconds", "s", "log"),
+    "scaling_seconds": ("seconds", "seconds", "log"),
     "scaling_gib": ("peak_gib", "peak with weights, GiB", "linear"),
 }
 """Files, the figure of each run that they show, its label and its scale."""
-COLOURS = ("#2660be", "#d1495b", "#2a9d6f")
-MARKERS = ("o", "s", "^")
+STYLES = (("#2660be", "o"), ("#d1495b", "s"))
+"""Colour and marker of each case of ours, in turn."""
+STOCK_STYLE = ("#2a9d6f", "^")
 
 
 def draw_scaling(records: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -84,15 +85,17 @@ def draw(shown: Mapping[str, Any], key: str, label: str, scale: str) -> Any:
     for axes, (title, cases) in zip(
         figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
     ):
-        for number, (case, by_side) in enumerate(cases.items()):
+        ours = iter(STYLES)
+        for case, by_side in cases.items():
+            colour, marker = STOCK_STYLE if case.startswith("stock") else next(ours)
             sides = sorted(by_side)
             axes.plot(
                 [side**2 for side in sides],
                 [by_side[side][key] for side in sides],
-                marker=MARKERS[number],
+                marker=marker,
                 markersize=4,
-                color=COLOURS[number],
-                label=case,
+                color=colour,
+                label=case.replace("`", ""),
             )
         ticks = sorted({side for by_side in cases.values() for side in by_side})
         axes.set_xscale("log")

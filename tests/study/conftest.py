@@ -9,6 +9,7 @@ from diffusers import FluxTransformer2DModel
 
 from urae.backbones.flux import PACKAGED
 from urae.study import StudyConfig
+from urae.study.metrics import METRICS, PARTS
 from urae.study.results import Row, find_result
 from urae.study.run import list_cells
 
@@ -46,7 +47,7 @@ def finish():
     """Leave in the work folder what finished cells do, each measured on some device."""
 
     def write(config, cells, device="cpu", dtype="float32", score=0.5) -> list[Path]:
-        figures = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), score)
+        figures = dict.fromkeys((*METRICS, *PARTS), score)
         record = {"figures": figures, "device": device, "dtype": dtype, "torch": "2", "commit": "a"}
         folder = config.work_dir / "study" / "results"
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,8 @@ def rows(study):
         for cell in list_cells(study("a", num_seeds=seeds)):
             helped = gain * (cell.factors["guidance"] == 1.0)
             score = 0.3 + helped + 0.01 * cell.seed * (1 + (cell.factors["guidance"] == 1.0))
-            figures = {"score": score, "held_out_loss": 0.5 - helped, "spectrum": 1.0}
+            figures = {**dict.fromkeys(PARTS, 1.0), "objects": 0.55}
+            figures |= {"score": score, "held_out_loss": 0.5 - helped, "spectrum": 1.0}
             record = {
                 "figures": {**figures, "wasserstein": 0.1, "data_score": 0.9},
                 **{"device": "H200", "dtype": "bfloat16", "torch": "2", "commit": "abc"},

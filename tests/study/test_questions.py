@@ -7,6 +7,7 @@ from urae.backbones.flux import PACKAGED, build_meta_transformer
 from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.study import StudyConfig
 from urae.study.cells import Weights
+from urae.study.metrics import METRICS, PARTS
 from urae.study.questions import QUESTIONS, SHARES, TEACHER_STEPS
 from urae.study.report import decide
 from urae.study.results import Row
@@ -35,13 +36,13 @@ def test_the_page_counts_as_the_lists_do(pytestconfig):
     text = (pytestconfig.rootpath / "docs" / "study.md").read_text()
     rows = re.findall(r"^\| ([a-f]) \| .+ \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     assert rows == [(k, str(NUM_CELLS[k]), str(NUM_RUNS[k])) for k in QUESTIONS]
-    assert sum(len(question.claims) for question in QUESTIONS.values()) == 17
-    assert "which are seventeen" in text
+    assert sum(len(question.claims) for question in QUESTIONS.values()) == 19
+    assert "which are nineteen" in text
 
 
 @pytest.mark.parametrize("letter", QUESTIONS)
 def test_every_claim_has_cells_that_decide_it(letter, all_cells):
-    figures = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), 0.0)
+    figures = dict.fromkeys((*METRICS, *PARTS), 0.0)
     rows = [Row(cell, {"figures": figures}) for cell in all_cells(letter)]
     for claim in QUESTIONS[letter].claims:
         assert decide(claim, rows)["score"].count == 3, claim.text

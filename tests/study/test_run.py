@@ -14,11 +14,12 @@ from unittest.mock import MagicMock
 import pytest
 
 from urae.study import data, run, run_study
+from urae.study.metrics import METRICS, PARTS
 from urae.study.questions import QUESTIONS, table_2
 from urae.study.run import list_cells
 from urae.train import TrainResult
 
-FIGURES = dict.fromkeys(("score", "held_out_loss", "spectrum", "wasserstein"), 0.5)
+FIGURES = dict.fromkeys((*METRICS, *PARTS), 0.5)
 
 
 @pytest.fixture

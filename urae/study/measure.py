@@ -1,7 +1,7 @@
 """The figures of a cell: scene check, held-out loss, distances from true renders."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,17 +13,17 @@ from urae.backbones.flux import fetch_model, read_latent_scale
 from urae.evaluate.spectrum import spectrum_distance
 from urae.evaluate.wasserstein import sliced_wasserstein
 from urae.features.dataset import list_samples
-from urae.miniature.check import SceneReport, check_scene
+from urae.miniature.check import check_scene
 from urae.miniature.render import render
 from urae.miniature.score import draw_scenes, held_out_scenes
 from urae.miniature.world import Scene
 from urae.study.cells import Scoring
+from urae.study.metrics import PARTS
 from urae.train.batch import Draws, sample_batch
 from urae.train.loss import NUM_LEVELS, compute_losses
 from urae.train.output import read_validation
 
 _PIXELS_AT_ONCE = 2**22
-_PARTS = tuple(field.name for field in fields(SceneReport))
 
 
 def measure_pictures(pipe: FluxPipeline, scoring: Scoring) -> dict[str, float]:
@@ -56,7 +56,7 @@ def measure_pictures(pipe: FluxPipeline, scoring: Scoring) -> dict[str, float]:
     )
     pairs = zip(pictures, scenes, strict=True)
     reports = [check_scene(picture.numpy(), scene) for picture, scene in pairs]
-    parts = {name: sum(getattr(each, name) for each in reports) / count for name in _PARTS}
+    parts = {name: sum(getattr(each, name) for each in reports) / count for name in PARTS}
     passed = sum(report.passed for report in reports) / count
     return {"score": passed, **parts, **_compare_renders(pictures, scenes, pipe.device)}
 

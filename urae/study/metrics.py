@@ -1,8 +1,9 @@
 """The figures that tables and claims show, and how they are written."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from urae.miniature.check import SceneReport
 from urae.study.statistics import Estimate
 
 
@@ -30,8 +31,12 @@ class Metric:
         return f"{mean} ({self.write(found.low, sign)} to {self.write(found.high, sign)})"
 
 
+PARTS = tuple(field.name for field in fields(SceneReport))
+"""Of a caption: the scene check's."""
+
 METRICS = {
     "score": Metric("scene check, %", 100, 1, is_share=True),
+    "parts": Metric("parts that hold, %", 100, 1, is_share=True),
     "held_out_loss": Metric("held-out loss", 1, 4),
     "spectrum": Metric("spectrum, dB", 1, 2),
     "wasserstein": Metric("sliced Wasserstein", 1, 4),

@@ -1,4 +1,4 @@
-"""A question's plot: scene check and held-out loss with their intervals."""
+"""A question's plot: scene check, parts of captions and held-out loss with their intervals."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,14 @@ from urae.study.statistics import Estimate
 
 Summary = Sequence[tuple[Mapping[str, Factor], Mapping[str, Estimate]]]
 
-_METRICS = {"score": "scene check, share that passes", "held_out_loss": "held-out flow loss"}
+_METRICS = {
+    "score": "scene check, share that passes",
+    "parts": "share of parts that hold",
+    "held_out_loss": "held-out flow loss",
+}
 _COLOURS = ("#2660be", "#d1495b", "#2a9d6f", "#e0992f", "#7b4fa3", "#5c6470")
 _SPREAD = 0.5  # of the room between two values, for the lines side by side
-_PANEL_INCHES = (4.2, 3.2)
+_PANEL_INCHES = (4.2, 2.6)
 _LETTERS_AN_INCH = 9  # of the title
 
 

@@ -211,18 +211,27 @@ QUESTIONS: dict[str, Question] = {
     "c": Question(
         "Which components train at 4K, and how many",
         components,
-        tuple(
+        (
+            *(
+                Claim(
+                    f"At 4K on real data, minor components are better than {name}, over all ranks.",
+                    source,
+                    {"components": "minor"},
+                    {"components": other},
+                )
+                for other, name, source in (
+                    ("lora", "a LoRA", "paper, section 3.2 and Table 3"),
+                    ("principal", "principal ones", "follows from section 3.2 of the paper"),
+                    ("random", "random ones", "follows from section 3.2 of the paper"),
+                    ("mica", "MiCA's", "asked when the figures were there"),
+                )
+            ),
             Claim(
-                f"At 4K on real data, minor components are better than {name}, over all ranks.",
-                source,
-                {"components": "minor"},
-                {"components": other},
-            )
-            for other, name, source in (
-                ("lora", "a LoRA", "paper, section 3.2 and Table 3"),
-                ("principal", "principal ones", "follows from the paper's reasons, section 3.2"),
-                ("random", "random ones", "follows from the paper's reasons, section 3.2"),
-            )
+                "At 4K on real data, rank 4 is better than 64, over all components.",
+                "asked when the figures were there",
+                {"rank": 4},
+                {"rank": 64},
+            ),
         ),
         x="rank",
         lines=("components",),

@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from urae.backbones.devices import name_device, name_dtype, pick_device, pick_dtype
 from urae.study.cells import Cell
-from urae.study.metrics import METRICS
+from urae.study.metrics import METRICS, PARTS
 
 _ORIGIN = ("device", "dtype", "torch", "commit")
+_STORED = {*METRICS, *PARTS} - {"parts"}
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Row:
 
     @property
     def figures(self) -> Mapping[str, float]:
-        """By name."""
-        figures: Mapping[str, float] = self.record["figures"]
-        return figures
+        """By name: what was measured, and the mean share of the caption's parts."""
+        stored: Mapping[str, float] = self.record["figures"]
+        return {**stored, "parts": fmean(stored[name] for name in PARTS)}
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def _is_record(value: Any) -> bool:
     figures = value["figures"]
     return (
         isinstance(figures, dict)
-        and figures.keys() >= METRICS.keys()
+        and figures.keys() >= _STORED
         and all(isinstance(each, int | float) for each in figures.values())
     )
 
