@@ -96,7 +96,7 @@ def test_a_plot_of_cells_with_one_seed_and_several_panels(all_cells, tmp_path):
     one = Estimate(0.5, 0.4, 0.6, 3)
     alone = replace(one, low=-math.inf, high=math.inf, count=1)
     cells = [cell for cell in all_cells("d") if cell.seed == 0]
-    estimates = {"score": one, "held_out_loss": alone}
+    estimates = {"score": one, "parts": one, "held_out_loss": alone}
     draw(QUESTIONS["d"], [(cell.factors, estimates) for cell in cells], tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert min(picture.size) > 500
@@ -113,7 +113,8 @@ def test_points_lie_side_by_side_where_a_tick_has_several(all_cells, tmp_path, m
     monkeypatch.setattr(Axes, "errorbar", record)
     share = Estimate(0.0, 1e-18, 0.0126, 3)  # Wilson's, of no picture that passes
     cells = [cell for cell in all_cells("d") if cell.seed == 0]
-    summary = [(cell.factors, {"score": share, "held_out_loss": share}) for cell in cells]
+    figures = dict.fromkeys(("score", "parts", "held_out_loss"), share)
+    summary = [(cell.factors, figures) for cell in cells]
     draw(QUESTIONS["d"], summary, tmp_path / "d.png")
     on, _, auto, none = (places[panel] for panel in range(4))
     assert on["on, static"][1] == 1 and on["on, static"][3:] == [3, 4]  # alone: upon the tick
