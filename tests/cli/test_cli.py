@@ -1,3 +1,4 @@
+import logging
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from urae.adapters.files import read_adapter
 from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS
 from urae.cli.generate import _read_prompts, split_weight
 from urae.cli.main import app, main
+from urae.cli.terminal import set_up_logging
 from urae.generate.parts import PartName
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +284,10 @@ def test_prompt_files(tmp_path):
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 text"):
         _read_prompts(None, path)
+
+
+def test_each_process_tells_of_what_it_reads_from_afar(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    set_up_logging(False)
+    assert logging.getLogger("urae.features.shard_folder").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("urae.train.loop").isEnabledFor(logging.WARNING)

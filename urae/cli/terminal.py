@@ -31,6 +31,8 @@ def set_up_logging(verbose: bool) -> None:
     logging.captureWarnings(True)
     quiet = logging.WARNING if is_first_rank() else logging.ERROR
     logging.getLogger("urae").setLevel(logging.INFO if verbose else quiet)
+    # what a process waits for from afar, the others wait for too
+    logging.getLogger("urae.features.shard_folder").setLevel(logging.WARNING)
     if is_first_rank():
         logging.getLogger("urae.adapters.minor").setLevel(logging.INFO)  # it can take minutes
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
