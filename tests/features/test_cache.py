@@ -333,6 +333,34 @@ def test_columns_and_captions_that_are_cut_are_told(cached_copy, settings):
     assert not cache(settings(cached_copy)).cut
 
 
+def test_what_another_process_has_made_is_not_read_again(folder, settings, monkeypatch):
+    """Of many processes each would read every picture."""
+    others, read = iter([True]), []
+
+    def share(stage, done, total):
+        if stage == "images" and next(others, False):
+            assert cache(settings(folder)).latents.encoded == NUM_IMAGES
+            monkeypatch.setattr("urae.features.cache.read_image", read.append)
+
+    report = cache(settings(folder), progress=share)
+    assert (report.latents.encoded, report.latents.shared) == (0, NUM_IMAGES)
+    assert not read
+
+
+def test_a_picture_that_has_changed_is_compared_by_its_bytes(cached_copy, settings):
+    config, others = settings(cached_copy), iter([True])
+    image = Image.open(cached_copy / "image_2.jpg").rotate(180)
+    image.save(cached_copy / "image_2.jpg")
+
+    def share(stage, done, total):
+        if stage == "images" and next(others, False):
+            assert cache(config).latents.encoded == 1
+
+    report = cache(config, progress=share)
+    assert (report.latents.encoded, report.latents.shared) == (0, 1)
+    assert cache(config).latents.encoded == 0
+
+
 def test_bombs_are_skipped(folder, settings, monkeypatch):
     monkeypatch.setattr("urae.features.images.MAX_PIXELS", 300 * 220 - 1)
     report = cache(settings(folder))
