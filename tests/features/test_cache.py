@@ -361,6 +361,18 @@ def test_a_picture_that_has_changed_is_compared_by_its_bytes(cached_copy, settin
     assert cache(config).latents.encoded == 0
 
 
+@pytest.mark.parametrize(("local_rank", "gpu"), [("1", [1]), ("3", [1]), (None, [])])
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(base_dev, monkeypatch, local_rank, gpu):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert Encoders(Path(base_dev)).device.type == "cuda"
+    assert taken == gpu
+
+
 def test_bombs_are_skipped(folder, settings, monkeypatch):
     monkeypatch.setattr("urae.features.images.MAX_PIXELS", 300 * 220 - 1)
     report = cache(settings(folder))
