@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -291,3 +292,17 @@ def test_each_process_tells_of_what_it_reads_from_afar(monkeypatch):
     set_up_logging(False)
     assert logging.getLogger("urae.features.shard_folder").isEnabledFor(logging.WARNING)
     assert not logging.getLogger("urae.train.loop").isEnabledFor(logging.WARNING)
+
+
+def test_without_a_terminal_the_cache_tells_how_far_it_is(monkeypatch, tmp_path):
+    """Of a job on a cluster that takes days."""
+    data = GOLDEN / "train_data"
+    for path in [*data.glob("image_[01].jp*g"), *data.glob("image_[01].json")]:
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr("urae.cli.cache.SECONDS_BETWEEN_LINES", 0.0)
+    base = GOLDEN / "base_dev"
+    arguments = ["cache", str(tmp_path), "--model", str(base), "--resolution", "192"]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert re.search(r"^images 1 of 2, [\d.]+/s, ETA 0:\d\d$", outcome.stderr, re.MULTILINE)
+    assert "captions 4 of 4," in outcome.stderr

@@ -18,6 +18,9 @@ from rich.progress import (
 
 console = Console(stderr=True, highlight=False)
 
+SECONDS_BETWEEN_LINES = 60.0
+"""Where progress is told in lines, without a terminal."""
+
 
 def is_first_rank() -> bool:
     """Tell whether this process speaks for all: of several on one job, the first."""
@@ -83,3 +86,10 @@ def format_size(num_bytes: int) -> str:
         if num_bytes >= size / 10:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 2**10:.1f} KiB" if num_bytes else "0"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as 1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
