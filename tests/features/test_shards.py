@@ -290,9 +290,9 @@ def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, ca
     samples = open_features("http://host", 0.0).samples
     server += [60.0]
     load_latents(samples[0])
-    assert "cannot be read (TimeoutError: no answer within 0.1 s); trying again" in caplog.text
+    assert "cannot be read (TimeoutError: not done after 0.1 s); trying again" in caplog.text
     server += [60.0] * 4
-    with pytest.raises(ConnectionError, match=r"image_0_latent\S+ in .* no answer within 0.1 s\)"):
+    with pytest.raises(ConnectionError, match=r"image_0_latent\S+ in .* not done after 0.1 s\)"):
         load_latents(samples[0])
 
 

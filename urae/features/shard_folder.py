@@ -142,7 +142,7 @@ class ShardFolder:
         try:
             return sync(self._files.loop, coroutine, *arguments, timeout=MAX_SECONDS, **options)
         except FSTimeoutError as error:
-            raise TimeoutError(f"no answer within {MAX_SECONDS:g} s") from error
+            raise TimeoutError(f"not done after {MAX_SECONDS:g} s") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
