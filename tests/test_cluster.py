@@ -37,7 +37,10 @@ def test_the_slurm_script_starts_urae(tmp_path, monkeypatch, resumes):
         (commands / name).chmod(0o755)
     if resumes:
         (tmp_path / "runs" / "cluster" / "checkpoint-000200").mkdir(parents=True)
-    slurm = {"NNODES": "2", "GPUS_ON_NODE": "4", "JOB_ID": "7", "JOB_NODELIST": "node-[a-b]"}
+    slurm = {
+        "NNODES": "2", "GPUS_ON_NODE": "4", "JOB_ID": "7", "JOB_NODELIST": "node-[a-b]",
+        "CPUS_PER_TASK": "64",
+    }  # fmt: skip
     subprocess.run(
         ["bash", CLUSTER / "train.sbatch"],
         cwd=tmp_path,
@@ -47,8 +50,9 @@ def test_the_slurm_script_starts_urae(tmp_path, monkeypatch, resumes):
         },
         check=True,
     )
-    program, *words = (tmp_path / "words").read_text().splitlines()
-    assert program == "torchrun"
+    given = (tmp_path / "words").read_text().splitlines()
+    assert given[:3] == ["--cpus-per-task", "64", "torchrun"]  # srun takes none over from sbatch
+    words = given[3:]
     launch = get_args_parser().parse_args(words)
     assert (launch.nnodes, launch.nproc_per_node, launch.module) == ("2", "4", True)
     assert (launch.rdzv_backend, launch.rdzv_endpoint) == ("c10d", "node-a:29500")

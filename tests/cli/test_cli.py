@@ -1,4 +1,6 @@
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from urae.adapters.files import read_adapter
 from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS
 from urae.cli.generate import _read_prompts, split_weight
 from urae.cli.main import app, main
+from urae.cli.terminal import set_up_logging
 from urae.generate.parts import PartName
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +285,24 @@ def test_prompt_files(tmp_path):
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 text"):
         _read_prompts(None, path)
+
+
+def test_each_process_tells_of_what_it_reads_from_afar(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    set_up_logging(False)
+    assert logging.getLogger("urae.features.shard_folder").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("urae.train.loop").isEnabledFor(logging.WARNING)
+
+
+def test_without_a_terminal_the_cache_tells_how_far_it_is(monkeypatch, tmp_path):
+    """Of a job on a cluster that takes days."""
+    data = GOLDEN / "train_data"
+    for path in [*data.glob("image_[01].jp*g"), *data.glob("image_[01].json")]:
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr("urae.cli.cache.SECONDS_BETWEEN_LINES", 0.0)
+    base = GOLDEN / "base_dev"
+    arguments = ["cache", str(tmp_path), "--model", str(base), "--resolution", "192"]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert re.search(r"^images 1 of 2, [\d.]+/s, ETA 0:\d\d$", outcome.stderr, re.MULTILINE)
+    assert "captions 4 of 4," in outcome.stderr

@@ -333,6 +333,46 @@ def test_columns_and_captions_that_are_cut_are_told(cached_copy, settings):
     assert not cache(settings(cached_copy)).cut
 
 
+def test_what_another_process_has_made_is_not_read_again(folder, settings, monkeypatch):
+    """Of many processes each would read every picture."""
+    others, read = iter([True]), []
+
+    def share(stage, done, total):
+        if stage == "images" and next(others, False):
+            assert cache(settings(folder)).latents.encoded == NUM_IMAGES
+            monkeypatch.setattr("urae.features.cache.read_image", read.append)
+
+    report = cache(settings(folder), progress=share)
+    assert (report.latents.encoded, report.latents.shared) == (0, NUM_IMAGES)
+    assert not read
+
+
+def test_a_picture_that_has_changed_is_compared_by_its_bytes(cached_copy, settings):
+    config, others = settings(cached_copy), iter([True])
+    image = Image.open(cached_copy / "image_2.jpg").rotate(180)
+    image.save(cached_copy / "image_2.jpg")
+
+    def share(stage, done, total):
+        if stage == "images" and next(others, False):
+            assert cache(config).latents.encoded == 1
+
+    report = cache(config, progress=share)
+    assert (report.latents.encoded, report.latents.shared) == (0, 1)
+    assert cache(config).latents.encoded == 0
+
+
+@pytest.mark.parametrize(("local_rank", "gpu"), [("1", [1]), ("3", [1]), (None, [])])
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(base_dev, monkeypatch, local_rank, gpu):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert Encoders(Path(base_dev)).device.type == "cuda"
+    assert taken == gpu
+
+
 def test_bombs_are_skipped(folder, settings, monkeypatch):
     monkeypatch.setattr("urae.features.images.MAX_PIXELS", 300 * 220 - 1)
     report = cache(settings(folder))

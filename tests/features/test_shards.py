@@ -1,3 +1,5 @@
+import asyncio
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -5,13 +7,18 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry as file_systems
 
 from urae.features import shard_folder
+from urae.features.byte_cache import ByteCache
 from urae.features.dataset import Sample, check_cache, load_embeds, load_latents
 from urae.features.location import Features, open_features
 from urae.features.pack import PackConfig, pack
+from urae.features.shard_folder import ShardFolder
 from urae.features.store import Fingerprints, fingerprint_encoders, fingerprint_file
+from urae.train.ranks import MAX_WAIT_MINUTES
 
 DIMS = {"latent_channels": 16, "t5_dim": 32, "clip_dim": 24}
 TWO_SAMPLES = 200 / 2**20  # GiB, of the tiny model
@@ -213,12 +220,86 @@ def test_a_failing_connection_is_tried_again(far, monkeypatch, caplog):
     assert caplog.text.count("trying again") == 2
 
     failures = iter([RuntimeError("reset")] * 4)
-    message = r"image_1_latent\S+ in shard memory://\S+ cannot be read \(RuntimeError\('reset'\)\)"
+    message = r"image_1_latent\S+ in shard memory://\S+ cannot be read \(RuntimeError: reset\)"
     with pytest.raises(ConnectionError, match=message):
         load_latents(samples[1])
     failures = iter([b"short"] * 4)
     with pytest.raises(ValueError, match=r"image_1_latent\S+ in .* 5 bytes came where \d+ were"):
         load_latents(samples[1])
+
+
+class RefusalError(Exception):
+    """As aiohttp's, of a server that answers with a status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+@pytest.fixture
+def server(packed, tmp_path, monkeypatch) -> list[Exception | float]:
+    """Serve the shards at http://host as fsspec does; what is put in the list comes first.
+
+    A number is for how many seconds the server says nothing.
+    """
+    faults: list[Exception | float] = []
+
+    class Server(AsyncFileSystem):
+        protocol = ("http", "https")
+        cachable = False
+
+        async def _cat_file(self, path, start=None, end=None, **_):
+            for fault in [faults.pop(0)] if faults else []:
+                if isinstance(fault, Exception):
+                    raise fault
+                await asyncio.sleep(fault)
+            return (packed / path.rpartition("/")[2]).read_bytes()[start:end]
+
+        async def _info(self, path, **_):
+            try:
+                return {"size": len(await self._cat_file(path))}
+            except Exception as error:
+                raise FileNotFoundError(path) from error
+
+    monkeypatch.setitem(file_systems, "http", Server)
+    monkeypatch.setenv("URAE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_folder, "WAITS", (0.0, 0.0, 0.0))
+    return faults
+
+
+def test_a_server_that_fails_is_not_said_to_have_lost_the_shard(server, caplog):
+    folder = ShardFolder("http://host", ByteCache(Path("none"), 0))
+    (index,) = json.loads(folder.read("urae_shards.json"))["shards"][:1]
+    server += [RefusalError(503), OSError("reset")]
+    assert folder.find_size(f"{index['shard']}.tar") > 0
+    assert "(RefusalError: status 503); trying again" in caplog.text
+    server += [RefusalError(503)] * 4
+    with pytest.raises(
+        ConnectionError, match=r"host/a.tar cannot be read \(RefusalError: status 503\)"
+    ):
+        folder.find_size("a.tar")
+    caplog.clear()
+    server += [RefusalError(404)]
+    with pytest.raises(FileNotFoundError, match=r"host/a.tar is not there"):
+        folder.find_size("a.tar")
+    assert not caplog.text
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, caplog):
+    monkeypatch.setattr(shard_folder, "MAX_SECONDS", 0.1)
+    samples = open_features("http://host", 0.0).samples
+    server += [60.0]
+    load_latents(samples[0])
+    assert "cannot be read (TimeoutError: not done after 0.1 s); trying again" in caplog.text
+    server += [60.0] * 4
+    with pytest.raises(ConnectionError, match=r"image_0_latent\S+ in .* not done after 0.1 s\)"):
+        load_latents(samples[0])
+
+
+def test_a_read_ends_before_the_other_processes_give_up():
+    attempts = [*shard_folder.WAITS, 0.0]
+    longest = sum(wait + shard_folder.MAX_SECONDS for wait in attempts)
+    assert longest < 60 * MAX_WAIT_MINUTES
 
 
 def test_a_shard_that_vanishes_is_named_at_once(far, caplog):

@@ -74,14 +74,14 @@ def test_the_panel_has_room_for_a_long_run(show):
 
 
 def test_no_memory_on_a_cpu(show, monkeypatch):
-    monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(command, "SECONDS_BETWEEN_LINES", 0.0)
     assert "GPU" not in show(report(1, memory_gib=None), terminal=False)
 
 
 def test_the_held_out_loss_is_shown(show, monkeypatch):
     late = report(1, seconds=131.5, held_out_loss=0.40812)
     assert "held-out 0.4081" in show(late, terminal=True)
-    monkeypatch.setattr(command, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(command, "SECONDS_BETWEEN_LINES", 0.0)
     assert "loss 0.5000, held-out 0.4081, lr" in show(late, terminal=False)
     assert "held-out" not in show(report(1), terminal=False)
 

@@ -254,6 +254,29 @@ def wait_for_checkpoint(output_dir: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_stop_is_clean_on_a_host_that_does_not_see_the_checkpoint(settings, tmp_path):
+    """Of a network file system the list of names may be half a minute old."""
+    configs = [settings(steps=100_000, output_dir=tmp_path / f"host-{host}") for host in range(2)]
+    port = free_port()
+    processes = [
+        server.Process(target=run_rank, args=(config, rank, 2, port), daemon=True)
+        for rank, config in enumerate(configs)
+    ]
+    for process in processes:
+        process.start()
+    losses, deadline = configs[0].output_dir / "loss.csv", time.monotonic() + 60
+    while not losses.exists() or losses.read_text().count("\n") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes[0].terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(find_checkpoints(configs[0].output_dir)) == 1
+    assert not find_checkpoints(configs[1].output_dir)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_lost_rank_ends_the_other_in_every_mode(settings, mode, lost):

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistError, ProcessGroup
 
+from urae.backbones.devices import pick_device
+
 T = TypeVar("T")
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # as torchrun sets them
@@ -82,6 +84,18 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     yield Ranks(device, dist.get_rank(), dist.get_world_size())
     if own:  # after an error the others may be gone, and the process ends anyway
         dist.destroy_process_group()
+
+
+def pick_own_device() -> torch.device:
+    """Return the device of a process that works alone: its own of this host's GPUs.
+
+    Of processes that torchrun has started each takes the next GPU, beginning anew where there are
+    fewer; any other takes the first that it sees.
+    """
+    device = pick_device()
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
 
 
 def check_gpus(wanted: int) -> None:

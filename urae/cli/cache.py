@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from urae.cli.generate import MODELS
-from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
+from urae.cli.terminal import (
+    SECONDS_BETWEEN_LINES,
+    Verbose,
+    build_progress,
+    console,
+    format_seconds,
+    is_first_rank,
+    quiet_progress_bars,
+)
 
 
 def cache_command(
@@ -46,8 +54,10 @@ def cache_command(
     with build_progress("rate") as bar:
         tasks: dict[str, TaskID] = {}
         began: dict[str, float] = {}
+        last_line = time.monotonic()
 
         def show(stage: str, done: int, total: int) -> None:
+            nonlocal last_line
             if not total:
                 return
             if stage not in tasks:
@@ -55,6 +65,12 @@ def cache_command(
                 began[stage] = time.perf_counter()
             rate = done / max(time.perf_counter() - began[stage], 1e-9)
             bar.update(tasks[stage], completed=done, total=total, rate=f"{rate:.2f}/s")
+            is_due = time.monotonic() - last_line >= SECONDS_BETWEEN_LINES
+            if done and is_due and bar.disable and is_first_rank():
+                last_line = time.monotonic()
+                left = format_seconds((total - done) / rate)
+                line = f"{stage} {done} of {total}, {rate:.2f}/s, ETA {left}"
+                console.print(line, soft_wrap=True)
 
         report = cache(config, progress=show)
     table = Table("", "encoded", "unchanged", "kept, no metadata", "by others")

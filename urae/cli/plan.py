@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from urae.cli.generate import MODELS, Memory, split_weight
-from urae.cli.terminal import Verbose, format_size, quiet_progress_bars
-from urae.cli.train import Data, format_seconds, read_recipe
+from urae.cli.terminal import Verbose, format_seconds, format_size, quiet_progress_bars
+from urae.cli.train import Data, read_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,6 +18,9 @@ from rich.progress import (
 
 console = Console(stderr=True, highlight=False)
 
+SECONDS_BETWEEN_LINES = 60.0
+"""Where progress is told in lines, without a terminal."""
+
 
 def is_first_rank() -> bool:
     """Tell whether this process speaks for all: of several on one job, the first."""
@@ -31,6 +34,8 @@ def set_up_logging(verbose: bool) -> None:
     logging.captureWarnings(True)
     quiet = logging.WARNING if is_first_rank() else logging.ERROR
     logging.getLogger("urae").setLevel(logging.INFO if verbose else quiet)
+    # what a process waits for from afar, the others wait for too
+    logging.getLogger("urae.features.shard_folder").setLevel(logging.WARNING)
     if is_first_rank():
         logging.getLogger("urae.adapters.minor").setLevel(logging.INFO)  # it can take minutes
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
@@ -81,3 +86,10 @@ def format_size(num_bytes: int) -> str:
         if num_bytes >= size / 10:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 2**10:.1f} KiB" if num_bytes else "0"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as 1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

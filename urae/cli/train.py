@@ -17,8 +17,10 @@ from rich.text import Text
 
 from urae.adapters.packaged import BASE
 from urae.cli.terminal import (
+    SECONDS_BETWEEN_LINES,
     Verbose,
     console,
+    format_seconds,
     is_first_rank,
     quiet_progress_bars,
     set_up_logging,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 _OWN_OPTIONS = {"data_dir", "output_dir", "resume", "overwrite"}
 _RECORD_SECTION = "record"  # of a run.toml: what the run was made from, no part of the recipe
-_SECONDS_BETWEEN_LINES = 60.0
 _STEPS_IN_MEAN = 50
 _PANEL_WIDTH = 80
 
@@ -66,7 +67,7 @@ class Display:
         self._num_taken += 1
         if self._live.is_started:
             self._live.update(self._build_panel(report))
-        elif (now := time.monotonic()) - self._last_line >= _SECONDS_BETWEEN_LINES:
+        elif (now := time.monotonic()) - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             figures = ", ".join(f"{name} {value}" for name, value in self.describe(report))
             console.print(f"step {report.step} of {self.num_steps}: {figures}", soft_wrap=True)
@@ -125,13 +126,6 @@ class Display:
             subtitle_align="left",
             width=width,
         )
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a duration as 1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def read_recipe(recipe: Path, overrides: list[str], own: dict[str, Any]) -> "TrainConfig":

@@ -179,6 +179,7 @@ class _Job:
         self.encoders = encoders
         self.text_tokens = text_tokens
         self.report = CacheReport()
+        self._changed: set[Path] = set()  # images that are not those their latents are made from
         # The content's hash is added file by file
         common = {FORMAT_KEY: FORMAT_VERSION, "dtype": name_dtype(encoders.dtype)}
         self.latent_identity = common | {
@@ -280,7 +281,14 @@ class _Job:
                     self._write_latents(source, picture)
 
     def _read_picture(self, source: Source) -> _Picture | None:
-        """Read, decode and fit an image, unless another process just has written its latents."""
+        """Read, decode and fit an image, unless another process just has written its latents.
+
+        It was due when it was inspected, so latents that are of this run now are another process's:
+        the image is not read for that, or each process would read all of them.
+        """
+        if source.image not in self._changed:
+            if find_status(source.latent_path, self.latent_identity) is Status.CURRENT:
+                return None
         data = read_image(source.image)
         identity = self.latent_identity | {"image_sha256": digest(data)}
         if find_status(source.latent_path, identity) is Status.CURRENT:
@@ -330,6 +338,8 @@ class _Job:
         if status is Status.CURRENT:
             image_sha256 = digest(read_image(source.image))
             status = find_status(source.latent_path, {"image_sha256": image_sha256})
+            if status is Status.DUE:
+                self._changed.add(source.image)
         return self._heed_overwrite(status)
 
     def _find_embed_status(self, source: Source, column: str) -> Status:

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from urae.backbones.devices import pick_device, pick_dtype
+from urae.backbones.devices import pick_dtype
 from urae.backbones.flux import TEXT_COMPONENTS, count_tokens, encode_prompts, load_pipeline
 from urae.backbones.free_memory import free_bytes, release_memory, vae_bytes
+from urae.backbones.ranks import pick_own_device
 from urae.backbones.vae import encode
 
 
@@ -22,7 +23,7 @@ class Encoders:
     """The encoders of one model on this machine's best device."""
 
     def __init__(self, model_path: Path) -> None:
-        self.device = pick_device()
+        self.device = pick_own_device()
         self.dtype = pick_dtype(self.device)
         self._model_path = model_path
 

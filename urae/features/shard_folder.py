@@ -4,10 +4,12 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from urae.features.byte_cache import ByteCache
@@ -18,6 +20,12 @@ Found = TypeVar("Found")
 
 WAITS = (1.0, 4.0, 16.0)
 """Seconds before each further attempt to read from afar."""
+
+MAX_SECONDS = 120.0
+"""How long an attempt may take: a server can take a request and never answer. All four are over
+before the other processes of a run, which wait for this one, give up."""
+
+_GONE = (404, 410)  # what HTTP says of a file that is not there
 
 
 class ShardFolder:
@@ -107,13 +115,34 @@ class ShardFolder:
             FileNotFoundError: If it is not there.
             ConnectionError: If it cannot be looked up.
         """
-        path = self._path(name)
-        size = self._attempt(lambda: self._files.size(path), f"{self.url}/{name}")
+        size = self._attempt(lambda: self._look_up(name).get("size"), f"{self.url}/{name}")
         return None if size is None else int(size)
 
+    def _look_up(self, name: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._call("info", self._path(name))
+        except FileNotFoundError as error:
+            cause = error.__cause__  # over HTTP fsspec says so of every failure
+            if "http" not in self._files.protocol or cause is None:
+                raise
+            if getattr(cause, "status", None) in _GONE:
+                raise
+            raise cause from None
+        return found
+
     def _cat(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        data: bytes = self._files.cat_file(self._path(name), start=start, end=end)
+        data: bytes = self._call("cat_file", self._path(name), start=start, end=end)
         return data
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the file system; one that is asynchronous has a limit of time."""
+        if not isinstance(self._files, AsyncFileSystem):
+            return getattr(self._files, method)(*arguments, **options)
+        coroutine = getattr(self._files, f"_{method}")
+        try:
+            return sync(self._files.loop, coroutine, *arguments, timeout=MAX_SECONDS, **options)
+        except FSTimeoutError as error:
+            raise TimeoutError(f"not done after {MAX_SECONDS:g} s") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -130,16 +159,21 @@ class ShardFolder:
             except Exception as error:  # each storage library has errors of its own
                 if wait is not None and not isinstance(error, PermissionError):
                     logger.warning(
-                        "%s cannot be read (%s); trying again in %s s", where, repr(error), wait
+                        "%s cannot be read (%s); trying again in %s s", where, _name(error), wait
                     )
                     time.sleep(wait)
                     continue
                 if isinstance(error, ValueError):  # said in full by whoever read
                     raise
                 raise ConnectionError(
-                    f"{where} cannot be read ({error!r}); once it can be, go on with --resume"
+                    f"{where} cannot be read ({_name(error)}); once it can be, go on with --resume"
                 ) from error
         raise AssertionError
+
+
+def _name(error: Exception) -> str:
+    """Say what an error is, without all that its parts hold: of HTTP, whole requests."""
+    return ": ".join(part for part in (type(error).__name__, str(error)) if part)
 
 
 def _find_fault(data: bytes, num_bytes: int, crc32: int) -> str | None:

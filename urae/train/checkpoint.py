@@ -76,6 +76,11 @@ class Checkpoint:
         return self.path.rename(path)
 
 
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Say where the checkpoint of a step lies."""
+    return output_dir / f"checkpoint-{step:06d}"
+
+
 def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
     """List a run's checkpoints, oldest first; whether they are whole is not looked at."""
     found = []
@@ -120,7 +125,7 @@ def save_checkpoint(
         FloatingPointError: If weights or optimizer hold NaN or infinity; earlier checkpoints stay.
         OSError: If the disk is full or not writable; earlier checkpoints stay as they are.
     """
-    final = output_dir / f"checkpoint-{step:06d}"
+    final = checkpoint_path(output_dir, step)
     partial = output_dir / _PARTIAL.format(final.name)
     if final.is_dir():
         return Checkpoint(final, step)

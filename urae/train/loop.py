@@ -28,7 +28,7 @@ from urae.config import flatten
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train.adapter import TrainingAdapter, attach_for_training
 from urae.train.attention import choose_attention
-from urae.train.checkpoint import check_same_origin, find_checkpoints
+from urae.train.checkpoint import check_same_origin, checkpoint_path, find_checkpoints
 from urae.train.config import TrainConfig
 from urae.train.guards import catch_stop
 from urae.train.inputs import Inputs, check_inputs
@@ -186,7 +186,9 @@ class _Run:
             if finished and self.accelerator.is_main_process:
                 state.write_adapter(config.output_dir, self.metadata)
             self.accelerator.wait_for_everyone()
-        folder = config.output_dir if finished else find_checkpoints(config.output_dir)[-1].path
+        # not looked up: a host may see of a shared folder what was there half a minute ago
+        saved = checkpoint_path(config.output_dir, state.step)
+        folder = config.output_dir if finished else saved
         stopped = self.monitor.agree_to_stop(stop)
         self.accelerator.end_training()
         return self._build_result(folder / LORA_FILE_NAME, stopped)
