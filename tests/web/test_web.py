@@ -130,6 +130,18 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
         page.close()
 
 
+def test_fields_that_open_empty_stay_so_in_the_browser(config):
+    """Gradio drops a value of None from what it sends, and its page shows and returns 0."""
+    page = build_page(Jobs(config))
+    components = page.get_config_file()["components"]
+    numbers = {each["id"]: each["props"] for each in components if each["type"] == "number"}
+    loads = [each for each in page.fns.values() if "load" in dict(each.targets).values()]
+    emptied = {block._id for each in loads for block in each.outputs}
+    labels = {props["label"] for number, props in numbers.items() if number in emptied}
+    assert labels == {"Seed", "Steps", "Guidance"}
+    assert [props["value"] for number, props in numbers.items() if number not in emptied] == [1]
+
+
 def test_an_address_that_cannot_be_had(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -158,13 +158,17 @@ def _lay_out_fields(gr: Any, model: str) -> list[Any]:
         ),
     ]  # fmt: skip
     own = "the model's own where empty"
+
+    def empty() -> None:
+        """Send an empty field when the page opens; one without a value Gradio fills with 0."""
+
     with gr.Accordion("More", open=False):
         return [
             *fields,
-            gr.Number(label="Seed", info="drawn where empty", precision=0, value=None),
+            gr.Number(label="Seed", info="drawn where empty", precision=0, value=empty),
             gr.Number(label="Pictures", precision=0, value=1, minimum=1, maximum=16),
-            gr.Number(label="Steps", info=own, precision=0, value=None),
-            gr.Number(label="Guidance", info=own, value=None),
+            gr.Number(label="Steps", info=own, precision=0, value=empty),
+            gr.Number(label="Guidance", info=own, value=empty),
         ]
 
 
