@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 
+import httpx
 import pytest
 from diffusers import FluxTransformer2DModel
 from PIL import Image
@@ -152,6 +153,21 @@ def test_an_address_that_cannot_be_had(config):
         serve(replace(config, host="203.0.113.9"))
     with pytest.raises(FileNotFoundError, match="model 'nosuch' is neither a local path nor a hub"):
         serve(replace(config, model="nosuch"))
+
+
+def test_a_site_whose_name_leads_here_is_not_answered(config):
+    """Else a page of evil.example, whose address becomes 127.0.0.1, could use this one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers = {}
+
+    def ask(address):
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"evil.example:{port}"):
+            answers[host] = httpx.get(f"{address}config", headers={"host": host}).status_code
+        raise KeyboardInterrupt
+
+    serve(replace(config, port=port), on_ready=ask)
+    assert list(answers.values()) == [200, 200, 400]
 
 
 def test_fields_that_were_emptied(config, tmp_path):

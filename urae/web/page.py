@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable
 from importlib.util import find_spec
+from ipaddress import ip_address
 from threading import Event
 from typing import Any
 
@@ -51,6 +52,10 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
     jobs = Jobs(config)
     page = build_page(jobs)
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    names = ["127.0.0.1", "localhost", config.host] if _is_this_machine(config.host) else ["*"]
     _, address, _ = page.launch(
         server_name=config.host,
         server_port=config.port,
@@ -58,16 +63,23 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
         allowed_paths=[str(config.output_dir.resolve())],
         prevent_thread_lock=True,
         quiet=True,
+        # a site whose name was made to lead here would otherwise be answered in its visitor's name
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
+        max_file_size="1kb",  # the page takes no files
     )
-    if on_ready is not None:
-        on_ready(address)
     try:
+        if on_ready is not None:
+            on_ready(address)
         Event().wait()
     except KeyboardInterrupt:
         logger.info("the page ends")
     finally:
         jobs.close()
         page.close(verbose=False)
+
+
+def _is_this_machine(host: str) -> bool:
+    return ip_address(socket.gethostbyname(host)).is_loopback
 
 
 def build_page(jobs: Jobs) -> Any:
