@@ -1,6 +1,7 @@
 """The page in the browser: what is typed, what comes back, and the command that does the same."""
 
 import gc
+import io
 import shlex
 import signal
 import socket
@@ -109,15 +110,15 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
 
     config.output_dir.mkdir()
     page = build_page(Jobs(config))
-    _, url, _ = page.launch(
-        prevent_thread_lock=True, quiet=True, allowed_paths=[str(config.output_dir)]
-    )
-    client = Client(url, verbose=False)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    client = Client(url, verbose=False, download_files=False)
     try:
         fields = {"model": "miniature-dev", "adapters": [AUTOMATIC], "seed": 7, "steps": 1}
         fields |= {"prompt": PROMPT, "guidance": None, "num_images": 2}
         pictures, line, command = client.predict(size="64", api_name="/generate", **fields)
-        with Image.open(pictures["value"][1]["image"]) as image:
+        urls = [each["image"]["url"] for each in pictures["value"]]
+        assert all(f"file={config.output_dir}" in url for url in urls)  # it was not copied
+        with Image.open(io.BytesIO(httpx.get(urls[1]).content)) as image:
             assert image.size == (64, 64)
             assert image.info["prompt"] == PROMPT
             assert image.info["seed"] == "8"

@@ -60,7 +60,6 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
         server_name=config.host,
         server_port=config.port,
         inbrowser=config.open_browser,
-        allowed_paths=[str(config.output_dir.resolve())],
         prevent_thread_lock=True,
         quiet=True,
         # a site whose name was made to lead here would otherwise be answered in its visitor's name
@@ -101,6 +100,7 @@ def build_page(jobs: Jobs) -> Any:
         )
     import gradio as gr
 
+    gr.set_static_paths(jobs.config.output_dir)  # pictures are shown from there, not copied first
     with gr.Blocks(title="urae", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
