@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -185,6 +186,21 @@ def test_stop_is_for_whoever_began(config):
     assert len(files) == 1
     with pytest.raises(Exception, match=r"^$") as caught:
         jobs.make(form, lambda *_, **__: jobs.stop("one"), "one")
+    assert caught.typename == "Stopped"
+
+
+def test_a_job_whose_page_is_gone_can_be_stopped(config):
+    """A page that is loaded anew has another session."""
+    jobs, form = Jobs(config), replace(FORM, size="64", steps=2)
+    listeners = build_page(jobs).fns.values()
+    (unload,) = [each.fn for each in listeners if (None, "unload") in each.targets]
+
+    def load_anew(*_, **__):
+        unload(SimpleNamespace(session_hash="one"))
+        jobs.stop("two")
+
+    with pytest.raises(Exception, match=r"^$") as caught:
+        jobs.make(form, load_anew, "one")
     assert caught.typename == "Stopped"
 
 

@@ -64,9 +64,14 @@ class Jobs:
         return [str(file) for file in files], _describe(files, seconds), spell_command(job)
 
     def stop(self, session: str | None = None) -> None:
-        """Stop the job at hand after its step, if it is this session's."""
-        if session == self._session:
+        """Stop the job at hand after its step, if it is this session's or nobody's any more."""
+        if self._session in (session, None):
             self._stop.set()
+
+    def leave(self, session: str | None) -> None:
+        """Let a job go on whose page was closed or loaded anew; from now on anybody can stop it."""
+        if session == self._session:
+            self._session = None
 
     def close(self) -> None:
         """Stop the job at hand, whoever's it is, and wait until it has."""

@@ -136,6 +136,10 @@ def build_page(jobs: Jobs) -> Any:
         def halt(request: gr.Request) -> None:
             jobs.stop(request.session_hash)
 
+        def leave(request: gr.Request) -> None:
+            jobs.leave(request.session_hash)
+
+        page.unload(leave)
         event = gr.on(
             [start.click, prompt.submit],
             make,
