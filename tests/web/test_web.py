@@ -180,6 +180,20 @@ def test_fields_that_were_emptied(config, tmp_path):
             read_form(replace(FORM, model=empty), config, tmp_path)
 
 
+def test_what_may_surprise_is_told_with_the_picture(config):
+    """What `urae generate` writes in the terminal, which whoever uses the page may not see."""
+    form = replace(FORM, size="64", steps=1)
+    _, line, _ = Jobs(config).make(form, lambda *_, **__: None)
+    assert "\n" not in line
+    strange = replace(form, prompt="a <b>lighthouse</b> *at* dawn, " * 20)
+    _, line, _ = Jobs(config).make(strange, lambda *_, **__: None)
+    first, scene, cut = line.split("\n\n")
+    assert first.startswith("1 picture in ")
+    assert scene.startswith(r"miniature\-dev knows only scenes of its grammar, and will draw anoth")
+    assert r"\<b\>lighthouse\<\/b\> \*at\* dawn" in scene
+    assert "is read to the 64th: the rest of it counts for nothing" in cut
+
+
 def test_stop_is_for_whoever_began(config):
     jobs, form = Jobs(config), replace(FORM, size="64", steps=2)
     files, _, _ = jobs.make(form, lambda *_, **__: jobs.stop("another"), "one")

@@ -191,22 +191,14 @@ def _tell_of_the_miniature(
 ) -> None:
     """Say which adapters it takes by itself, and what it cannot draw."""
     from urae.backbones.flux import PACKAGED
-    from urae.miniature.grammar import parse_caption
+    from urae.miniature.grammar import foresee_another_scene
 
     if own:
         text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
         console.print(Text(f"{text} {BASE}"), soft_wrap=True)
-    if config.model not in PACKAGED:
-        return
-    for prompt in config.prompts:
-        try:
-            parse_caption(prompt)
-        except ValueError as reason:
-            text = (
-                f"{config.model} knows only scenes of its grammar, and will draw another: {reason}"
-            )
-            console.print(Text(text, style="yellow"), soft_wrap=True)
-            return
+    surprise = foresee_another_scene(config.model, config.prompts)
+    if config.model in PACKAGED and surprise:
+        console.print(Text(surprise, style="yellow"), soft_wrap=True)
 
 
 def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
