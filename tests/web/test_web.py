@@ -20,7 +20,7 @@ from PIL import Image
 from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.generate import GenerateConfig
 from urae.web.config import WebConfig
-from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, spell_command
+from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, read_number, spell_command
 from urae.web.jobs import Jobs
 from urae.web.page import build_page, serve
 
@@ -134,15 +134,24 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
 
 
 def test_fields_that_open_empty_stay_so_in_the_browser(config):
-    """Gradio drops a value of None from what it sends, and its page shows and returns 0."""
-    page = build_page(Jobs(config))
-    components = page.get_config_file()["components"]
-    numbers = {each["id"]: each["props"] for each in components if each["type"] == "number"}
-    loads = [each for each in page.fns.values() if "load" in dict(each.targets).values()]
-    emptied = {block._id for each in loads for block in each.outputs}
-    labels = {props["label"] for number, props in numbers.items() if number in emptied}
-    assert labels == {"Seed", "Steps", "Guidance"}
-    assert [props["value"] for number, props in numbers.items() if number not in emptied] == [1]
+    """Gradio leaves a value of None out of what it sends, and in the browser a number is then 0."""
+    components = build_page(Jobs(config)).get_config_file()["components"]
+    numbers = [each["props"] for each in components if each["type"] == "number"]
+    assert [(field["label"], field.get("value")) for field in numbers] == [("Pictures", 1)]
+
+
+def test_numbers_that_are_typed():
+    assert [read_number("seed", text, int) for text in ("7", " ", "", None)] == [
+        7,
+        None,
+        None,
+        None,
+    ]
+    assert read_number("guidance", "3.5", float) == 3.5
+    with pytest.raises(ValueError, match=r"seed '7\.5' must be a whole number, or left empty"):
+        read_number("seed", "7.5", int)
+    with pytest.raises(ValueError, match="guidance '3,5' must be a number, or left empty"):
+        read_number("guidance", "3,5", float)
 
 
 def test_an_address_that_cannot_be_had(config):
@@ -185,12 +194,12 @@ def test_what_may_surprise_is_told_with_the_picture(config):
     form = replace(FORM, size="64", steps=1)
     _, line, _ = Jobs(config).make(form, lambda *_, **__: None)
     assert "\n" not in line
-    strange = replace(form, prompt="a <b>lighthouse</b> *at* dawn, " * 20)
+    strange = replace(form, prompt="a <b>lighthouse</b> *at* _dawn_, " * 20)
     _, line, _ = Jobs(config).make(strange, lambda *_, **__: None)
     first, scene, cut = line.split("\n\n")
     assert first.startswith("1 picture in ")
     assert scene.startswith(r"miniature\-dev knows only scenes of its grammar, and will draw anoth")
-    assert r"\<b\>lighthouse\<\/b\> \*at\* dawn" in scene
+    assert r"\<b\>lighthouse\<\/b\> \*at\* \_dawn\_" in scene
     assert "is read to the 64th: the rest of it counts for nothing" in cut
 
 

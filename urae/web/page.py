@@ -13,7 +13,7 @@ from typing import Any
 from urae.adapters.packaged import BASE, PACKAGED_ADAPTERS
 from urae.backbones.flux import HUB_IDS, PACKAGED, check_name
 from urae.web.config import WebConfig
-from urae.web.form import AUTOMATIC, OWN_SIZE, Form
+from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_number
 from urae.web.jobs import Jobs, Stopped
 
 logger = logging.getLogger(__name__)
@@ -129,15 +129,19 @@ def build_page(jobs: Jobs) -> Any:
             model: str | None,
             size: str | None,
             adapters: list[str],
-            seed: int | None,
+            seed: str | None,
             num_images: int | None,
-            steps: int | None,
-            guidance: float | None,
+            steps: str | None,
+            guidance: str | None,
             request: gr.Request,
             progress: Any = gr.Progress(),  # noqa: B008  # how Gradio is asked for one
         ) -> tuple[Any, str, str]:
-            form = Form(prompt, model, size, tuple(adapters), seed, num_images, steps, guidance)
             try:
+                form = Form(
+                    prompt, model, size, tuple(adapters),
+                    read_number("seed", seed, int), num_images,
+                    read_number("steps", steps, int), read_number("guidance", guidance, float),
+                )  # fmt: skip
                 files, line, spelt = jobs.make(form, progress, request.session_hash)
                 return gr.Gallery(files, selected_index=0), line, spelt
             except Stopped:
@@ -188,17 +192,13 @@ def _lay_out_fields(gr: Any, model: str) -> list[Any]:
         ),
     ]  # fmt: skip
     own = "the model's own where empty"
-
-    def empty() -> None:
-        """Send an empty field when the page opens; one without a value Gradio fills with 0."""
-
     with gr.Accordion("More", open=False):
         return [
             *fields,
-            gr.Number(label="Seed", info="drawn where empty", precision=0, value=empty),
+            gr.Textbox(label="Seed", info="drawn where empty"),  # an empty Number is sent as 0
             gr.Number(label="Pictures", precision=0, value=1, minimum=1, maximum=16),
-            gr.Number(label="Steps", info=own, precision=0, value=empty),
-            gr.Number(label="Guidance", info=own, value=empty),
+            gr.Textbox(label="Steps", info=own),
+            gr.Textbox(label="Guidance", info=own),
         ]
 
 
