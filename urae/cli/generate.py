@@ -180,7 +180,8 @@ def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
         return generate(config, on_progress=show)
     except KeyboardInterrupt:
         if is_first_rank():
-            text = f"pictures that are done are in {config.output_dir}"
+            made = config.output_dir.is_dir()  # for the first picture
+            text = f"pictures that are done are in {config.output_dir}" if made else "none is done"
             text += "; --resume makes the others" if config.seed is not None else ""
             console.print("[yellow]stopped;[/]", Text(text))
         raise
