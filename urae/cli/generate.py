@@ -36,6 +36,10 @@ class Memory(StrEnum):
     four_bit = "4bit"
 
 
+TIERS = f"{', '.join(Memory)}; the last two approximate"
+"""Named in the help's text: as a type, typer breaks the list anywhere in a narrow column."""
+
+
 class Speed(StrEnum):
     """What makes it faster."""
 
@@ -96,7 +100,7 @@ def generate_command(
     num_images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     memory: Annotated[
-        Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
+        Memory, typer.Option(metavar="tier", help=f"Where weights live: {TIERS}.")
     ] = Memory.auto,
     speed: Annotated[
         Speed,
