@@ -103,11 +103,15 @@ def test_beyond_native_size_the_default_is_adapted(urae, monkeypatch, options, a
     assert told.count("\n") == 1 + (line in told)
 
 
-def test_ctrl_c_says_where_the_pictures_are(urae, monkeypatch):
+def test_ctrl_c_says_where_the_pictures_are(urae, monkeypatch, tmp_path):
     def generate(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("urae.generate.generate", generate)
+    code, told = urae("generate", "a red circle", "--output", "some")
+    assert code == 130
+    assert "stopped; none is done" in told
+    (tmp_path / "some").mkdir()
     code, told = urae("generate", "a red circle", "--output", "some")
     assert code == 130
     assert "stopped; pictures that are done are in some" in told

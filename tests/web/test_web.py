@@ -1,6 +1,7 @@
 """The page in the browser: what is typed, what comes back, and the command that does the same."""
 
 import gc
+import io
 import shlex
 import signal
 import socket
@@ -9,7 +10,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from diffusers import FluxTransformer2DModel
 from PIL import Image
@@ -17,7 +20,7 @@ from PIL import Image
 from urae.adapters.packaged import PACKAGED_ADAPTERS
 from urae.generate import GenerateConfig
 from urae.web.config import WebConfig
-from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, spell_command
+from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_form, read_number, spell_command
 from urae.web.jobs import Jobs
 from urae.web.page import build_page, serve
 
@@ -108,15 +111,15 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
 
     config.output_dir.mkdir()
     page = build_page(Jobs(config))
-    _, url, _ = page.launch(
-        prevent_thread_lock=True, quiet=True, allowed_paths=[str(config.output_dir)]
-    )
-    client = Client(url, verbose=False)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    client = Client(url, verbose=False, download_files=False)
     try:
         fields = {"model": "miniature-dev", "adapters": [AUTOMATIC], "seed": 7, "steps": 1}
         fields |= {"prompt": PROMPT, "guidance": None, "num_images": 2}
         pictures, line, command = client.predict(size="64", api_name="/generate", **fields)
-        with Image.open(pictures["value"][1]["image"]) as image:
+        urls = [each["image"]["url"] for each in pictures["value"]]
+        assert all(f"file={config.output_dir}" in url for url in urls)  # it was not copied
+        with Image.open(io.BytesIO(httpx.get(urls[1]).content)) as image:
             assert image.size == (64, 64)
             assert image.info["prompt"] == PROMPT
             assert image.info["seed"] == "8"
@@ -128,6 +131,27 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
     finally:
         client.close()
         page.close()
+
+
+def test_fields_that_open_empty_stay_so_in_the_browser(config):
+    """Gradio leaves a value of None out of what it sends, and in the browser a number is then 0."""
+    components = build_page(Jobs(config)).get_config_file()["components"]
+    numbers = [each["props"] for each in components if each["type"] == "number"]
+    assert [(field["label"], field.get("value")) for field in numbers] == [("Pictures", 1)]
+
+
+def test_numbers_that_are_typed():
+    assert [read_number("seed", text, int) for text in ("7", " ", "", None)] == [
+        7,
+        None,
+        None,
+        None,
+    ]
+    assert read_number("guidance", "3.5", float) == 3.5
+    with pytest.raises(ValueError, match=r"seed '7\.5' must be a whole number, or left empty"):
+        read_number("seed", "7.5", int)
+    with pytest.raises(ValueError, match="guidance '3,5' must be a number, or left empty"):
+        read_number("guidance", "3,5", float)
 
 
 def test_an_address_that_cannot_be_had(config):
@@ -142,6 +166,21 @@ def test_an_address_that_cannot_be_had(config):
         serve(replace(config, model="nosuch"))
 
 
+def test_a_site_whose_name_leads_here_is_not_answered(config):
+    """Else a page of evil.example, whose address becomes 127.0.0.1, could use this one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers = {}
+
+    def ask(address):
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"evil.example:{port}"):
+            answers[host] = httpx.get(f"{address}config", headers={"host": host}).status_code
+        raise KeyboardInterrupt
+
+    serve(replace(config, port=port), on_ready=ask)
+    assert list(answers.values()) == [200, 200, 400]
+
+
 def test_fields_that_were_emptied(config, tmp_path):
     job = read_form(replace(FORM, size=None, num_images=None), config, tmp_path)
     assert (job.height, job.width, job.num_images) == (256, 256, 1)
@@ -150,12 +189,41 @@ def test_fields_that_were_emptied(config, tmp_path):
             read_form(replace(FORM, model=empty), config, tmp_path)
 
 
+def test_what_may_surprise_is_told_with_the_picture(config):
+    """What `urae generate` writes in the terminal, which whoever uses the page may not see."""
+    form = replace(FORM, size="64", steps=1)
+    _, line, _ = Jobs(config).make(form, lambda *_, **__: None)
+    assert "\n" not in line
+    strange = replace(form, prompt="a <b>lighthouse</b> *at* _dawn_, " * 20)
+    _, line, _ = Jobs(config).make(strange, lambda *_, **__: None)
+    first, scene, cut = line.split("\n\n")
+    assert first.startswith("1 picture in ")
+    assert scene.startswith(r"miniature\-dev knows only scenes of its grammar, and will draw anoth")
+    assert r"\<b\>lighthouse\<\/b\> \*at\* \_dawn\_" in scene
+    assert "is read to the 64th: the rest of it counts for nothing" in cut
+
+
 def test_stop_is_for_whoever_began(config):
     jobs, form = Jobs(config), replace(FORM, size="64", steps=2)
     files, _, _ = jobs.make(form, lambda *_, **__: jobs.stop("another"), "one")
     assert len(files) == 1
     with pytest.raises(Exception, match=r"^$") as caught:
         jobs.make(form, lambda *_, **__: jobs.stop("one"), "one")
+    assert caught.typename == "Stopped"
+
+
+def test_a_job_whose_page_is_gone_can_be_stopped(config):
+    """A page that is loaded anew has another session."""
+    jobs, form = Jobs(config), replace(FORM, size="64", steps=2)
+    listeners = build_page(jobs).fns.values()
+    (unload,) = [each.fn for each in listeners if (None, "unload") in each.targets]
+
+    def load_anew(*_, **__):
+        unload(SimpleNamespace(session_hash="one"))
+        jobs.stop("two")
+
+    with pytest.raises(Exception, match=r"^$") as caught:
+        jobs.make(form, load_anew, "one")
     assert caught.typename == "Stopped"
 
 

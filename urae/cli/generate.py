@@ -36,6 +36,10 @@ class Memory(StrEnum):
     four_bit = "4bit"
 
 
+TIERS = f"{', '.join(Memory)}; the last two approximate"
+"""Named in the help's text: as a type, typer breaks the list anywhere in a narrow column."""
+
+
 class Speed(StrEnum):
     """What makes it faster."""
 
@@ -96,7 +100,7 @@ def generate_command(
     num_images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     memory: Annotated[
-        Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
+        Memory, typer.Option(metavar="tier", help=f"Where weights live: {TIERS}.")
     ] = Memory.auto,
     speed: Annotated[
         Speed,
@@ -180,7 +184,8 @@ def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
         return generate(config, on_progress=show)
     except KeyboardInterrupt:
         if is_first_rank():
-            text = f"pictures that are done are in {config.output_dir}"
+            made = config.output_dir.is_dir()  # for the first picture
+            text = f"pictures that are done are in {config.output_dir}" if made else "none is done"
             text += "; --resume makes the others" if config.seed is not None else ""
             console.print("[yellow]stopped;[/]", Text(text))
         raise
@@ -191,22 +196,14 @@ def _tell_of_the_miniature(
 ) -> None:
     """Say which adapters it takes by itself, and what it cannot draw."""
     from urae.backbones.flux import PACKAGED
-    from urae.miniature.grammar import parse_caption
+    from urae.miniature.grammar import foresee_another_scene
 
     if own:
         text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
         console.print(Text(f"{text} {BASE}"), soft_wrap=True)
-    if config.model not in PACKAGED:
-        return
-    for prompt in config.prompts:
-        try:
-            parse_caption(prompt)
-        except ValueError as reason:
-            text = (
-                f"{config.model} knows only scenes of its grammar, and will draw another: {reason}"
-            )
-            console.print(Text(text, style="yellow"), soft_wrap=True)
-            return
+    surprise = foresee_another_scene(config.model, config.prompts)
+    if config.model in PACKAGED and surprise:
+        console.print(Text(surprise, style="yellow"), soft_wrap=True)
 
 
 def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:

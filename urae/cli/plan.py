@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from urae.cli.generate import MODELS, Memory, split_weight
+from urae.cli.generate import MODELS, TIERS, Memory, split_weight
 from urae.cli.terminal import Verbose, format_seconds, format_size, quiet_progress_bars
 from urae.cli.train import Data, read_recipe
 
@@ -67,7 +67,7 @@ def generate_command(
         list[str] | None, typer.Option(help="Another LoRA, FILE or FILE:WEIGHT; repeatable.")
     ] = None,
     memory: Annotated[
-        Memory, typer.Option(help="One tier, or all that auto chooses from.")
+        Memory, typer.Option(metavar="tier", help=f"{TIERS}; auto: all it chooses from.")
     ] = Memory.auto,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from urae.adapters.packaged import BASE
-from urae.cli.generate import MODELS, Memory, Speed
+from urae.cli.generate import MODELS, TIERS, Memory, Speed
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
 
 
@@ -20,7 +20,7 @@ def web_command(
     port: Annotated[int, typer.Option(help="To listen on.")] = 7860,
     browser: Annotated[bool, typer.Option(help="Open the page when it is ready.")] = True,
     memory: Annotated[
-        Memory, typer.Option(help="Where weights live; 8bit and 4bit approximate.")
+        Memory, typer.Option(metavar="tier", help=f"Where weights live: {TIERS}.")
     ] = Memory.auto,
     speed: Annotated[Speed, typer.Option(help="As of `urae generate`.")] = Speed.exact,
     verbose: Verbose = False,

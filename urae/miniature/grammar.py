@@ -78,6 +78,16 @@ def _phrase(*words: str | None) -> str:
     return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
+def foresee_another_scene(model: str, prompts: Sequence[str]) -> str | None:
+    """Say of which prompt a miniature draws something else, and why; None if of none."""
+    for prompt in prompts:
+        try:
+            parse_caption(prompt)
+        except ValueError as reason:
+            return f"{model} knows only scenes of its grammar, and will draw another: {reason}"
+    return None
+
+
 def parse_caption(text: str) -> Description:
     """Read a caption of the grammar; capitals, commas and a full stop at the end do not matter.
 

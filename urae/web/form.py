@@ -4,6 +4,7 @@ import random
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from urae.adapters.packaged import BASE, pick_adapters
 from urae.backbones.flux import find_native_side
@@ -14,6 +15,8 @@ from urae.web.config import WebConfig
 AUTOMATIC = "automatic"
 """In place of adapters: those that come with the model, for the size."""
 OWN_SIZE = "the model's own"
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,21 @@ class Form:
     num_images: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+
+
+def read_number(name: str, text: str | None, kind: type[Number]) -> Number | None:
+    """Read a number that was typed; None where nothing was.
+
+    Raises:
+        ValueError: If it is no number of this kind.
+    """
+    if not text or not text.strip():
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} {text!r} must be {what}, or left empty") from None
 
 
 def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig:

@@ -1,14 +1,19 @@
 """What the page's buttons do: one job at a time, which whoever began it can stop."""
 
+import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Lock
 
 from urae.backbones.devices import pick_device
+from urae.backbones.flux import PACKAGED
 from urae.backbones.free_memory import release_memory
 from urae.generate import Progress, generate
+from urae.miniature.grammar import foresee_another_scene
 from urae.web.config import WebConfig
 from urae.web.form import Form, read_form, spell_command
 
@@ -37,42 +42,74 @@ class Jobs:
             session: Of whoever asks, who alone can stop it.
 
         Returns:
-            The files, a line about them, and the command.
+            The files, Markdown about them with what may surprise, and the command.
         """
-        with self._busy:
+        with self._busy, _collect_warnings() as surprises:
             self._session = session
             self._stop.clear()
             try:
-                return self._make(form, show)
+                return self._make(form, show, surprises)
             finally:
                 release_memory(pick_device())  # a pipeline's parts refer to one another
 
-    def _make(self, form: Form, show: Callable[..., object]) -> tuple[list[str], str, str]:
+    def _make(
+        self, form: Form, show: Callable[..., object], surprises: list[str]
+    ) -> tuple[list[str], str, str]:
         moment = f"{datetime.now().astimezone():%Y-%m-%d-%H%M%S-%f}"
         job = read_form(form, self.config, self.config.output_dir / moment)
         show(0.0, desc="loading")
+        surprise = foresee_another_scene(job.model, job.prompts)
+        if job.model in PACKAGED and surprise:
+            surprises.append(surprise)
 
         def report(progress: Progress) -> None:
             if self._stop.is_set():
                 raise Stopped
             name = f"picture {progress.picture} of {progress.num_pictures}"
+            if progress.step == progress.num_steps:
+                name += ", decoding"
             show((progress.step, progress.num_steps), desc=name, unit="steps")
 
         began = time.perf_counter()
         files = generate(job, on_progress=report)
-        seconds = time.perf_counter() - began
-        return [str(file) for file in files], _describe(files, seconds), spell_command(job)
+        line = _describe(files, time.perf_counter() - began)
+        text = "\n\n".join([line, *map(_escape, surprises)])
+        return [str(file) for file in files], text, spell_command(job)
 
     def stop(self, session: str | None = None) -> None:
-        """Stop the job at hand after its step, if it is this session's."""
-        if session == self._session:
+        """Stop the job at hand after its step, if it is this session's or nobody's any more."""
+        if self._session in (session, None):
             self._stop.set()
+
+    def leave(self, session: str | None) -> None:
+        """Let a job go on whose page was closed or loaded anew; from now on anybody can stop it."""
+        if session == self._session:
+            self._session = None
 
     def close(self) -> None:
         """Stop the job at hand, whoever's it is, and wait until it has."""
         self._stop.set()
         with self._busy:
             pass
+
+
+@contextmanager
+def _collect_warnings() -> Iterator[list[str]]:
+    """Keep what is warned of: whoever uses the page may not see the terminal."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    urae = logging.getLogger("urae")
+    urae.addHandler(handler)
+    try:
+        yield found
+    finally:
+        urae.removeHandler(handler)
+
+
+def _escape(text: str) -> str:
+    """Write a text, of which a prompt may be a part, as Markdown that shows it as it is."""
+    return re.sub(r"([^\w\s.,:;]|_)", r"\\\1", " ".join(text.split()))
 
 
 def _describe(files: list[Path], seconds: float) -> str:

@@ -4,14 +4,16 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from html import escape
 from importlib.util import find_spec
+from ipaddress import ip_address
 from threading import Event
 from typing import Any
 
 from urae.adapters.packaged import BASE, PACKAGED_ADAPTERS
 from urae.backbones.flux import HUB_IDS, PACKAGED, check_name
 from urae.web.config import WebConfig
-from urae.web.form import AUTOMATIC, OWN_SIZE, Form
+from urae.web.form import AUTOMATIC, OWN_SIZE, Form, read_number
 from urae.web.jobs import Jobs, Stopped
 
 logger = logging.getLogger(__name__)
@@ -51,23 +53,45 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
     jobs = Jobs(config)
     page = build_page(jobs)
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    names = ["127.0.0.1", "localhost", config.host] if _is_this_machine(config.host) else ["*"]
     _, address, _ = page.launch(
         server_name=config.host,
         server_port=config.port,
         inbrowser=config.open_browser,
-        allowed_paths=[str(config.output_dir.resolve())],
         prevent_thread_lock=True,
         quiet=True,
+        theme=_choose_colours(),
+        # a site whose name was made to lead here would otherwise be answered in its visitor's name
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names)]},
+        max_file_size="1kb",  # the page takes no files
     )
-    if on_ready is not None:
-        on_ready(address)
     try:
+        if on_ready is not None:
+            on_ready(address)
         Event().wait()
     except KeyboardInterrupt:
         logger.info("the page ends")
     finally:
         jobs.close()
         page.close(verbose=False)
+
+
+def _choose_colours() -> Any:
+    """Darken Gradio's theme where its text stands out less than WCAG's 4.5 to 1."""
+    import gradio as gr
+
+    return gr.themes.Default().set(
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+    )
+
+
+def _is_this_machine(host: str) -> bool:
+    return ip_address(socket.gethostbyname(host)).is_loopback
 
 
 def build_page(jobs: Jobs) -> Any:
@@ -89,6 +113,7 @@ def build_page(jobs: Jobs) -> Any:
         )
     import gradio as gr
 
+    gr.set_static_paths(jobs.config.output_dir)  # pictures are shown from there, not copied first
     with gr.Blocks(title="urae", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
@@ -104,26 +129,35 @@ def build_page(jobs: Jobs) -> Any:
             model: str | None,
             size: str | None,
             adapters: list[str],
-            seed: int | None,
+            seed: str | None,
             num_images: int | None,
-            steps: int | None,
-            guidance: float | None,
+            steps: str | None,
+            guidance: str | None,
             request: gr.Request,
             progress: Any = gr.Progress(),  # noqa: B008  # how Gradio is asked for one
         ) -> tuple[Any, str, str]:
-            form = Form(prompt, model, size, tuple(adapters), seed, num_images, steps, guidance)
             try:
+                form = Form(
+                    prompt, model, size, tuple(adapters),
+                    read_number("seed", seed, int), num_images,
+                    read_number("steps", steps, int), read_number("guidance", guidance, float),
+                )  # fmt: skip
                 files, line, spelt = jobs.make(form, progress, request.session_hash)
                 return gr.Gallery(files, selected_index=0), line, spelt
             except Stopped:
                 raise gr.Error("stopped", title="Stopped", print_exception=False) from None
             except (ValueError, ArithmeticError, OSError, ImportError, MemoryError) as error:
                 logger.info("not generated", exc_info=error)
-                raise gr.Error(str(error), duration=None, print_exception=False) from error
+                text = escape(str(error))  # Gradio shows it as HTML
+                raise gr.Error(text, duration=None, print_exception=False) from error
 
         def halt(request: gr.Request) -> None:
             jobs.stop(request.session_hash)
 
+        def leave(request: gr.Request) -> None:
+            jobs.leave(request.session_hash)
+
+        page.unload(leave)
         event = gr.on(
             [start.click, prompt.submit],
             make,
@@ -161,10 +195,10 @@ def _lay_out_fields(gr: Any, model: str) -> list[Any]:
     with gr.Accordion("More", open=False):
         return [
             *fields,
-            gr.Number(label="Seed", info="drawn where empty", precision=0, value=None),
+            gr.Textbox(label="Seed", info="drawn where empty"),  # an empty Number is sent as 0
             gr.Number(label="Pictures", precision=0, value=1, minimum=1, maximum=16),
-            gr.Number(label="Steps", info=own, precision=0, value=None),
-            gr.Number(label="Guidance", info=own, value=None),
+            gr.Textbox(label="Steps", info=own),
+            gr.Textbox(label="Guidance", info=own),
         ]
 
 
@@ -172,8 +206,8 @@ def _lay_out_results(gr: Any) -> list[Any]:
     """Lay out what comes back: pictures, a line about them, the command that does the same."""
     return [
         gr.Gallery(
-            label="Pictures", columns=2, height=640, object_fit="contain", format="png",
-            show_label=False, preview=True, buttons=["download", "fullscreen"],
+            label="Pictures", columns=2, height="min(640px, 90vw)", object_fit="contain",
+            format="png", show_label=False, preview=True, buttons=["download", "fullscreen"],
         ),
         gr.Markdown(),
         gr.Textbox(
