@@ -29,7 +29,7 @@ from urae.geometry import VAE_FACTOR
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """An image's feature files and its size."""
 

@@ -9,8 +9,10 @@ shard. In a tar, the files of a sample are named `<stem>.latent_code.safetensors
 `<stem>.<column>_embed.safetensors`, with the stem's own dots written `%2E`.
 """
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,7 +31,7 @@ _NUM_THREADS = 16  # for small files of a far-away folder
 Record = TypeVar("Record")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A feature file in a shard."""
 
@@ -44,7 +46,7 @@ class Entry:
     """Number of its header among the shard's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleEntry:
     """The feature files of an image, and its size in pixels."""
 
@@ -125,13 +127,26 @@ def read_shards(folder: ShardFolder) -> tuple[list[Sample], PackedFile | None]:
             f"{where} is of version {index.version}, this urae reads {FORMAT_VERSION}; run "
             "`urae pack` again"
         )
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with ThreadPoolExecutor(_NUM_THREADS) as threads, _garbage_kept():
         shards = list(threads.map(lambda file: _read_shard(folder, file), index.shards))
     empty_prompt = None
     if index.empty_prompt is not None:
         file, entry = index.empty_prompt.file, index.empty_prompt.entry
         empty_prompt = _place(folder, file, EMPTY_PROMPT, entry, index.empty_prompt.header)
     return [sample for samples in shards for sample in samples], empty_prompt
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Pause garbage collection, which would look through a million samples again and again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _read_shard(folder: ShardFolder, file: IndexFile) -> list[Sample]:
