@@ -148,7 +148,7 @@ def attach_for_training(
         }
         updates = [*updates, {name: LowRank(p.down, -p.up) for name, p in initial.items()}]
     frozen = stack_updates(updates)
-    beside = {name: frozen.pop(name) for name in names if name in frozen}
+    beside = {name: frozen.pop(name) for name in layers if name in frozen}
     if frozen:
         attach_frozen(transformer, "over", frozen)
     name = _MINOR_NAME if config.kind == "minor" else _NAME
