@@ -149,5 +149,5 @@ def place(
         stream_weights(transformer, device)
         return
     if way.tier == "8bit" or way.tier == "4bit":
-        quantize_blocks(transformer, way.tier, device)
+        quantize_blocks(transformer, way.tier, device, keep=False)
     transformer.to(device)
