@@ -86,9 +86,10 @@ def share_forwards(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Non
 
 
 def find_degree(transformer: FluxTransformer2DModel) -> int:
-    """Return how many ranks share the forwards of a transformer."""
+    """Return how many ranks share the forwards of a transformer, by Ulysses or in a ring."""
     config = transformer._parallel_config
-    return 1 if config is None else int(config.context_parallel_config.ulysses_degree)
+    parts = None if config is None else config.context_parallel_config
+    return 1 if parts is None else int(parts.ring_degree * parts.ulysses_degree)
 
 
 def supports_context_parallel(backend: str) -> bool:
