@@ -19,9 +19,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def list_degrees(num_heads: int, image_tokens: int, text_tokens: int) -> list[int]:
-    """List the numbers of ranks that can share a picture, from 1: those that divide all three."""
-    divided = math.gcd(num_heads, image_tokens, text_tokens)
+def list_degrees(*counts: int) -> list[int]:
+    """List the numbers of ranks that can share a picture, from 1: those that divide all counts."""
+    divided = math.gcd(*counts)
     return [degree for degree in range(1, divided + 1) if divided % degree == 0]
 
 
