@@ -24,13 +24,14 @@ def test_a_fresh_lora_changes_nothing_before_its_first_step(base, bases, dtype):
         assert not torch.equal(predict_velocity(transformer, *inputs, 3.5), before)
 
 
-def test_layers_that_a_start_leaves_out_keep_the_adapter_under_them(bases, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "minor"])
+def test_layers_that_a_start_leaves_out_keep_the_adapter_under_them(bases, tmp_path, kind):
     transformer = load_transformer(bases["dev"], dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
 
-    def write(name, layers):
+    def write(name, layers, metadata=None):
         path = tmp_path / f"{name}.safetensors"
-        write_lora(path, {layer: draw(layer) for layer in layers})
+        write_lora(path, {layer: draw(layer) for layer in layers}, metadata)
         return read_adapter(path)
 
     def draw(layer):
@@ -39,14 +40,17 @@ def test_layers_that_a_start_leaves_out_keep_the_adapter_under_them(bases, tmp_p
         return LowRank(factors[:columns].T.contiguous(), factors[columns:].contiguous())
 
     names = find_attention_linears(transformer)
-    over, start = write("over", names), write("start", names[::2])
-    wanted = {name: pair.up @ pair.down for name, pair in over.layers.items()}
-    for name, pair in start.layers.items():
-        wanted[name] = wanted[name] + pair.up @ pair.down
-    base = {name: transformer.get_submodule(name).weight.detach() for name in names}
-    attach_for_training(transformer, AdapterConfig("lora", 4), [over], start, 0)
+    rank = 2 if kind == "minor" else 4
+    over = write("over", names)
+    start = write("start", names[::2], {"urae.kind": kind, "urae.rank": str(rank)})
+    before = {name: transformer.get_submodule(name).weight.detach() for name in names}
+    attach_for_training(transformer, AdapterConfig(kind, rank), [over], start, 0)
     for name in names:
+        if kind == "minor" and name in start.layers:
+            continue
         layer = transformer.get_submodule(name)
         inputs = torch.eye(layer.in_features)
-        bias = layer(torch.zeros(1, layer.in_features))
-        torch.testing.assert_close((layer(inputs) - bias).T, base[name] + wanted[name])
+        found = (layer(inputs) - layer(torch.zeros_like(inputs))).T
+        updates = [file.layers[name] for file in (over, start) if name in file.layers]
+        wanted = before[name] + sum(pair.up @ pair.down for pair in updates)
+        torch.testing.assert_close(found, wanted)
