@@ -120,7 +120,7 @@ def test_reference_pictures_do_not_make_a_picture_larger(load_pipe, batched):
         txt_ids=build_text_ids(4),
     )
     assert positions.rope.theta == positions.stock.theta
-    assert positions._sequence_length == 132  # attention sees them all
+    assert positions.sequence_length == 132  # attention sees them all
 
 
 def test_ids_in_half_precision_are_widened():

@@ -185,10 +185,10 @@ class ResolutionPositions(nn.Module):
         self.local = local
         self.hooks: list[RemovableHandle] = []
         self.adapted_policy = policy  # of `urae.adapt`; parts may change the one that is followed
-        self._sequence_length = self._num_image_tokens = 0
+        self.sequence_length = self.num_image_tokens = 0  # of the forward at hand
         self._counted_ids: Tensor | None = None
         self._num_own_tokens = 0
-        self._num_local_keys: float | None = None
+        self.num_local_keys: float | None = None  # that an image token sees, if not all
         self._warned_about: tuple[str, ...] = ()
 
     @property
@@ -199,12 +199,12 @@ class ResolutionPositions(nn.Module):
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
         """Return cos and sin (tokens x head dim, float32) of these positions."""
         theta = self.stock.theta
-        self.rope.theta = theta * self.policy.rope_factor(self._num_image_tokens, theta)
+        self.rope.theta = theta * self.policy.rope_factor(self.num_image_tokens, theta)
         cos, sin = self.rope(ids)
         # a ControlNet may add a token after the hook has counted, context parallelism hands over
         # this rank's tokens only: the longer of the two counts is the sequence of the attention
-        length = max(self._sequence_length, ids.shape[0])
-        scale = math.sqrt(self.policy.attention_scale(self._num_local_keys or length))
+        length = max(self.sequence_length, ids.shape[0])
+        scale = math.sqrt(self.policy.attention_scale(self.num_local_keys or length))
         return cos * scale, sin * scale
 
     def prepare_forward(
@@ -217,12 +217,12 @@ class ResolutionPositions(nn.Module):
         inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
         image_ids, text_ids = inputs.arguments.get("img_ids"), inputs.arguments.get("txt_ids")
         if image_ids is not None and text_ids is not None:
-            self._num_image_tokens = self._count_tokens(image_ids)
-            self._sequence_length = image_ids.shape[-2] + text_ids.shape[-2]
+            self.num_image_tokens = self._count_tokens(image_ids)
+            self.sequence_length = image_ids.shape[-2] + text_ids.shape[-2]
             inputs.arguments["img_ids"] = widen_ids(image_ids)
             inputs.arguments["txt_ids"] = text_ids.float()
             if self.local is not None:
-                self._num_local_keys = self.local.enter(module, inputs.arguments, image_ids)
+                self.num_local_keys = self.local.enter(module, inputs.arguments, image_ids)
         if not torch.compiler.is_compiling():
             self._warn_of_inactive(module)
         # by keyword, where stock decorators of the forward look for what is theirs

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxImg2ImgPipeline,
@@ -251,6 +252,20 @@ def test_controlnets_follow(load_pipe, expected):
     pipe("a", control_image=image, height=64, width=64, num_inference_steps=1)
     urae.restore(pipe)
     assert find_policy(pipe.controlnet) is None
+
+
+def test_a_shared_transformer_with_another_kind_of_scheduler_changes_nothing(load_pipe):
+    pipe = urae.adapt(load_pipe())
+    controlnet = FluxControlNetModel.from_transformer(
+        load_pipe().transformer, num_layers=1, num_single_layers=1, attention_head_dim=32,
+        num_attention_heads=2,
+    )  # fmt: skip
+    other = FluxControlNetPipeline(**pipe.components, controlnet=controlnet)
+    other.scheduler = own = DDIMScheduler()
+    with pytest.raises(ValueError, match="DDIMScheduler has no shift"):
+        urae.adapt(other)
+    assert other.scheduler is own
+    assert find_policy(controlnet) is None
 
 
 def test_several_images_a_prompt(load_pipe, expected, sample, rel):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -104,6 +105,21 @@ def test_a_backend_of_the_user_or_of_local_attention_is_kept(adapted, sample, ch
     assert choose(local) == [WIDE]  # within the native size it is full
     sample(local, 512, 512)
     assert len(choose(local)) == 1
+
+
+def test_a_ring_has_backends_that_see_other_ranks_keys(adapted, choose, monkeypatch):
+    pipe, offered = adapted(), []
+
+    def find(names, *_):
+        offered.extend(names)
+        return AttentionBackendName.NATIVE
+
+    monkeypatch.setattr(attention, "_find_fastest", find)
+    ring = ContextParallelConfig(ring_degree=2)
+    pipe.transformer._parallel_config = ParallelConfig(context_parallel_config=ring)
+    choose(pipe)
+    assert "_native_flash" in offered
+    assert "_native_efficient" not in offered  # which takes no notice of them
 
 
 def test_a_backend_with_wrong_outputs_is_named():

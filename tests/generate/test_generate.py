@@ -285,6 +285,7 @@ def test_what_does_not_fit_is_said_before_a_download(settings, monkeypatch, expe
         ({"loras": (("nofile.safetensors", 1.0),)}, "nofile"),
         ({"memory": "4bit"}, "4bit"),
         ({"model": "flux-schnell", "guidance_scale": 3.0}, "guidance_scale 3.0 would do nothing"),
+        ({"model": "flux-schnell", "max_sequence_length": 512}, "more than the 256 T5 tokens"),
     ):
         with pytest.raises((ValueError, FileNotFoundError, ModuleNotFoundError), match=message):
             generate(settings(**{**far, **changes}))

@@ -29,7 +29,7 @@ def draw(sample):
 
         def look(*_):
             backends = {each._attention_backend for each in transformer.attn_processors.values()}
-            steps.append((find_policy(transformer)._num_local_keys is not None, *backends))
+            steps.append((find_policy(transformer).num_local_keys is not None, *backends))
 
         handle = transformer.register_forward_hook(look)
         latents = sample(pipe, side, side, num_inference_steps=len(SIGMAS))
@@ -106,7 +106,7 @@ def test_numbers_that_are_not_finite_in_local_steps_are_found(adapted, sample):
     transformer = pipe.transformer
 
     def break_local(_module, _args, output):
-        return output * torch.nan if find_policy(transformer)._num_local_keys else output
+        return output * torch.nan if find_policy(transformer).num_local_keys else output
 
     transformer.proj_out.register_forward_hook(break_local)
     with pytest.raises(FloatingPointError, match=r"leave out local-attention=0\.8"):

@@ -123,9 +123,10 @@ def test_pictures_of_a_job(expected):
     assert not plan(replace(config, gpus=2)).seconds
 
 
-def test_a_text_length_is_refused_as_by_the_job():
-    config = PlanConfig("miniature-dev", 512, 512, gpu_bytes=GIB, max_sequence_length=512)
-    with pytest.raises(ValueError, match="max_sequence_length 512 is more than the 64 T5 tokens"):
+@pytest.mark.parametrize(("model", "most"), [("miniature-dev", 64), ("flux-schnell", 256)])
+def test_a_text_length_is_refused_as_by_the_job(model, most):
+    config = PlanConfig(model, 512, 512, gpu_bytes=GIB, max_sequence_length=512)
+    with pytest.raises(ValueError, match=f"512 is more than the {most} T5 tokens that {model}"):
         plan(config)
 
 

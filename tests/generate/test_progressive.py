@@ -198,7 +198,7 @@ def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):
     lengths = []
     positions = pipe.transformer.pos_embed
     positions.register_forward_hook(
-        lambda *_: lengths.append((positions._sequence_length, positions._num_local_keys))
+        lambda *_: lengths.append((positions.sequence_length, positions.num_local_keys))
     )
     draw(pipe, side=512, num_inference_steps=2)
     (early, no_keys), (late, keys) = lengths

@@ -1,5 +1,6 @@
 """Every exact rung of the memory ladder gives what the resident one gives."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from urae.adapters.files import read_adapter
 from urae.backbones.flux import build_meta_transformer, load_transformer, predict_velocity
+from urae.generate import quantize as quantize_module
 from urae.generate.speed import list_blocks
 from urae.resolution import ResolutionPolicy, apply_policy
 from urae.train import AdapterConfig, train
@@ -228,6 +230,21 @@ def test_gradients_through_an_8bit_base_are_those_of_its_dequantised_copy(build,
             other.weight.data = weight.to(other.weight.dtype)
     for found, wanted in zip(take_step(quantized), take_step(dense), strict=True):
         assert rel(found, wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torchao
+def test_each_weight_goes_once_it_is_quantised(build, monkeypatch):
+    pytest.importorskip("torchao")
+    quantize, originals, num_alive = quantize_module._quantize_8bit, [], []
+
+    def watch(parent, name, *arguments):
+        num_alive.append(sum(weight() is not None for weight in originals))
+        originals.append(weakref.ref(getattr(parent, name).weight))
+        return quantize(parent, name, *arguments)
+
+    monkeypatch.setattr(quantize_module, "_quantize_8bit", watch)
+    build(Way("8bit", "full"))
+    assert max(num_alive) <= 1
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torchao

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import time
 from dataclasses import replace
@@ -20,7 +21,9 @@ from safetensors.torch import load_file
 
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints, find_damage
+from urae.train.config import DataConfig
 from urae.train.output import find_previews
+from urae.train.preview import Previewer
 from urae.train.state import TrainingState
 
 MODES = {
@@ -70,10 +73,26 @@ def train_and_keep_gradients(config: TrainConfig, rank: int = 0) -> None:
     torch.save(found, config.output_dir / f"gradients-{rank}.pt")
 
 
-def start_ranks(config: TrainConfig, number: int) -> list[multiprocessing.process.BaseProcess]:
+def run_and_stop_the_last(config: TrainConfig, rank: int, number: int, port: int) -> None:
+    """Train as one of several processes, of which the last is asked to stop after a preview."""
+    draw = Previewer.draw
+
+    def draw_and_stop(self, *arguments):
+        picture = draw(self, *arguments)
+        if rank == number - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return picture
+
+    Previewer.draw = draw_and_stop
+    run_rank(config, rank, number, port)
+
+
+def start_ranks(
+    config: TrainConfig, number: int, run=run_rank
+) -> list[multiprocessing.process.BaseProcess]:
     port = free_port()
     processes = [
-        server.Process(target=run_rank, args=(config, rank, number, port), daemon=True)
+        server.Process(target=run, args=(config, rank, number, port), daemon=True)
         for rank in range(number)
     ]
     for process in processes:
@@ -81,8 +100,8 @@ def start_ranks(config: TrainConfig, number: int) -> list[multiprocessing.proces
     return processes
 
 
-def train_on(config: TrainConfig, number: int) -> None:
-    processes = start_ranks(config, number)
+def train_on(config: TrainConfig, number: int, run=run_rank) -> None:
+    processes = start_ranks(config, number, run)
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
@@ -130,6 +149,16 @@ def test_two_ranks_in_short(settings, minor, tmp_path, rel, mode):
     """As below, with one adapter."""
     config = settings(steps=1, adapter=minor, **MODES[mode])
     check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
+
+
+def test_a_rank_that_is_asked_to_stop_leaves_no_other_in_a_preview(settings):
+    """Each forward gathers the blocks' weights, so that all ranks must begin it."""
+    prompts = ("a", "b", "c", "d")  # two a rank
+    config = settings(resolution=64, shard=True, preview_prompts=prompts, data_dir=None,
+                      data=(DataConfig(settings().data_dir, 256),))  # fmt: skip
+    train_on(config, 2, run_and_stop_the_last)
+    assert len(find_previews(config.output_dir)) == 2
+    assert [each.step for each in find_checkpoints(config.output_dir)] == [1]
 
 
 def test_up_factors_that_stay_are_not_spread(settings, minor, tmp_path, rel):

@@ -160,6 +160,10 @@ def test_an_address_that_cannot_be_had(config):
         message = rf"127.0.0.1:{port} cannot be listened on \(Address already in use\); choose"
         with pytest.raises(ValueError, match=message):
             serve(replace(config, port=port))
+    with pytest.raises(
+        ValueError, match=r"nowhere.invalid:.* listened on \((Name|Temporary failure) "
+    ):
+        serve(replace(config, host="nowhere.invalid"))
     with pytest.raises(ValueError, match=r"203.0.113.9:.* cannot be listened on \(Cannot assign"):
         serve(replace(config, host="203.0.113.9"))
     with pytest.raises(FileNotFoundError, match="model 'nosuch' is neither a local path nor a hub"):

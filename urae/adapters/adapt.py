@@ -290,13 +290,13 @@ def _controlnets_of(pipe: Any) -> Iterable[nn.Module]:
 
 def _set_policy(pipe: Any, policy: ResolutionPolicy) -> None:
     """Follow it outside of the transformer: in ControlNets and scheduler."""
-    for controlnet in _controlnets_of(pipe):
-        apply_policy(controlnet, policy)
     _restore_scheduler(pipe)
     original = pipe.scheduler
-    pipe.scheduler = shift_scheduler(original, policy)
+    pipe.scheduler = shift_scheduler(original, policy)  # first: it may refuse
     setattr(pipe.scheduler, _ORIGINAL, original)
     _shifted[pipe] = pipe.scheduler
+    for controlnet in _controlnets_of(pipe):
+        apply_policy(controlnet, policy)
 
 
 def _restore_scheduler(pipe: Any) -> None:

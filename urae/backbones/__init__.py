@@ -1,1 +1,1 @@
-"""FLUX: loading a stock pipeline and one forward signature for its transformer."""
+"""FLUX and what it runs on: loading, one forward, the VAE in little memory, devices and ranks."""

@@ -19,9 +19,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def list_degrees(num_heads: int, image_tokens: int, text_tokens: int) -> list[int]:
-    """List the numbers of ranks that can share a picture, from 1: those that divide all three."""
-    divided = math.gcd(num_heads, image_tokens, text_tokens)
+def list_degrees(*counts: int) -> list[int]:
+    """List the numbers of ranks that can share a picture, from 1: those that divide all counts."""
+    divided = math.gcd(*counts)
     return [degree for degree in range(1, divided + 1) if divided % degree == 0]
 
 
@@ -86,9 +86,10 @@ def share_forwards(transformer: FluxTransformer2DModel, mesh: DeviceMesh) -> Non
 
 
 def find_degree(transformer: FluxTransformer2DModel) -> int:
-    """Return how many ranks share the forwards of a transformer."""
+    """Return how many ranks share the forwards of a transformer, by Ulysses or in a ring."""
     config = transformer._parallel_config
-    return 1 if config is None else int(config.context_parallel_config.ulysses_degree)
+    parts = None if config is None else config.context_parallel_config
+    return 1 if parts is None else int(parts.ring_degree * parts.ulysses_degree)
 
 
 def supports_context_parallel(backend: str) -> bool:

@@ -32,7 +32,7 @@ def cache_command(
         int, typer.Option(help="Side of the square whose tokens are the budget of a picture.")
     ] = 2048,
     max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens [dim](512 for FLUX.1; give schnell 256)[/].")
+        int | None, typer.Option(help="Text tokens [dim](dev 512, schnell 256)[/].")
     ] = None,
     overwrite: Annotated[
         bool,

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from urae.cli.generate import MODELS, TIERS, Memory, split_weight
 from urae.cli.terminal import Verbose, format_seconds, format_size, quiet_progress_bars
 from urae.cli.train import Data, read_recipe
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from urae.generate.estimate import Stage
     from urae.generate.plan import Plan
     from urae.train.config import TrainConfig
@@ -121,8 +123,6 @@ def generate_command(
 
 
 def _show(plan: "Plan", title: str) -> None:
-    from rich.console import Console
-
     output = Console(highlight=False)
     output.print(_say_room(plan.gpu_bytes, plan.host_bytes))
     times = [plan.seconds.get(each.tier) for each in plan.estimates]
@@ -185,8 +185,6 @@ def train_command(
 
 
 def _show_training(plan: "TrainPlan", config: "TrainConfig") -> None:
-    from rich.console import Console
-
     output = Console(highlight=False)
     if plan.num_pictures is not None:
         output.print(
@@ -219,8 +217,6 @@ def _show_training(plan: "TrainPlan", config: "TrainConfig") -> None:
 
 
 def _show_ways(plan: "TrainPlan", config: "TrainConfig") -> None:
-    from rich.console import Console
-
     from urae.train.estimate import TERMS
     from urae.train.memory import name_remedies
 
@@ -256,8 +252,6 @@ def _show_ways(plan: "TrainPlan", config: "TrainConfig") -> None:
 
 
 def _show_probe(probe: "Probe", steps: int) -> None:
-    from rich.console import Console
-
     first, last, output = probe.reports[0], probe.reports[-1], Console(highlight=False)
     measured = "not measured without a GPU"
     if last.memory_gib is not None:
@@ -273,12 +267,8 @@ def _show_probe(probe: "Probe", steps: int) -> None:
     )
 
 
-def _build_table(title: str, columns: Mapping[str, Sequence[str]]) -> "Table":
+def _build_table(title: str, columns: Mapping[str, Sequence[str]]) -> Table:
     """Build a table of short cells that 80 columns hold; what is unknown throughout is left out."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     known = {
         name: cells for name, cells in columns.items() if any(cell != _UNKNOWN for cell in cells)
     }

@@ -116,6 +116,6 @@ class _KnownPositions(_Known):
             return None
         follows: tuple[Any, ...] = (args[0].shape, args[0].device)
         if isinstance(module, ResolutionPositions):
-            counts = (module._sequence_length, module._num_image_tokens, module._num_local_keys)
+            counts = (module.sequence_length, module.num_image_tokens, module.num_local_keys)
             follows += (module.policy, *counts)
         return follows

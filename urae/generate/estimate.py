@@ -14,6 +14,7 @@ from torch import nn
 from urae.backbones.free_memory import USABLE, vae_bytes
 from urae.backbones.vae_plan import plan_decode
 from urae.generate.parts import Bits
+from urae.generate.speed import list_blocks
 from urae.geometry import num_image_tokens
 
 Tier = Literal["resident", "streamed", "offload", "8bit", "4bit"]
@@ -199,7 +200,7 @@ def count_operations(
         keys: That a token sees; all tokens unless attention is local.
     """
     channels: int = transformer.inner_dim
-    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    blocks = len(list_blocks(transformer))
     return Operations(
         24 * channels**2 * tokens * blocks, 4 * channels * tokens * (keys or tokens) * blocks
     )

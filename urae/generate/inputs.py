@@ -74,7 +74,7 @@ def choose_sampling(
             f"guidance_scale {guidance} would do nothing, since {model} has no distilled "
             "guidance; leave it out"
         )
-    most = read_text_tokens(model_path)
+    most = own.max_sequence_length
     if length is not None and length > most:
         raise ValueError(
             f"max_sequence_length {length} is more than the {most} T5 tokens that {model} "

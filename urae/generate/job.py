@@ -20,11 +20,7 @@ from torch.distributed import ProcessGroup
 from urae import __version__
 from urae.adapters.adapt import adapt
 from urae.adapters.files import read_lora
-from urae.backbones.context_parallel import (
-    build_mesh,
-    check_backend_can_share,
-    context_parallel,
-)
+from urae.backbones.context_parallel import build_mesh, check_backend_can_share, context_parallel
 from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.flux import (
     build_meta_models,
@@ -34,22 +30,11 @@ from urae.backbones.flux import (
     find_local,
     load_pipeline,
 )
-from urae.backbones.free_memory import (
-    free_bytes,
-    is_out_of_memory,
-    name_shortage,
-    release_memory,
-)
+from urae.backbones.free_memory import free_bytes, is_out_of_memory, name_shortage, release_memory
 from urae.backbones.ranks import Ranks, explain_lost_rank, join_ranks
 from urae.generate.chunks import token_chunks
 from urae.generate.config import GenerateConfig
-from urae.generate.estimate import (
-    QUANTIZED,
-    Request,
-    Tier,
-    count_bytes,
-    stream_text,
-)
+from urae.generate.estimate import QUANTIZED, Request, Tier, count_bytes, stream_text
 from urae.generate.inputs import Sampling, check_base, find_excluded, find_missing
 from urae.generate.memory import (
     find_room,
@@ -59,12 +44,7 @@ from urae.generate.memory import (
     place,
     stream_layers,
 )
-from urae.generate.optimize import (
-    apply_parts,
-    check_machine,
-    choose_parts,
-    find_unfit,
-)
+from urae.generate.optimize import apply_parts, check_machine, choose_parts, find_unfit
 from urae.generate.parts import EXACT, Part, find_bits, leave_compiled_out
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.quantize import build_quantization, check_quantization

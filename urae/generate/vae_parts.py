@@ -16,7 +16,7 @@ Undo = Callable[[], None]
 def decode_in_stripes(vae: AutoencoderKL) -> Undo:
     """Let `vae.decode` take no more memory than is free, for the same pixels.
 
-    Of a GPU it takes 7 GiB at most: a whole decoding of 4096 x 4096 pixels takes 38.
+    Of a GPU it takes 7 GiB at most up to 4096 x 4096 pixels, whose whole decoding takes 38.
 
     Args:
         vae: Of a pipeline; stock tiling or slicing that is switched on afterwards takes its place.

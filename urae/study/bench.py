@@ -28,6 +28,7 @@ from urae.study.config import StudyConfig
 _TRAINING_SET, _HELD_OUT_SET = 1, 2  # seeds of sets of scenes
 _GUIDANCE = 3.5  # of sampling a guidance-distilled base
 _FEW_STEPS = 4  # of sampling schnell
+_TEACHER_STEPS = 24  # of its denoising, where a question does not vary them
 _RANK = 16
 
 
@@ -68,9 +69,9 @@ class Bench:
         every = max(1, self.config.steps // 4)
         return sorted({every, 2 * every, self.config.steps})
 
-    def synthetic(self, teacher_steps: int = 24) -> tuple[Part, ...]:
+    def synthetic(self) -> tuple[Part, ...]:
         """Return the teacher's pictures for the 2K stage."""
-        return self.mix(1.0, teacher_steps)
+        return self.mix(1.0, _TEACHER_STEPS)
 
     def real(self) -> tuple[Part, ...]:
         """Return the analogue of photographs, for the 2K stage."""

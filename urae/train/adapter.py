@@ -143,12 +143,12 @@ def attach_for_training(
     else:
         layers = _gaussian_lora(transformer, names, config.rank, seed)
     if initial is not None:
-        initial = {
-            name: LowRank(p.down.float().cpu(), p.up.float().cpu()) for name, p in initial.items()
+        initial = {  # of what trains alone: a start may leave layers out
+            name: LowRank(*(factor.float().cpu() for factor in initial[name])) for name in layers
         }
         updates = [*updates, {name: LowRank(p.down, -p.up) for name, p in initial.items()}]
     frozen = stack_updates(updates)
-    beside = {name: frozen.pop(name) for name in names if name in frozen}
+    beside = {name: frozen.pop(name) for name in layers if name in frozen}
     if frozen:
         attach_frozen(transformer, "over", frozen)
     name = _MINOR_NAME if config.kind == "minor" else _NAME

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -78,15 +79,10 @@ def _draw_panel(curve: Curve) -> Image.Image:
 
 
 def _means(curve: Curve) -> list[tuple[int, float]]:
+    sums = [0.0, *accumulate(value for _, value in curve.points)]
     window = curve.window
-    ends = range(window, len(curve.points) + 1)
-    return [
-        (
-            curve.points[end - 1][0],
-            sum(value for _, value in curve.points[end - window : end]) / window,
-        )
-        for end in ends
-    ]
+    ends = zip(curve.points[window - 1 :], sums[:-window], sums[window:], strict=True)
+    return [(step, (end - begin) / window) for (step, _), begin, end in ends]
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

@@ -19,23 +19,22 @@ _OPERATION = "urae::feed_forward"
 _gelu_backward = torch.ops.aten.gelu_backward.default
 
 
-def chunk_mlps(transformer: FluxTransformer2DModel, num_tokens: int = CHUNK_TOKENS) -> None:
-    """Run the image tokens' MLPs `num_tokens` tokens at a time, for good.
+def chunk_mlps(transformer: FluxTransformer2DModel) -> None:
+    """Run the image tokens' MLPs on `CHUNK_TOKENS` tokens at a time, for good.
 
     A single block's MLP moves into its last layer, whose input then is the normalised tokens.
     MLPs that are quantised, or that an adapter acts on, stay whole.
 
     Args:
         transformer: A stock FLUX transformer with its adapters; not yet compiled or streamed.
-        num_tokens: At a time.
     """
     for block in transformer.transformer_blocks:
         up, down = block.ff.net[0].proj, block.ff.net[2]
         if _is_plain(up) and _is_plain(down):
-            block.ff = _FeedForward(up, down, num_tokens)
+            block.ff = _FeedForward(up, down)
     for block in transformer.single_transformer_blocks:
         if _is_plain(block.proj_mlp) and _is_plain(block.proj_out):
-            block.proj_out = _MlpAndProjection(block.proj_mlp, block.proj_out, num_tokens)
+            block.proj_out = _MlpAndProjection(block.proj_mlp, block.proj_out)
             block.proj_mlp = block.act_mlp = nn.Identity()
 
 
@@ -46,31 +45,28 @@ def _is_plain(layer: nn.Module) -> bool:
 class _FeedForward(nn.Module):
     """A double block's MLP."""
 
-    def __init__(self, up: nn.Linear, down: nn.Linear, num_tokens: int) -> None:
+    def __init__(self, up: nn.Linear, down: nn.Linear) -> None:
         super().__init__()
-        self.up, self.down, self.num_tokens = up, down, num_tokens
+        self.up, self.down = up, down
 
     def forward(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
         up, down = self.up, self.down
-        return feed_forward(
-            tokens, up.weight, up.bias, down.weight, down.bias, num_tokens=self.num_tokens
-        )
+        return feed_forward(tokens, up.weight, up.bias, down.weight, down.bias)
 
 
 class _MlpAndProjection(nn.Module):
     """A single block's MLP and its last projection, of attention and MLP together."""
 
-    def __init__(self, up: nn.Linear, projection: nn.Linear, num_tokens: int) -> None:
+    def __init__(self, up: nn.Linear, projection: nn.Linear) -> None:
         super().__init__()
-        self.up, self.projection, self.num_tokens = up, projection, num_tokens
+        self.up, self.projection = up, projection
 
     def forward(self, joined: Float[Tensor, "b l d"]) -> Float[Tensor, "b l c"]:
         attention, normalized = joined.chunk(2, dim=2)
         channels, weight = attention.shape[2], self.projection.weight
         mlp = feed_forward(
-            normalized, self.up.weight, self.up.bias, weight[:, channels:], self.projection.bias,
-            num_tokens=self.num_tokens,
-        )  # fmt: skip
+            normalized, self.up.weight, self.up.bias, weight[:, channels:], self.projection.bias
+        )
         return mlp + linear(attention, weight[:, :channels])
 
 
@@ -81,7 +77,7 @@ def feed_forward(
     down: Float[Tensor, "c wide"],
     down_bias: Float[Tensor, " c"],
     *,
-    num_tokens: int,
+    num_tokens: int = CHUNK_TOKENS,
 ) -> Float[Tensor, "b l c"]:
     """Compute gelu(tokens up^T) down^T, both with biases, on `num_tokens` tokens at a time.
 

@@ -16,6 +16,7 @@ from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.generate.estimate import (
     ATTENTION_RATE,
     LINEAR_RATE,
+    QUANTIZED,
     RATES_TOKENS,
     RATES_WIDTH,
     count_bytes,
@@ -23,13 +24,12 @@ from urae.generate.estimate import (
     round_pinned,
 )
 from urae.generate.estimate import count_operations as count_forward
+from urae.generate.speed import list_blocks
 from urae.train.config import AdapterConfig, TrainConfig
 
 Tier = Literal["resident", "offload", "streamed", "8bit", "4bit"]
 TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
 """The memory ladder, in the order in which `auto` tries it: the exact ones first."""
-QUANTIZED = ("8bit", "4bit")
-"""Approximations."""
 STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, "muon": 1.0}
 """Float32 numbers that an optimizer holds for each one that trains."""
 
@@ -162,7 +162,7 @@ def estimate(
         num_shards: Ranks that the base is spread over.
     """
     one_map = config.batch_size * tokens * transformer.inner_dim * _NUMBER_BYTES
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    blocks = list_blocks(transformer)
     trained = count_adapter(transformer, config.adapter)
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
     copies = 1 + STATES[config.optimizer.name] + (config.ema_decay is not None)
@@ -312,7 +312,7 @@ def _count_rest(transformer: nn.Module, blocks: Sequence[nn.Module]) -> int:
 
 
 def _count_kept(transformer: FluxTransformer2DModel, one_map: int, way: Way) -> int:
-    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    blocks = len(list_blocks(transformer))
     if way.checkpointing == "off":
         return blocks * one_map * _WHOLE
     if way.checkpointing == "full":

@@ -9,11 +9,12 @@ from diffusers import FluxTransformer2DModel
 from urae.backbones.flux import build_meta_transformer
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
 from urae.backbones.ranks import find_least
+from urae.generate.estimate import QUANTIZED
 from urae.generate.quantize import can_quantize, check_quantization, quantize_blocks
 from urae.generate.speed import compile_blocks
 from urae.train.chunks import chunk_mlps
 from urae.train.config import TrainConfig
-from urae.train.estimate import QUANTIZED, Estimate, Way, estimate, list_ways
+from urae.train.estimate import Estimate, Way, estimate, list_ways
 from urae.train.inputs import Inputs
 from urae.train.mesh import count_local_ranks
 from urae.train.recompute import count_tokens
@@ -149,5 +150,5 @@ def place(
         stream_weights(transformer, device)
         return
     if way.tier == "8bit" or way.tier == "4bit":
-        quantize_blocks(transformer, way.tier, device)
+        quantize_blocks(transformer, way.tier, device, keep=False)
     transformer.to(device)

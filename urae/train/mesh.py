@@ -6,7 +6,6 @@ samples of their own. The frozen base may lie in shards over a host's ranks (FSD
 small, and every rank has the whole of it.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -21,9 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from urae.backbones.context_parallel import build_mesh as build_context
-from urae.backbones.context_parallel import share_forwards
+from urae.backbones.context_parallel import list_degrees, share_forwards
 from urae.backbones.flux import build_meta_transformer
 from urae.features.dataset import Sample
+from urae.generate.speed import list_blocks
 from urae.geometry import num_image_tokens
 from urae.resolution import ResolutionPolicy
 from urae.train.config import TrainConfig
@@ -136,8 +136,7 @@ def _count_what_is_split(
 
 
 def _check_divides(degree: int, counts: dict[str, int]) -> None:
-    common = math.gcd(*counts.values())
-    fitting = ", ".join(str(each) for each in range(1, common + 1) if common % each == 0)
+    fitting = ", ".join(map(str, list_degrees(*counts.values())))
     for what, count in counts.items():
         if count % degree:
             raise ValueError(
@@ -180,8 +179,7 @@ def distribute(
         factor.data = factor.data.to(mesh.device)
     if config.shard:
         shards, ignored = mesh.build_shards(), set(factors)
-        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-        for module in (*blocks, transformer):
+        for module in (*list_blocks(transformer), transformer):
             fully_shard(module, mesh=shards, ignored_params=ignored)
     if config.context_parallel > 1:
         share_forwards(transformer, build_context(mesh.context_parallel, mesh.device))

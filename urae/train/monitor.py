@@ -104,8 +104,8 @@ class Monitor:
         Args:
             state: Of the run.
             done: Files and folders of what is measured already at this step.
-            stop: Where it is set on a rank, no more previews are begun there, and a full disk is
-                not waited for.
+            stop: Once it is set on a rank no more previews are begun, and there a full disk is not
+                waited for.
         """
         if VALIDATION_FILE not in done and self._validates(state.step):
             with state.averaged():
@@ -171,11 +171,11 @@ class Monitor:
         accelerator, previewer = self.accelerator, self.previewer
         assert previewer is not None
         mine = [previewer.previews[number] for number in self.mesh.share(len(previewer.previews))]
-        drawn = [
-            (preview, previewer.draw(self.transformer, preview))
-            for preview in mine
-            if stop is None or not stop.is_set()
-        ]
+        drawn = []
+        for preview in mine:  # as many on each rank: of a split model all begin it, or none
+            if stop is not None and self.agree_to_stop(stop):
+                break
+            drawn.append((preview, previewer.draw(self.transformer, preview)))
         pictures = dict(gather_object(drawn))
         if accelerator.is_main_process and pictures:
             write_previews(self.config.output_dir, step, pictures, self.config.model)

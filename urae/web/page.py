@@ -1,7 +1,6 @@
 """The page itself, made with Gradio."""
 
 import logging
-import os
 import socket
 from collections.abc import Callable
 from html import escape
@@ -46,9 +45,10 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
     try:
         socket.create_server((config.host, config.port)).close()
     except OSError as error:
+        reason = str(error.strerror).split(" (while")[0]
         raise ValueError(
-            f"{config.host}:{config.port} cannot be listened on ({os.strerror(error.errno or 0)}); "
-            "choose another --port or --host"
+            f"{config.host}:{config.port} cannot be listened on ({reason}); choose another --port "
+            "or --host"
         ) from error
     jobs = Jobs(config)
     page = build_page(jobs)
