@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig, train
 from urae.train.checkpoint import find_checkpoints, find_damage
 from urae.train.config import DataConfig
+from urae.train.loader import Loader
 from urae.train.output import find_previews
 from urae.train.preview import Previewer
 from urae.train.state import TrainingState
@@ -84,6 +85,19 @@ def run_and_stop_the_last(config: TrainConfig, rank: int, number: int, port: int
         return picture
 
     Previewer.draw = draw_and_stop
+    run_rank(config, rank, number, port)
+
+
+def run_and_miss_a_batch(config: TrainConfig, rank: int, number: int, port: int) -> None:
+    """Train as one of several processes, of which the last cannot read its third step's batch."""
+    take = Loader.take
+
+    def take_two(self, first, index):
+        if rank == number - 1 and first == 2 * number:
+            raise FileNotFoundError("lake is gone")
+        return take(self, first, index)
+
+    Loader.take = take_two
     run_rank(config, rank, number, port)
 
 
@@ -303,6 +317,18 @@ def test_a_stop_is_clean_on_a_host_that_does_not_see_the_checkpoint(settings, tm
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(find_checkpoints(configs[0].output_dir)) == 1
     assert not find_checkpoints(configs[1].output_dir)
+
+
+def test_a_rank_without_a_batch_ends_all_after_the_last_whole_step(settings):
+    config = settings(steps=4, checkpoint_every=100)
+    ranks = start_ranks(config, 2, run_and_miss_a_batch)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 1]
+    message = (config.output_dir / "lost-0.txt").read_text()
+    assert message == "process 1 could not read its batch: lake is gone"
+    (saved,) = find_checkpoints(config.output_dir)
+    assert saved.step == 2 and find_damage(saved) is None
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from urae.features.dataset import Sample
 from urae.train.attention import sound_attention
 from urae.train.config import TrainConfig
-from urae.train.loader import Loader
+from urae.train.loader import Loaded, Loader
 from urae.train.loss import NUM_LEVELS, compute_losses, mean_levels, sum_levels
 from urae.train.mesh import Mesh, sum_gradients
 from urae.train.output import StepReport
@@ -137,7 +137,7 @@ def accumulate(
     losses = torch.zeros(len(share.batches), device=accelerator.device)
     levels = torch.zeros(2, NUM_LEVELS, device=accelerator.device)
     for index in range(len(share.batches)):
-        samples, batch = loader.take(first, index)
+        samples, batch = _take_together(loader, first, index, accelerator)
         chosen_samples += samples
         with sound_attention(batch.num_tokens):
             each = compute_losses(model, batch, guidance_scale)
@@ -146,6 +146,29 @@ def accumulate(
         losses[index] = loss.detach()
         levels += sum_levels(each, batch.sigmas)
     return Accumulated(losses.sum(), levels, chosen_samples)
+
+
+def _take_together(loader: Loader, first: int, index: int, accelerator: Accelerator) -> Loaded:
+    """Take a batch once every rank has its own: without one they would wait for it in a forward.
+
+    Raises:
+        ConnectionError: If another rank has none, with its reason.
+    """
+    found: Loaded | Exception
+    try:
+        found = loader.take(first, index)
+    except Exception as error:
+        found = error
+    if accelerator.num_processes > 1:
+        failed = torch.tensor(float(isinstance(found, Exception)), device=accelerator.device)
+        if float(accelerator.reduce(failed, "sum")):
+            reasons = gather_object([str(found) if isinstance(found, Exception) else None])
+            if not isinstance(found, Exception):
+                rank, reason = next((rank, each) for rank, each in enumerate(reasons) if each)
+                raise ConnectionError(f"process {rank} could not read its batch: {reason}")
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _name_suspects(done: Accumulated) -> str:
