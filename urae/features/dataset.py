@@ -66,7 +66,7 @@ def list_samples(data_dir: Path) -> list[Sample]:
     if not stems:
         raise ValueError(
             f"data folder {data_dir} has no cached latents (*{LATENT_SUFFIX}); "
-            f"run `urae cache {data_dir}` first"
+            f"run `urae cache {data_dir} --model MODEL --resolution SIDE` first"
         )
     known = frozenset(stems)
     embeds: defaultdict[str, dict[str, FeatureFile]] = defaultdict(dict)
@@ -93,7 +93,7 @@ def _read_sample(data_dir: Path, stem: str, embed_files: dict[str, FeatureFile])
     if not embed_files:
         raise ValueError(
             f"{path.name} has no prompt embeddings beside it ({embed_name(stem, '<column>')}); "
-            f"caption the image and run `urae cache {data_dir}`, or remove the file"
+            f"caption the image and cache {data_dir} again, or remove the file"
         )
     _, height, width = _shape(path, read_header(path), "mean", 3)
     return Sample(stem, path, embed_files, height * VAE_FACTOR, width * VAE_FACTOR)
