@@ -198,12 +198,12 @@ def test_what_may_surprise_is_told_with_the_picture(config):
     form = replace(FORM, size="64", steps=1)
     _, line, _ = Jobs(config).make(form, lambda *_, **__: None)
     assert "\n" not in line
-    strange = replace(form, prompt="a <b>lighthouse</b> *at* _dawn_, " * 20)
+    strange = replace(form, prompt="a <b>lighthouse</b> *at* _dawn_ — “sea”, " * 20)
     _, line, _ = Jobs(config).make(strange, lambda *_, **__: None)
     first, scene, cut = line.split("\n\n")
     assert first.startswith("1 picture in ")
     assert scene.startswith(r"miniature\-dev knows only scenes of its grammar, and will draw anoth")
-    assert r"\<b\>lighthouse\<\/b\> \*at\* \_dawn\_" in scene
+    assert r"\<b\>lighthouse\<\/b\> \*at\* \_dawn\_ — “sea”" in scene
     assert "is read to the 64th: the rest of it counts for nothing" in cut
 
 

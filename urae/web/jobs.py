@@ -109,7 +109,8 @@ def _collect_warnings() -> Iterator[list[str]]:
 
 def _escape(text: str) -> str:
     """Write a text, of which a prompt may be a part, as Markdown that shows it as it is."""
-    return re.sub(r"([^\w\s.,:;]|_)", r"\\\1", " ".join(text.split()))
+    # of other signs, as typographic quotes, Markdown would show the backslash
+    return re.sub(r"(?![.,:;])([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
 def _describe(files: list[Path], seconds: float) -> str:
