@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -131,6 +132,16 @@ def test_the_page_makes_pictures_and_says_what_is_wrong(config):
     finally:
         client.close()
         page.close()
+
+
+def test_pictures_of_a_folder_beside_this_one_are_shown(config, tmp_path, monkeypatch):
+    """Their names are parts of addresses, from which browsers take .. and what is before it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    jobs = Jobs(replace(config, output_dir=Path("../pictures")))
+    files, line, _ = jobs.make(replace(FORM, size="64", steps=1), lambda *_, **__: None)
+    assert Path(files[0]).is_relative_to(tmp_path / "pictures")
+    assert "saved in `../pictures/" in line
 
 
 def test_fields_that_open_empty_stay_so_in_the_browser(config):

@@ -42,7 +42,7 @@ class Jobs:
             session: Of whoever asks, who alone can stop it.
 
         Returns:
-            The files, Markdown about them with what may surprise, and the command.
+            The files' whole paths, Markdown about them with what may surprise, and the command.
         """
         with self._busy, _collect_warnings() as surprises:
             self._session = session
@@ -74,7 +74,8 @@ class Jobs:
         files = generate(job, on_progress=report)
         line = _describe(files, time.perf_counter() - began)
         text = "\n\n".join([line, *map(_escape, surprises)])
-        return [str(file) for file in files], text, spell_command(job)
+        # whole: a browser would take the dots of ../pictures out of a picture's address
+        return [str(file.resolve()) for file in files], text, spell_command(job)
 
     def stop(self, session: str | None = None) -> None:
         """Stop the job at hand after its step, if it is this session's or nobody's any more."""
