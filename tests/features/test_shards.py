@@ -296,6 +296,15 @@ def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, ca
         load_latents(samples[0])
 
 
+def test_a_limit_of_the_library_is_not_taken_for_ours(server, caplog):
+    folder = ShardFolder("http://host", ByteCache(Path("none"), 0))
+    server += [TimeoutError("Connection timeout to host http://host"), TimeoutError()]
+    folder.read("urae_shards.json")
+    assert "(TimeoutError: Connection timeout to host http://host); trying again" in caplog.text
+    assert "(TimeoutError: not done after " in caplog.text
+    assert "120" not in caplog.text
+
+
 def test_a_read_ends_before_the_other_processes_give_up():
     attempts = [*shard_folder.WAITS, 0.0]
     longest = sum(wait + shard_folder.MAX_SECONDS for wait in attempts)

@@ -138,11 +138,13 @@ class ShardFolder:
         """Call a method of the file system; one that is asynchronous has a limit of time."""
         if not isinstance(self._files, AsyncFileSystem):
             return getattr(self._files, method)(*arguments, **options)
-        coroutine = getattr(self._files, f"_{method}")
+        coroutine, began = getattr(self._files, f"_{method}"), time.monotonic()
         try:
             return sync(self._files.loop, coroutine, *arguments, timeout=MAX_SECONDS, **options)
         except FSTimeoutError as error:
-            raise TimeoutError(f"not done after {MAX_SECONDS:g} s") from error
+            cause = error.__cause__  # the library's own limit may be shorter, and say of what
+            seconds = min(MAX_SECONDS, round(time.monotonic() - began, 1))
+            raise TimeoutError(str(cause or "") or f"not done after {seconds:g} s") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
