@@ -88,13 +88,15 @@ def run_and_stop_the_last(config: TrainConfig, rank: int, number: int, port: int
     run_rank(config, rank, number, port)
 
 
-def run_and_miss_a_batch(config: TrainConfig, rank: int, number: int, port: int) -> None:
+def run_and_miss_a_batch(
+    config: TrainConfig, rank: int, number: int, port: int, *, error: Exception
+) -> None:
     """Train as one of several processes, of which the last cannot read its third step's batch."""
     take = Loader.take
 
     def take_two(self, first, index):
         if rank == number - 1 and first == 2 * number:
-            raise FileNotFoundError("lake is gone")
+            raise error
         return take(self, first, index)
 
     Loader.take = take_two
@@ -319,14 +321,18 @@ def test_a_stop_is_clean_on_a_host_that_does_not_see_the_checkpoint(settings, tm
     assert not find_checkpoints(configs[1].output_dir)
 
 
-def test_a_rank_without_a_batch_ends_all_after_the_last_whole_step(settings):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(FileNotFoundError("lake is gone"), "lake is gone"), (MemoryError(), "MemoryError")],
+)
+def test_a_rank_without_a_batch_ends_all_after_the_last_whole_step(settings, error, reason):
     config = settings(steps=4, checkpoint_every=100)
-    ranks = start_ranks(config, 2, run_and_miss_a_batch)
+    ranks = start_ranks(config, 2, partial(run_and_miss_a_batch, error=error))
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 1]
     message = (config.output_dir / "lost-0.txt").read_text()
-    assert message == "process 1 could not read its batch: lake is gone"
+    assert message == f"process 1 could not read its batch: {reason}"
     (saved,) = find_checkpoints(config.output_dir)
     assert saved.step == 2 and find_damage(saved) is None
 

@@ -162,13 +162,17 @@ def _take_together(loader: Loader, first: int, index: int, accelerator: Accelera
     if accelerator.num_processes > 1:
         failed = torch.tensor(float(isinstance(found, Exception)), device=accelerator.device)
         if float(accelerator.reduce(failed, "sum")):
-            reasons = gather_object([str(found) if isinstance(found, Exception) else None])
+            reasons = gather_object([_name(found) if isinstance(found, Exception) else None])
             if not isinstance(found, Exception):
                 rank, reason = next((rank, each) for rank, each in enumerate(reasons) if each)
                 raise ConnectionError(f"process {rank} could not read its batch: {reason}")
     if isinstance(found, Exception):
         raise found
     return found
+
+
+def _name(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _name_suspects(done: Accumulated) -> str:
