@@ -33,6 +33,7 @@ def report(step: int, **changes) -> StepReport:
 @pytest.fixture
 def show(monkeypatch):
     """Show steps on a console of either kind; return what it got."""
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one has no panel
 
     def run(*reports: StepReport, terminal: bool) -> str:
         output = io.StringIO()
