@@ -33,7 +33,7 @@ def report(step: int, **changes) -> StepReport:
 @pytest.fixture
 def show(monkeypatch):
     """Show steps on a console of either kind; return what it got."""
-    monkeypatch.setenv("TERM", "xterm")  # a dumb one has no panel
+    monkeypatch.setenv("TERM", "xterm")
 
     def run(*reports: StepReport, terminal: bool) -> str:
         output = io.StringIO()
@@ -77,6 +77,12 @@ def test_the_panel_has_room_for_a_long_run(show):
 def test_no_memory_on_a_cpu(show, monkeypatch):
     monkeypatch.setattr(command, "SECONDS_BETWEEN_LINES", 0.0)
     assert "GPU" not in show(report(1, memory_gib=None), terminal=False)
+
+
+def test_a_dumb_terminal_has_lines(show, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(command, "SECONDS_BETWEEN_LINES", 0.0)
+    assert show(report(1), terminal=True).startswith("step 1 of 1000: loss 0.5000")
 
 
 def test_the_held_out_loss_is_shown(show, monkeypatch):

@@ -27,6 +27,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def can_redraw(shown_on: Console) -> bool:
+    """Tell whether this process shows what moves: the first, on a terminal that is not dumb."""
+    return shown_on.is_terminal and not shown_on.is_dumb_terminal and is_first_rank()
+
+
 def set_up_logging(verbose: bool) -> None:
     """Show this project's warnings, or everything with --verbose; libraries stay quiet."""
     handler = RichHandler(console=console, show_time=verbose, show_path=False, show_level=True)
@@ -76,7 +81,7 @@ def build_progress(*fields: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not (console.is_terminal and is_first_rank()),
+        disable=not can_redraw(console),
     )
 
 

@@ -19,6 +19,7 @@ from urae.adapters.packaged import BASE
 from urae.cli.terminal import (
     SECONDS_BETWEEN_LINES,
     Verbose,
+    can_redraw,
     console,
     format_seconds,
     is_first_rank,
@@ -53,7 +54,7 @@ class Display:
         self._num_taken, self._seconds = 0, 0.0  # of this session; seconds without its first step
         self._last_line = time.monotonic()
         self._live = Live(Spinner("dots", "loading"), console=console, transient=True)
-        if console.is_terminal and is_first_rank():
+        if can_redraw(console):
             self._live.start()
 
     def close(self) -> None:
