@@ -3,10 +3,10 @@
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import TaskID
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,9 @@ from urae.cli.terminal import (
     is_first_rank,
     quiet_progress_bars,
 )
+
+if TYPE_CHECKING:
+    from urae.features.cache import CacheReport
 
 
 def cache_command(
@@ -52,33 +55,50 @@ def cache_command(
     config = CacheConfig(data_dir, model, resolution, max_sequence_length, overwrite)
     quiet_progress_bars()
     with build_progress("rate") as bar:
-        tasks: dict[str, TaskID] = {}
-        began: dict[str, float] = {}
-        last_line = time.monotonic()
+        report = cache(config, progress=_Display(bar).show)
+    _tell(report, data_dir / WORK_DIR / REPORT_NAME)
+    if not report.num_ready:
+        raise ValueError(
+            f"no picture in {data_dir} can be trained on at --resolution {resolution}; choose a "
+            "smaller one, or mend what is listed above"
+        )
+    one = report.num_ready == 1
+    text = f"{report.num_ready} picture{'' if one else 's'} in {data_dir} {'is' if one else 'are'}"
+    console.print("[green]done:[/]", Text(f"{text} ready to train on"))
 
-        def show(stage: str, done: int, total: int) -> None:
-            nonlocal last_line
-            if not total:
-                return
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, rate="")
-                began[stage] = time.perf_counter()
-            rate = done / max(time.perf_counter() - began[stage], 1e-9)
-            bar.update(tasks[stage], completed=done, total=total, rate=f"{rate:.2f}/s")
-            is_due = time.monotonic() - last_line >= SECONDS_BETWEEN_LINES
-            if done and is_due and bar.disable and is_first_rank():
-                last_line = time.monotonic()
-                left = format_seconds((total - done) / rate)
-                line = f"{stage} {done} of {total}, {rate:.2f}/s, ETA {left}"
-                console.print(line, soft_wrap=True)
 
-        report = cache(config, progress=show)
+class _Display:
+    """A bar for each stage on a terminal, else a plain line a minute."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._stages: dict[str, tuple[TaskID, float]] = {}  # since when
+        self._last_line = time.monotonic()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if not total:
+            return
+        now = time.monotonic()
+        if stage not in self._stages:
+            self._stages[stage] = self._bar.add_task(stage, total=total, rate=""), now
+        task, began = self._stages[stage]
+        rate = done / max(now - began, 1e-9)
+        self._bar.update(task, completed=done, total=total, rate=f"{rate:.2f}/s")
+        is_due = now - self._last_line >= SECONDS_BETWEEN_LINES
+        if done and is_due and self._bar.disable and is_first_rank():
+            self._last_line = now
+            left = format_seconds((total - done) / rate)
+            line = f"{stage} {done} of {total}, {rate:.2f}/s, ETA {left}"
+            console.print(line, soft_wrap=True)
+
+
+def _tell(report: "CacheReport", whole: Path) -> None:
+    """Print what was done, and what was left out or cut; `whole` has all of it."""
     table = Table("", "encoded", "unchanged", "kept, no metadata", "by others")
     for name, counts in (("latents", report.latents), ("prompts", report.embeds)):
         numbers = (counts.encoded, counts.unchanged, counts.kept, counts.shared)
         table.add_row(name, *[str(number) for number in numbers])
     console.print(table)
-    whole = data_dir / WORK_DIR / REPORT_NAME
     if len(report.columns) > 1:
         columns = ", ".join(f"{name} {count}" for name, count in report.columns.items())
         console.print("captions that train, by column:", Text(columns))
@@ -97,11 +117,3 @@ def cache_command(
         for skip in report.skipped[:5]:
             name = "" if skip.detail.startswith(skip.file) else f"{skip.file}: "
             console.print(f"  {name}{skip.detail}", markup=False)
-    if not report.num_ready:
-        raise ValueError(
-            f"no picture in {data_dir} can be trained on at --resolution {resolution}; choose a "
-            "smaller one, or mend what is listed above"
-        )
-    one = report.num_ready == 1
-    text = f"{report.num_ready} picture{'' if one else 's'} in {data_dir} {'is' if one else 'are'}"
-    console.print("[green]done:[/]", Text(f"{text} ready to train on"))

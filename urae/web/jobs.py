@@ -73,7 +73,7 @@ class Jobs:
         began = time.perf_counter()
         files = generate(job, on_progress=report)
         line = _describe(files, time.perf_counter() - began)
-        text = "\n\n".join([line, *map(_escape, surprises)])
+        text = "\n\n".join([line, *map(_escape, dict.fromkeys(surprises))])  # each picture's
         # whole: a browser would take the dots of ../pictures out of a picture's address
         return [str(file.resolve()) for file in files], text, spell_command(job)
 
@@ -94,18 +94,26 @@ class Jobs:
             pass
 
 
+class _Collector(logging.Handler):
+    """Keeps what is warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 @contextmanager
 def _collect_warnings() -> Iterator[list[str]]:
     """Keep what is warned of: whoever uses the page may not see the terminal."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    urae = logging.getLogger("urae")
-    urae.addHandler(handler)
+    collector, urae = _Collector(), logging.getLogger("urae")
+    urae.addHandler(collector)
     try:
-        yield found
+        yield collector.texts
     finally:
-        urae.removeHandler(handler)
+        urae.removeHandler(collector)
 
 
 def _escape(text: str) -> str:
