@@ -44,7 +44,7 @@ from training import (
     measure_two_context,
     measure_two_data,
 )
-from two_gpus import measure_forward_two_gpus
+from two_gpus import measure_forward_two_gpus, measure_trained
 
 sys.path.insert(0, str(ROOT))
 
@@ -151,11 +151,13 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "two_gpus_context_shard_4k": partial(measure_two_context, side=4096, shard=True),
     "forward_two_gpus": measure_forward_two_gpus,
     "gradients_two_gpus": measure_gradients,
+    "trained_two_gpus": measure_trained,
 }
 TWO_GPUS = (
     "forward_two_gpus",
     "generate_4k_two_gpus",
     "gradients_two_gpus",
+    "trained_two_gpus",
     "two_gpus_data_2k",
     "two_gpus_context_4k",
     "two_gpus_context_shard_4k",

@@ -60,6 +60,8 @@ def write_report(folder: Path, parts: list[str]) -> None:
         lines += ["", *table_two_gpus(results["forward_two_gpus"])]
     if "gradients_two_gpus" in results:
         lines += ["", *table_gradients(results["gradients_two_gpus"])]
+    if "trained_two_gpus" in results:
+        lines += ["", *table_trained(results["trained_two_gpus"])]
     for side, start in ((2048, ("train_stock", "train_2k")), (4096, ("train_4k",))):
         rows = {}
         for part, measured in results.items():
@@ -161,6 +163,17 @@ def table_gradients(result: dict[str, Any]) -> list[str]:
     return table(
         ["gradients of two GPUs, float32", "matrices", "largest relative difference"], rows
     )
+
+
+def table_trained(result: dict[str, Any]) -> list[str]:
+    """List how far two GPUs are from one in bfloat16 on the miniature, by size and noise level."""
+    rows = [
+        [f"{side}^2", level, *(f"{entry[name]:.2%}" for name in ("difference", "rounding"))]
+        for side, by_level in result.items()
+        for level, entry in by_level.items()
+    ]
+    header = ["miniature", "noise level", "two from one, bfloat16", "bfloat16 from float32, one"]
+    return table(header, rows)
 
 
 def table_train(tiny: bool, side: int, runs: dict[str, Any]) -> list[str]:

@@ -25,6 +25,15 @@ def measure_forward_two_gpus(bench: Bench) -> dict[str, Any]:
     return result
 
 
+def measure_trained(bench: Bench) -> dict[str, Any]:
+    """Compare two GPUs with one in bfloat16 on the adapted miniature, by size and noise level."""
+    figures = bench.work / "trained.json"
+    script = Path(__file__).with_name("trained.py")
+    subprocess.run([*torchrun(2), str(script), str(figures)], check=True, cwd=ROOT)
+    result: dict[str, Any] = json.loads(figures.read_text())
+    return result
+
+
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the norm of the difference by that of `other`."""
     return float((one - other).float().norm() / other.float().norm())

@@ -241,7 +241,7 @@ def test_a_prompt_that_reads_as_json_is_text(settings, no_weights, prompt, tmp_p
     (picture,) = list_pictures(config.prompts, 1, config.seed, config.output_dir)
     record = {
         "prompt": prompt, "width": 64, "height": 96, "model": config.model, "adapters": [],
-        "loras": [], "speed": "exact", "steps": 2,
+        "loras": [], "speed": "exact", "approximations": [], "steps": 2,
     }  # fmt: skip
     save_picture(picture.path, Image.new("RGB", (8, 8)), record)
     assert generate(config) == [picture.path]
@@ -260,12 +260,17 @@ def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_
     policy, other = ResolutionPolicy(), ResolutionPolicy(time_shift=3.0)
     whole = {**record, "height": 96, "model": settings().model, "adapters": [], "loras": []}
     whole |= {"speed": settings().speed, "steps": 2, "policy": asdict(policy)}
+    whole |= {"approximations": ["progressive=0.5"], "memory": "resident"}
     save_picture(path, Image.new("RGB", (8, 8)), whole)
-    assert (
-        generate(settings(resume=True)) == generate(settings(resume=True, policy=policy)) == [path]
-    )
-    with pytest.raises(FileExistsError, match="is there with policy"):
-        generate(settings(resume=True, policy=other))
+    same = settings(resume=True, height=96, parts=("progressive=0.5", "constants"))
+    assert generate(same) == generate(replace(same, policy=policy)) == [path]
+    for change, told in (
+        ({"policy": other}, "policy"),
+        ({"parts": ("constants",)}, "approximations"),
+        ({"memory": "8bit"}, "memory resident"),
+    ):
+        with pytest.raises(FileExistsError, match=f"is there with {told}"):
+            generate(replace(same, **change))
     path.write_bytes(b"mine")
     with pytest.raises(ValueError, match="is no whole PNG"):
         generate(settings(resume=True))

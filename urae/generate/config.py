@@ -8,7 +8,7 @@ from urae.backbones.flux import MAX_TEXT_TOKENS
 from urae.config import check_types
 from urae.generate.estimate import QUANTIZED
 from urae.generate.memory import Memory
-from urae.generate.parts import Speed, resolve_parts
+from urae.generate.parts import EXACT, Speed, resolve_parts
 from urae.generate.progressive import check_halves
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy
@@ -56,6 +56,11 @@ class GenerateConfig:
     """What makes it faster: `fast` and `turbo` approximate, as far as was measured."""
     parts: tuple[str, ...] = ()
     """More of what makes it faster, each NAME or NAME=STRENGTH."""
+
+    @property
+    def approximations(self) -> list[str]:
+        """Of the parts that are named, those that change more than the rounding."""
+        return [str(part) for part in resolve_parts(None, self.parts) if part.name not in EXACT]
 
     def __post_init__(self) -> None:
         check_types(self)

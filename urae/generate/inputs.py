@@ -13,6 +13,7 @@ from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_ad
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 from urae.generate.config import GenerateConfig
+from urae.generate.estimate import QUANTIZED
 from urae.generate.optimize import ONLY_4K, SHARED_KEYS
 from urae.generate.parts import BARS, PartName
 from urae.generate.picture import Picture, is_recorded, read_record
@@ -136,7 +137,10 @@ def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
         "adapters": [*config.adapters],
         "loras": [[*lora] for lora in config.loras],
         "speed": config.speed,
+        "approximations": config.approximations,
     }
+    if config.memory in QUANTIZED:
+        wanted["memory"] = config.memory
     given = ("steps", "guidance_scale", "max_sequence_length")
     wanted |= {name: getattr(config, name) for name in given if getattr(config, name) is not None}
     if config.policy is not None:

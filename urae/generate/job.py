@@ -311,6 +311,7 @@ class _Job:
             "memory": tier,
             "compiled": _is_compiled(parts),
             "speed": config.speed,
+            "approximations": config.approximations,
             "parts": [str(part) for part in parts],
             "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
             "gpus": num_gpus,

@@ -45,8 +45,8 @@ class Jobs:
             The files' whole paths, Markdown about them with what may surprise, and the command.
         """
         with self._busy, _collect_warnings() as surprises:
+            self._stop.clear()  # before it can be asked to stop
             self._session = session
-            self._stop.clear()
             try:
                 return self._make(form, show, surprises)
             finally:
