@@ -1,3 +1,4 @@
+import gc
 import logging
 import weakref
 from pathlib import Path
@@ -13,6 +14,12 @@ from urae.backbones.flux import load_pipeline
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish():
+    """Leave all that is imported out of garbage collection, which else takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,12 +1,34 @@
+import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from urae.backbones.flux import predict_velocity
+from urae.generate.inputs import default_sampling
 from urae.train import AdapterConfig, OptimizerConfig, TrainConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Fork processes from one that has imported everything, so that a start takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["urae.train", "torch.distributed.fsdp", "torch._dynamo"])
+    return context
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    """Previews, and what is generated beside them, take 3 steps in place of 28."""
+
+    def few(*of):
+        return replace(default_sampling(*of), steps=3)
+
+    for module in ("urae.generate.inputs", "urae.train.preview"):
+        monkeypatch.setattr(f"{module}.default_sampling", few)
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 import csv
 import math
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import urae
 from urae.adapters.convert import ConvertConfig, convert
 from urae.adapters.files import read_adapter, write_lora
 from urae.backbones.flux import load_transformer
+from urae.cli.main import main
 from urae.features.order import StepBatch, StepShare
 from urae.resolution import ResolutionPolicy, find_policy
 from urae.train import AdapterConfig, OptimizerConfig, train
@@ -417,24 +419,33 @@ def test_a_tracker_that_fails_is_told_once(settings, monkeypatch, caplog, where)
     assert caplog.text.count("tracker tensorboard failed (ConnectionError: no route)") == 1
 
 
+def run_command(arguments: list[str], errors: Path) -> None:
+    """Run `urae` in a process of its own, its standard error in a file."""
+    sys.argv = ["urae", *arguments]
+    sys.stderr = errors.open("w", buffering=1)
+    main()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(settings, bases, tmp_path, number):
+def test_a_signal_saves_first(settings, server, tmp_path, number):
     config = settings()
     recipe = tmp_path / "r.toml"
     recipe.write_text(
         f'model = "{config.model}"\nresolution = 256\nsteps = 100000\n'
         '[adapter]\nrank = 4\n[optimizer]\nname = "adamw"\nlr = 1e-3\n'
     )
-    command = [sys.executable, "-m", "urae", "train", str(recipe), "--data", str(config.data_dir),
-               "--output", str(config.output_dir)]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    folders = ["--data", str(config.data_dir), "--output", str(config.output_dir)]
+    arguments = (["train", str(recipe), *folders], tmp_path / "errors")
+    process = server.Process(target=run_command, args=arguments)
+    process.start()
     log = config.output_dir / "loss.csv"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.2)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    os.kill(process.pid, number)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 0, errors
     assert "stopped at step" in errors
     saved = find_checkpoints(config.output_dir)[-1]
     rows = log.read_text().strip().split("\n")

@@ -1,8 +1,7 @@
 """A run's folder is for one run at a time."""
 
 import errno
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -11,30 +10,29 @@ from urae.train import train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.output import hold_output
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from urae.train.output import hold_output
-with hold_output(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+
+def hold(output_dir, held):
+    with hold_output(output_dir):
+        held.set()
+        time.sleep(600)
 
 
 @contextmanager
-def another_run_in(output_dir):
-    command = [sys.executable, "-c", HOLD, str(output_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield
-        finally:
-            process.kill()
+def another_run_in(output_dir, server):
+    held = server.Event()
+    process = server.Process(target=hold, args=(output_dir, held))
+    process.start()
+    try:
+        assert held.wait(90)
+        yield
+    finally:
+        process.kill()
+        process.join()
 
 
-def test_a_second_run_is_refused_and_writes_nothing(settings, monkeypatch):
+def test_a_second_run_is_refused_and_writes_nothing(settings, server):
     config = settings(steps=1)
-    with another_run_in(config.output_dir):
+    with another_run_in(config.output_dir, server):
         before = sorted(config.output_dir.iterdir())
         for options in ({}, {"overwrite": True}, {"resume": True}):
             with pytest.raises(
