@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -100,14 +100,14 @@ def build_config(
     """
     typed = typed or {}
     _check_options(kind, typed)
-    adapter = TypeAdapter(kind)
+    adapter: TypeAdapter[Config] = _build_adapter(cast(Any, kind))
     try:
         return adapter.validate_python(dict(settings))
     except ValidationError as error:
         raise ValueError(_explain(adapter, error, origin, typed)) from error
 
 
-def _check_options(kind: type[Any], typed: Mapping[str, str]) -> None:
+def _check_options(kind: Any, typed: Mapping[str, str]) -> None:
     known = [name for name, _, _ in describe_fields(kind)] if typed else []
     for name, option in typed.items():
         if any(f"{name}.".startswith(f"{each}.") or each.startswith(f"{name}.") for each in known):
@@ -175,6 +175,11 @@ def check_types(config: Any) -> None:
         object.__setattr__(config, name, checked)
 
 
+@cache  # it reads the source for the descriptions
+def _build_adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 @cache
 def _list_adapters(kind: Any) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(kind, include_extras=True)
@@ -196,10 +201,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def describe_fields(kind: type[Any]) -> list[tuple[str, str, str]]:
+@cache
+def describe_fields(kind: Any) -> tuple[tuple[str, str, str], ...]:
     """List a config's fields for a help page: dotted name, default, description."""
-    schema = TypeAdapter(kind).json_schema()
-    return list(_walk_fields(schema, schema, ""))
+    schema = _build_adapter(kind).json_schema()
+    return tuple(_walk_fields(schema, schema, ""))
 
 
 def _walk_fields(schema: Any, root: Any, prefix: str) -> list[tuple[str, str, str]]:
