@@ -20,8 +20,8 @@ def server():
     return context
 
 
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
+@pytest.fixture
+def few_steps(monkeypatch):
     """Previews, and what is generated beside them, take 3 steps in place of 28."""
 
     def few(*of):

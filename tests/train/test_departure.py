@@ -13,6 +13,8 @@ from urae.train import OptimizerConfig, train
 from urae.train.checkpoint import find_checkpoints
 from urae.train.departure import MIN_STEPS, Measurement, find_rise, measure_change
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 NUM_HELD_OUT = 8
 
 

@@ -21,6 +21,8 @@ from urae.train.monitor import Monitor
 from urae.train.output import find_previews
 from urae.train.preview import Previewer
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 PROMPT = "a large red circle on a plain blue background"
 SIDE = 64
 

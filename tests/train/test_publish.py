@@ -20,6 +20,8 @@ from urae.train import AdapterConfig, OptimizerConfig, PushConfig, TrainConfig, 
 from urae.train.card import find_license
 from urae.train.publish import CONVERTED_FILE, _without_folders, write_folder
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -14,6 +14,8 @@ from urae.resolution import ResolutionPolicy
 from urae.train import OptimizerConfig, TrainConfig, train
 from urae.train.record import find_commit, format_toml
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 def read_back(config: TrainConfig) -> tuple[TrainConfig, dict]:
     settings = tomllib.loads((config.output_dir / "run.toml").read_text())
