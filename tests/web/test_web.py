@@ -302,7 +302,9 @@ def test_ctrl_c_ends_the_page_and_its_job(config):
         fields = {"prompt": PROMPT, "model": "miniature-dev", "size": "256", "steps": 1000}
         fields |= {"adapters": [], "seed": 7, "num_images": 1, "guidance": None}
         job = client.submit(api_name="/generate", **fields)
+        deadline = time.monotonic() + 120
         while job.status().progress_data is None:
+            assert not job.done() and time.monotonic() < deadline, job.status()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
