@@ -19,7 +19,7 @@ from two_gpus import relative_difference
 import urae
 from urae.backbones.context_parallel import build_mesh, context_parallel
 from urae.backbones.devices import pick_device
-from urae.backbones.flux import load_pipeline, predict_velocity
+from urae.backbones.flux import LatentScale, load_pipeline, predict_velocity
 from urae.backbones.ranks import join_ranks
 from urae.flow import add_noise
 from urae.miniature.autoencoder import to_pixels
@@ -65,8 +65,8 @@ def encode(pipe: FluxPipeline, side: int) -> Tensor:
     """Encode the scene's render to a latent as the transformer sees it."""
     vae = pipe.vae
     picture = to_pixels(render([SCENE], side, side, device=vae.device))
-    latent: Tensor = vae.encode(picture).latent_dist.mean
-    return (latent - vae.config.shift_factor) * vae.config.scaling_factor
+    scale = LatentScale(vae.config.shift_factor, vae.config.scaling_factor)
+    return scale.normalize(vae.encode(picture).latent_dist.mean)
 
 
 def predict(pipe: FluxPipeline, noisy: Tensor, level: float) -> Tensor:
