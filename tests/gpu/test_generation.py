@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import urae
 from urae.backbones import vae
 from urae.backbones.flux import load_pipeline, predict_velocity
+from urae.backbones.wide_attention import attend, count_score_bytes
 from urae.generate import GenerateConfig, generate
 from urae.generate.quantize import check_quantization
 from urae.local_attention import LocalForward
@@ -74,6 +76,23 @@ def test_exact_parts_change_the_rounding_alone(load, forward, dtype, rel):
     stock = rel(forward(load(dtype)), wanted)
     pipe = urae.optimize(load(dtype), speed="exact")
     assert rel(forward(pipe), wanted) < max(1.2 * stock, 1e-5)
+
+
+def test_wide_heads_attend_in_blocks(gpu, rel):
+    """As close to float64 as torch's own attention, in the memory that is said."""
+    size = {"heads": 1, "queries": 4096, "keys": 65_536, "width": 512}
+    query = torch.randn(1, 1, size["queries"], 512, device=gpu, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, 1, size["keys"], 512, device=gpu, dtype=torch.bfloat16)
+    stock = F.scaled_dot_product_attention(query, key, value)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = attend(query, key, value)
+    peak = torch.cuda.max_memory_allocated() - before
+    scores = count_score_bytes(gpu, torch.bfloat16, **size)
+    assert 0 < peak <= scores + 2 * found.nbytes
+    few, doubles = slice(0, 256), (query[:, :, :256].double(), key.double(), value.double())
+    exact = F.scaled_dot_product_attention(*doubles)
+    assert rel(found[:, :, few], exact) < 1.3 * rel(stock[:, :, few], exact)
 
 
 def test_flex_attends_to_what_the_mask_shows(load, forward, rel):

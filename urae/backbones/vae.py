@@ -16,7 +16,6 @@ from traceback import clear_frames
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -39,6 +38,7 @@ from urae.backbones.vae_chain import (
     split_rows,
 )
 from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
+from urae.backbones.wide_attention import attend
 
 logger = logging.getLogger(__name__)
 
@@ -167,10 +167,10 @@ def _run_segments(
 ) -> Tensor:
     for segment in segments:
         stripes = _Stripes(segment.stripes, group)
-        if segment.stripes == 1:
-            kept = _run(segment.ops, kept)
-        elif segment.ops[0].kind == "attention":
+        if segment.ops[0].kind == "attention":
             _attend(segment.ops[0].module, kept, stripes)
+        elif segment.stripes == 1:
+            kept = _run(segment.ops, kept)
         else:
             kept = _run_stripes(segment, kept, stripes)
     return kept
@@ -337,8 +337,8 @@ def _attend(attention: Attention, kept: Tensor, stripes: _Stripes) -> None:
 
     def answer(query: Float[Tensor, "b tokens c"]) -> Float[Tensor, "b c tokens"]:
         q, k, v = map(split_heads, (query, keys, values))
-        found = F.scaled_dot_product_attention(q, k, v)
-        made: Tensor = attention.to_out[0](found.transpose(1, 2).flatten(2))
+        found = attend(q, k, v).transpose(1, 2).flatten(2)
+        made: Tensor = attention.to_out[0](found)
         return made.transpose(1, 2)
 
     for first, last in split_rows(height, stripes.count):

@@ -24,6 +24,7 @@ from urae.backbones.vae_chain import (
     list_decoder,
     list_encoder,
 )
+from urae.backbones.wide_attention import count_score_bytes
 
 # what moving one number through an operation costs beside its multiplications, in multiplications:
 # about the ratio of an H200's bfloat16 arithmetic to its memory
@@ -92,7 +93,7 @@ def plan_decode(
     """
     factor = find_scale_factor(vae)
     latents = Shape(vae.config.latent_channels, height // factor, width // factor)
-    costs = _Costs.of(batch, dtype or vae.dtype, device or vae.device, num_ranks)
+    costs = _Costs(batch, dtype or vae.dtype, device or vae.device, num_ranks)
     return _plan(list_decoder(vae), latents, costs, max_bytes, f"decoding {width} x {height}")
 
 
@@ -108,7 +109,7 @@ def plan_encode(
 ) -> VaePlan:
     """Plan the encoding of pictures; arguments and errors as `plan_decode`."""
     pixels = Shape(vae.config.in_channels, height, width)
-    costs = _Costs.of(batch, dtype or vae.dtype, device or vae.device)
+    costs = _Costs(batch, dtype or vae.dtype, device or vae.device)
     return _plan(list_encoder(vae), pixels, costs, max_bytes, f"encoding {width} x {height}")
 
 
@@ -131,7 +132,8 @@ def _plan(
         for start in range(end):
             before, ways = paths[start], _list_ways(units, shapes, start, end, costs)
             fitting = (way for way in ways if way.peak_bytes <= max_bytes)
-            if before is not None and (segment := next(fitting, None)) is not None:
+            segment = min(fitting, key=lambda way: way.work, default=None)
+            if before is not None and segment is not None:
                 found.append((*before, segment))
         paths.append(min(found, key=_total_work, default=None))
     segments = paths[-1]
@@ -184,22 +186,32 @@ def _list_ways(
 class _Costs:
     """What the numbers of a map cost, and what the device adds."""
 
-    number_bytes: int
-    """Of one number, in all pictures."""
-    conv_copies: bool
-    """Whether convolutions copy what they read and write: cuDNN, into another layout."""
-    accumulator: float
-    """What attention accumulates in float32, in sizes of its result."""
-    num_ranks: int
+    batch: int
+    """Pictures at once."""
+    dtype: torch.dtype
+    device: torch.device
+    num_ranks: int = 1
     """That share the stripes."""
 
-    @classmethod
-    def of(
-        cls, batch: int, dtype: torch.dtype, device: torch.device, num_ranks: int = 1
-    ) -> "_Costs":
-        on_gpu = device.type not in ("cpu", "meta")
-        accumulator = 4 / dtype.itemsize if on_gpu and dtype.itemsize < 4 else 0.0
-        return cls(batch * dtype.itemsize, on_gpu, accumulator, num_ranks)
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number, in all pictures."""
+        return self.batch * self.dtype.itemsize
+
+    @property
+    def conv_copies(self) -> bool:
+        """Whether convolutions copy what they read and write: cuDNN, into another layout."""
+        return self.device.type not in ("cpu", "meta")
+
+    @property
+    def accumulator(self) -> float:
+        """What torch's attention accumulates in float32, in sizes of its result."""
+        return 4 / self.dtype.itemsize if self.conv_copies and self.dtype.itemsize < 4 else 0.0
+
+    def count_scores(self, heads: int, queries: int, keys: int, width: int) -> int:
+        """Return what scores of attention take, in numbers."""
+        size = {"heads": heads * self.batch, "queries": queries, "keys": keys, "width": width}
+        return count_score_bytes(self.device, self.dtype, **size) // self.number_bytes
 
 
 def _build_segment(
@@ -208,8 +220,8 @@ def _build_segment(
     """Find what a segment takes; the map before the first is the caller's, and not counted."""
     in_place = False
     if ops[0].kind == "attention":
-        new, work = _measure_attention(source, costs, stripes)
-        in_place = stripes > 1
+        new, work = _measure_attention(ops[0].module.heads, source, costs, stripes)
+        in_place = True
     elif stripes == 1:
         new, work = _measure(ops, source, costs)
     else:
@@ -271,14 +283,22 @@ def _measure(
     return peak, stripes * (done + (passes if stripes > 1 else 0))
 
 
-def _measure_attention(shape: Shape, costs: _Costs, stripes: int = 1) -> tuple[int, int]:
-    """As `_measure`, for the attention among all places of a map."""
-    tokens = shape.rows * shape.columns
-    work = shape.size * (2 * tokens + 4 * shape.channels + 8 * _TRAFFIC)
-    if stripes == 1:  # normalised, query, key, value; then two more, or the accumulator
-        return round(shape.size * max(6, 5 + costs.accumulator)), work
-    stripe = shape.size * -(-shape.rows // stripes) // shape.rows
-    return round(2 * shape.size + stripe * max(3, 2 + costs.accumulator)), work
+def _measure_stock_attention(shape: Shape, costs: _Costs) -> tuple[int, int]:
+    """As `_measure`, for the attention among all places of a map, by the stock module."""
+    work = shape.size * (2 * shape.rows * shape.columns + 4 * shape.channels + 8 * _TRAFFIC)
+    # normalised, query, key, value; then two more, or the accumulator
+    return round(shape.size * max(6, 5 + costs.accumulator)), work
+
+
+def _measure_attention(heads: int, shape: Shape, costs: _Costs, stripes: int) -> tuple[int, int]:
+    """As `_measure_stock_attention`, for queries in stripes; it works in place."""
+    rows = -(-shape.rows // stripes)
+    stripe = shape.size * rows // shape.rows
+    queries, keys = rows * shape.columns, shape.rows * shape.columns
+    scores = costs.count_scores(heads, queries, keys, shape.channels // heads)
+    accumulator = 0.0 if scores else costs.accumulator
+    peak = 2 * shape.size + stripe * max(3, 2 + accumulator) + scores
+    return round(peak), _measure_stock_attention(shape, costs)[1]
 
 
 def _measure_stock(blocks: Blocks, shape: Shape, costs: _Costs) -> tuple[int, int]:
@@ -289,7 +309,7 @@ def _measure_stock(blocks: Blocks, shape: Shape, costs: _Costs) -> tuple[int, in
         for index, unit in enumerate(block):
             held = before + (shape.size if index else 0)
             if unit[0].kind == "attention":
-                new, work = _measure_attention(shape, costs)
+                new, work = _measure_stock_attention(shape, costs)
             else:
                 new, work = _measure(unit, shape, costs, stock=True)
             peak, total = max(peak, held + new), total + work

@@ -44,7 +44,13 @@ from urae.generate.memory import (
     place,
     stream_layers,
 )
-from urae.generate.optimize import apply_parts, check_machine, choose_parts, find_unfit
+from urae.generate.optimize import (
+    apply_parts,
+    check_machine,
+    choose_parts,
+    find_unfit,
+    has_few_steps,
+)
 from urae.generate.parts import EXACT, Part, find_bits, leave_compiled_out
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
@@ -127,7 +133,7 @@ def _generate(
     model_path = fetch_model(config.model)
     meta = build_meta_models(model_path)
     adapter_bytes, sampling = check_base(config, meta["transformer"], model_path)
-    pays = pays_to_compile(
+    pays = "compile" in config.parts or pays_to_compile(
         device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
     )
     unfit = find_unfit(
@@ -138,7 +144,10 @@ def _generate(
         known=find_excluded(config, sampling, model_path, len(pictures) < ranks.count),
         memory=config.memory,
     )
-    parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
+    few_steps = has_few_steps(meta["transformer"])
+    parts = choose_parts(
+        config.speed, config.parts, compiled=pays, unfit=unfit, few_steps=few_steps
+    )
     spread = Spread(len(pictures), 1)
     if ranks.count > 1:
         degrees = find_degrees(config, sampling, parts, meta["transformer"], model_path)

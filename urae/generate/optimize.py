@@ -80,7 +80,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     if device.type in ("cpu", "meta"):  # not where it will run, if there is a GPU
         device = pick_device()
     check_machine(parts, device)
-    compiled = speed is not None and can_compile(device)
+    compiled = "compile" in parts or (speed is not None and can_compile(device))
     positions = find_policy(transformer)
     known: dict[PartName, str] = {}
     if positions is None:
@@ -94,8 +94,15 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         known |= dict.fromkeys(("taylorseer-cache", "first-block-cache", "mag-cache"), reason)
     plain = isinstance(pipe, FluxPipeline)
     unfit = find_unfit(speed, transformer, device, plain=plain, compiled=compiled, known=known)
-    apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
+    few_steps = has_few_steps(transformer)
+    chosen = choose_parts(speed, parts, compiled=compiled, unfit=unfit, few_steps=few_steps)
+    apply_parts(pipe, chosen, device)
     return pipe
+
+
+def has_few_steps(transformer: FluxTransformer2DModel) -> bool:
+    """Tell whether a base makes a picture in a few steps: FLUX's without distilled guidance."""
+    return not transformer.config.guidance_embeds
 
 
 def check_machine(parts: Sequence[str], device: torch.device) -> None:
@@ -148,8 +155,6 @@ def find_unfit(
             unfit.setdefault(name, reason)
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
-    elif not transformer.config.guidance_embeds:
-        unfit |= dict.fromkeys(SCHEDULED, "it was measured on a base with distilled guidance")
     return unfit
 
 
@@ -182,6 +187,7 @@ def choose_parts(
     *,
     compiled: bool,
     unfit: Mapping[PartName, str],
+    few_steps: bool = False,
 ) -> tuple[Part, ...]:
     """List the parts to put in place, in order.
 
@@ -190,13 +196,14 @@ def choose_parts(
         parts: More parts, each NAME or NAME=STRENGTH.
         compiled: Whether a preset's compiled blocks pay here; those that are named always come.
         unfit: As `find_unfit`; parts that are named come all the same.
+        few_steps: As `resolve_parts`.
 
     Raises:
         ValueError: If a part is unknown, or two exclude each other.
     """
     named = {part.name for part in resolve_parts(None, parts)}
     chosen = []
-    for part in resolve_parts(speed, parts):
+    for part in resolve_parts(speed, parts, few_steps=few_steps):
         if part.name in named or (part.name not in unfit and (part.name != "compile" or compiled)):
             chosen.append(part)
         elif part.name in unfit:
@@ -273,7 +280,10 @@ def _apply(
         case "progressive":
             assert part.strength is not None
             level = PRESET_LEVEL if part.is_preset else 0.0
-            early = Progressive(pipe, schedule, part.strength, least_level=level)
+            always = Part("compile") in parts  # by name, not as a preset's that has to pay
+            early = Progressive(
+                pipe, schedule, part.strength, least_level=level, is_compiled=always
+            )
             return early.attach(pipe.transformer)
         case "compile":
             return compile_blocks(pipe.transformer)

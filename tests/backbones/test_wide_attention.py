@@ -1,0 +1,53 @@
+"""Attention of a wide head in blocks of queries."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from urae.backbones.random_flux import build_meta_flux
+from urae.backbones.vae_plan import plan_decode
+from urae.backbones.wide_attention import attend, attend_in_blocks, count_score_bytes
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SIZE = {"heads": 2, "queries": 1000, "keys": 2**17, "width": 512}
+
+
+@pytest.fixture
+def three():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, count, 40, generator=generator) for count in (50, 70, 70)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 64])
+def test_blocks_are_the_attention_of_torch(three, rows, rel):
+    assert rel(attend_in_blocks(*three, rows), F.scaled_dot_product_attention(*three)) < 1e-6
+
+
+def test_elsewhere_it_is_torch_itself(three):
+    assert torch.equal(attend(*three), F.scaled_dot_product_attention(*three))
+
+
+def test_scores_are_bounded():
+    assert count_score_bytes(CUDA, torch.bfloat16, **SIZE) == 10 * 2**27
+    few = SIZE | {"queries": 3}
+    assert count_score_bytes(CUDA, torch.float16, **few) == 10 * 2 * 3 * 2**17
+    assert count_score_bytes(CUDA, torch.float32, **SIZE) == 0
+    assert count_score_bytes(CPU, torch.bfloat16, **SIZE) == 0
+    assert count_score_bytes(CUDA, torch.bfloat16, **SIZE | {"width": 256}) == 0
+
+
+def test_the_plan_of_a_gpu_has_them():
+    """In half precision; a plan needs no weights, and no GPU."""
+    vae = build_meta_flux("flux-dev")["vae"]
+
+    def find_attention(max_gib):
+        plan = plan_decode(
+            vae, 4096, 4096, max_bytes=int(max_gib * 2**30), device=CUDA, dtype=torch.bfloat16
+        )
+        (found,) = (each for each in plan.segments if each.ops[0].kind == "attention")
+        return found
+
+    assert find_attention(7).peak_bytes / 2**30 == 6 * 0.25 + 1.25  # six maps
+    assert find_attention(7).stripes == 1
+    with pytest.raises(MemoryError, match="takes at least 2"):
+        find_attention(1.5)
