@@ -113,13 +113,6 @@ def link_schnell(bench: Bench) -> Path:
     return folder
 
 
-def measure_two_gpus(bench: Bench) -> dict[str, Any]:
-    """Generate 4096 x 4096 on one GPU, then on two."""
-    ways = {"one GPU": 1, "two GPUs": 2}
-    rows = (measure_dev(bench, name=name, side=4096, gpus=n) for name, n in ways.items())
-    return {name: row for each in rows for name, row in each.items()}
-
-
 def measure_cold_start(bench: Bench) -> dict[str, Any]:
     """Time a new process to its first step at 4096 x 4096, without and with the compile cache.
 
@@ -168,7 +161,7 @@ GENERATION: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "generate_4k_schnell": partial(measure_schnell, speed="exact"),
     "generate_4k_schnell_turbo": partial(measure_schnell, speed="turbo"),
     "cold_start": measure_cold_start,
-    "generate_4k_two_gpus": measure_two_gpus,
+    "generate_4k_two_gpus": partial(measure_dev, name="two GPUs", side=4096, gpus=2),
 }
 """By name; `generate_2k` comes earlier, beside the base that it needs."""
 measure_generate_2k = partial(measure_dev, name="", side=2048)
