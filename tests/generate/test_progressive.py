@@ -9,8 +9,6 @@ import urae
 from urae.adapters.attach import active_adapters
 from urae.generate.config import GenerateConfig
 from urae.generate.memory import stream_blocks
-from urae.generate.optimize import apply_parts
-from urae.generate.parts import Part
 from urae.generate.progressive import enlarge, shrink, small_noise_level
 from urae.geometry import pack, unpack
 from urae.resolution import find_policy
@@ -181,22 +179,17 @@ def test_other_parts_beside_it(adapted, draw, other):
         assert torch.equal(draw(pipe)[0], wanted)
 
 
-@pytest.mark.parametrize(("is_preset", "num_sizes"), [(True, 1), (False, 2)])
-def test_early_steps_are_compiled_by_name_alone(
-    adapted, draw, rel, monkeypatch, is_preset, num_sizes
-):
+def test_early_steps_are_not_compiled(adapted, draw, rel, monkeypatch):
     wanted, _ = draw(progressive(adapted(), 0.5))
     torch._dynamo.reset()
     counter, compile_function = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile_function(f, backend=counter))
-    pipe = adapted()
-    parts = Part("progressive", 0.5), Part("compile", is_preset=is_preset)
-    apply_parts(pipe, parts, CPU)
+    pipe = progressive(adapted(), 0.5, "compile")
     for _ in range(2):
         assert rel(draw(pipe)[0], wanted) < 1e-5
-    assert counter.frame_count == 2 * num_sizes  # both kinds of blocks
+    assert counter.frame_count == 2  # both kinds of blocks, in one size
     draw(progressive(pipe, 0, "compile"), side=64)
-    assert counter.frame_count == 4  # the second size was compiled for any
+    assert counter.frame_count == 4
 
 
 def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):

@@ -280,10 +280,7 @@ def _apply(
         case "progressive":
             assert part.strength is not None
             level = PRESET_LEVEL if part.is_preset else 0.0
-            always = Part("compile") in parts  # by name, not as a preset's that has to pay
-            early = Progressive(
-                pipe, schedule, part.strength, least_level=level, is_compiled=always
-            )
+            early = Progressive(pipe, schedule, part.strength, least_level=level)
             return early.attach(pipe.transformer)
         case "compile":
             return compile_blocks(pipe.transformer)

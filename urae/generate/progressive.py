@@ -24,7 +24,7 @@ A picture within the base's native size is made whole, as half of it would be sm
 knows; so is one that has no half or begins at latents that hold a picture, with a warning.
 
 Early steps run uncompiled at first: another size takes seconds to compile, which pays from as many
-of them on as make a long job, or where it is asked for by name.
+of them on as make a long job.
 
 Adapters for larger pictures than the small one rest in early steps, as in the reference's
 coarse-to-fine pipelines, which load the 4K adapter when the high stage begins: 4K adapters beside
@@ -64,20 +64,13 @@ class Progressive:
         schedule: Follows it; attached before this.
         share: Of the steps that are early, 0 to 1; the last step never is.
         least_level: Noise level, 0 to 1, below which no whole step may be the first.
-        is_compiled: Whether early steps are from the first on, as others.
 
     Raises:
         ValueError: If the pipe is another one.
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        schedule: Schedule,
-        share: float,
-        *,
-        least_level: float = 0.0,
-        is_compiled: bool = False,
+        self, pipe: Any, schedule: Schedule, share: float, *, least_level: float = 0.0
     ) -> None:
         if not isinstance(pipe, FluxPipeline):
             raise ValueError(
@@ -87,7 +80,6 @@ class Progressive:
         self._schedule = schedule
         self._share = share
         self._least_level = least_level
-        self._is_compiled = is_compiled
         self._base_policy = read_base_policy(pipe.config.get("_name_or_path"))
         self._token_steps = 0  # that were early
         self._decided = 0  # for which picture
@@ -131,8 +123,7 @@ class Progressive:
             self._decided = self._schedule.picture
             self._is_whole = self._must_be_whole(module, kwargs)
         is_late = self._is_whole or self._schedule.index >= self._num_early
-        pays = self._is_compiled or self._token_steps >= PAYS_FROM_TOKEN_STEPS
-        switch_compiled(module, is_late or pays)
+        switch_compiled(module, is_late or self._token_steps >= PAYS_FROM_TOKEN_STEPS)
         if is_late:
             return None
         self._follow_size(kwargs["img_ids"])
