@@ -12,7 +12,7 @@ import urae
 from urae.generate import joined_adapters, optimize, parts, quantize
 from urae.generate.memory import stream_blocks
 from urae.generate.optimize import choose_parts
-from urae.generate.parts import EXACT, FEW_STEPS, PRESETS, Part, find_bits, resolve_parts
+from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
 from urae.generate.speed import default_cache_dir, keep_compiled
 from urae.resolution import ResolutionPolicy, find_policy
 
@@ -147,15 +147,11 @@ def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expe
         assert ("progressive is left out: a 4K adapter alone" in caplog.text) == is_left_out
 
 
-def test_few_steps_have_presets_of_their_own(load_pipe):
+def test_few_steps_have_no_approximations_of_steps(load_pipe):
     transformer = load_pipe().transformer
-    assert not optimize.has_few_steps(transformer)
     transformer.register_to_config(guidance_embeds=False)
-    assert optimize.has_few_steps(transformer)
-    assert set(optimize.find_unfit("turbo", transformer, CPU, compiled=True, known={})) == {"fp8"}
-    chosen = choose_parts("turbo", [], compiled=True, unfit={}, few_steps=True)
-    assert tuple(map(str, chosen)) == tuple(map(str, resolve_parts("turbo", few_steps=True)))
-    assert not any(part.name.endswith("-cache") for part in chosen)
+    found = optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
+    assert set(found) == {"fp8", *parts.SCHEDULED}
 
 
 def test_compiling_by_name_brings_what_a_preset_has_for_compiled_blocks(load_pipe, monkeypatch):
@@ -179,7 +175,7 @@ def test_a_preset_approximates(adapted, sample, speed):
 
 
 def test_every_part_of_a_preset_is_one_and_fast_is_not_beyond_turbo():
-    for speed, preset in (*PRESETS.items(), *FEW_STEPS.items()):
+    for speed, preset in PRESETS.items():
         assert resolve_parts(speed)
         assert {Part.parse(text).name for text in preset} >= set(PRESETS["exact"])
     assert set(PRESETS["exact"]) <= set(EXACT)

@@ -249,14 +249,15 @@ def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tenso
     wrong, and one row more with each further convolution: they are those to be cut off.
     """
     skips: list[Tensor] = []
-    given: Iterator[Moments] | None = None if moments is None else iter(moments)
+    given: Iterator[Moments] = iter(moments or ())
     for op in ops:
         if op.kind == "branch":
             skips.append(rows)
         elif op.kind == "join":
             rows += skips.pop() if op.module is None else op.module(skips.pop())
-        elif op.kind == "norm" and given is not None:
-            rows = _normalize(op.module, rows, next(given))
+        elif op.kind == "norm":
+            own = next(given) if moments is not None else _find_own_moments(op.module, rows)
+            rows = _normalize(op.module, rows, own)
         else:
             rows = op.module(rows)
     return rows
@@ -268,11 +269,7 @@ def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tenso
 def _find_moments(
     ops: Unit, norm: nn.GroupNorm, kept: Tensor, stripes: _Stripes, moments: list[Moments]
 ) -> Moments:
-    """Find mean and variance of each group of what operations make of a map, in float32.
-
-    Each channel of each stripe has its own mean and variance; the group's variance is their mean
-    plus the variance of the means, so no large sums cancel.
-    """
+    """Find mean and variance of each group of what operations make of a map, in float32."""
     batch, rows = len(kept), scale_rows(ops, kept.shape[2])
     places = list(split_rows(rows, stripes.count))
     found = kept.new_zeros(2, batch, norm.num_channels, len(places), dtype=torch.float32)
@@ -282,8 +279,29 @@ def _find_moments(
     if stripes.group is not None:
         dist.all_reduce(found, group=stripes.group)  # fills in what the others have found
     shares = torch.tensor([last - first for first, last in places], device=kept.device) / rows
+    return _join_moments(norm, found, shares)
+
+
+def _find_own_moments(norm: nn.GroupNorm, rows: Float[Tensor, "b c h w"]) -> Moments:
+    """Find them of a whole map.
+
+    torch's own group norm has one block of threads a group, and takes four times as long as both
+    parts of this on an H200 (LOG.md).
+    """
+    return _join_moments(norm, _find_channel_moments(rows)[..., None], rows.new_ones(1).float())
+
+
+def _join_moments(
+    norm: nn.GroupNorm, found: Float[Tensor, "2 b c stripes"], shares: Float[Tensor, " stripes"]
+) -> Moments:
+    """Join the moments of channels, and of their shares of the rows, to those of groups.
+
+    The group's variance is the mean of theirs and the variance of their means, so that no large
+    sums cancel.
+    """
+    batch = found.shape[1]
     # each b x groups x channels of a group x stripes
-    variances, means = found.reshape(2, batch, norm.num_groups, -1, len(places))
+    variances, means = found.reshape(2, batch, norm.num_groups, -1, len(shares))
     mean = (means * shares).sum(3).mean(2)
     variances = variances + (means - mean[:, :, None, None]).square()
     return mean, (variances * shares).sum(3).mean(2)

@@ -44,13 +44,7 @@ from urae.generate.memory import (
     place,
     stream_layers,
 )
-from urae.generate.optimize import (
-    apply_parts,
-    check_machine,
-    choose_parts,
-    find_unfit,
-    has_few_steps,
-)
+from urae.generate.optimize import apply_parts, check_machine, choose_parts, find_unfit
 from urae.generate.parts import EXACT, Part, find_bits, leave_compiled_out
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
@@ -144,10 +138,7 @@ def _generate(
         known=find_excluded(config, sampling, model_path, len(pictures) < ranks.count),
         memory=config.memory,
     )
-    few_steps = has_few_steps(meta["transformer"])
-    parts = choose_parts(
-        config.speed, config.parts, compiled=pays, unfit=unfit, few_steps=few_steps
-    )
+    parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
     spread = Spread(len(pictures), 1)
     if ranks.count > 1:
         degrees = find_degrees(config, sampling, parts, meta["transformer"], model_path)

@@ -94,15 +94,8 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         known |= dict.fromkeys(("taylorseer-cache", "first-block-cache", "mag-cache"), reason)
     plain = isinstance(pipe, FluxPipeline)
     unfit = find_unfit(speed, transformer, device, plain=plain, compiled=compiled, known=known)
-    few_steps = has_few_steps(transformer)
-    chosen = choose_parts(speed, parts, compiled=compiled, unfit=unfit, few_steps=few_steps)
-    apply_parts(pipe, chosen, device)
+    apply_parts(pipe, choose_parts(speed, parts, compiled=compiled, unfit=unfit), device)
     return pipe
-
-
-def has_few_steps(transformer: FluxTransformer2DModel) -> bool:
-    """Tell whether a base makes a picture in a few steps: FLUX's without distilled guidance."""
-    return not transformer.config.guidance_embeds
 
 
 def check_machine(parts: Sequence[str], device: torch.device) -> None:
@@ -155,6 +148,8 @@ def find_unfit(
             unfit.setdefault(name, reason)
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
+    elif not transformer.config.guidance_embeds:
+        unfit |= dict.fromkeys(SCHEDULED, "the base makes a picture in a few steps, which need it")
     return unfit
 
 
@@ -187,7 +182,6 @@ def choose_parts(
     *,
     compiled: bool,
     unfit: Mapping[PartName, str],
-    few_steps: bool = False,
 ) -> tuple[Part, ...]:
     """List the parts to put in place, in order.
 
@@ -196,14 +190,13 @@ def choose_parts(
         parts: More parts, each NAME or NAME=STRENGTH.
         compiled: Whether a preset's compiled blocks pay here; those that are named always come.
         unfit: As `find_unfit`; parts that are named come all the same.
-        few_steps: As `resolve_parts`.
 
     Raises:
         ValueError: If a part is unknown, or two exclude each other.
     """
     named = {part.name for part in resolve_parts(None, parts)}
     chosen = []
-    for part in resolve_parts(speed, parts, few_steps=few_steps):
+    for part in resolve_parts(speed, parts):
         if part.name in named or (part.name not in unfit and (part.name != "compile" or compiled)):
             chosen.append(part)
         elif part.name in unfit:

@@ -49,12 +49,6 @@ PRESETS: dict[Speed, tuple[str, ...]] = {
     "fast": _MEASURED,
     "turbo": (*_MEASURED, "local-attention=0.87"),
 }
-FEW_STEPS: dict[Speed, tuple[str, ...]] = {
-    "exact": _PAYING,
-    "fast": (*_PAYING, "fp8"),
-    "turbo": (*_PAYING, "fp8", "local-attention=0.98"),
-}
-"""Presets of bases that make a picture in a few steps, as schnell: none can be left out."""
 BARS: dict[Speed, float] = {"fast": 0.02, "turbo": 0.05}
 """What a preset's pictures may lose at most of the scene check's share: the lower end of the 95%
 interval of the difference. What they gain does not count against it."""
@@ -143,15 +137,12 @@ class Part:
         return self.name if self.strength is None else f"{self.name}={self.strength:g}"
 
 
-def resolve_parts(
-    speed: Speed | None, parts: Sequence[str] = (), *, few_steps: bool = False
-) -> tuple[Part, ...]:
+def resolve_parts(speed: Speed | None, parts: Sequence[str] = ()) -> tuple[Part, ...]:
     """List a preset's parts and others, in the order in which they are put in place.
 
     Args:
         speed: A preset; None for `parts` alone.
         parts: NAME or NAME=STRENGTH; one that excludes a part of the preset takes its place.
-        few_steps: Whether the base makes a picture in a few.
 
     Raises:
         ValueError: If a part is unknown, or two exclude each other.
@@ -163,8 +154,7 @@ def resolve_parts(
         for other in chosen[:i]:
             if _exclude(part, other):
                 raise ValueError(f"parts {other} and {part} exclude each other; name one of them")
-    presets = FEW_STEPS if few_steps else PRESETS
-    for text in presets[speed] if speed else ():
+    for text in PRESETS[speed] if speed else ():
         part = replace(Part.parse(text), is_preset=True)
         if not any(_exclude(part, other) for other in chosen):
             chosen.append(part)
