@@ -181,6 +181,7 @@ class ResolutionPositions(nn.Module):
         self.adapter_names: tuple[str, ...] = ()
         self.adapters_4k: tuple[str, ...] = ()  # of them, those for the largest pictures
         self.is_resting = False  # whether some are left out for now on purpose
+        self.is_full_beneath = False  # whether what the 4K ones lie over learnt with full attention
         self.adapter_sources: tuple[str, ...] = ()
         self.local = local
         self.hooks: list[RemovableHandle] = []
@@ -195,6 +196,13 @@ class ResolutionPositions(nn.Module):
     def is_only_4k(self) -> bool:
         """Tell whether its adapters are for the largest pictures, without one for half of them."""
         return bool(self.adapter_names) and len(self.adapters_4k) == len(self.adapter_names)
+
+    def rest(self, is_resting: bool) -> None:
+        """Tell whether adapters are left out for now; what is left attends as it has learnt to."""
+        self.is_resting = is_resting
+        learnt = self.is_full_beneath and self.adapted_policy.attention == "local"
+        if learnt and self.local is not None:
+            self.local.is_on = not is_resting
 
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
         """Return cos and sin (tokens x head dim, float32) of these positions."""

@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 import urae
@@ -204,6 +205,25 @@ def test_local_attention_and_the_policy_follow_the_size(load_pipe, draw):
     (early, no_keys), (late, keys) = lengths
     assert (early, late) == (16 * 16 + 64, 32 * 32 + 64)
     assert keys > (no_keys or 0)
+
+
+@pytest.mark.parametrize("beneath", ["full", "local"])
+def test_what_4k_adapters_lie_over_attends_as_it_has_learnt_to(
+    load_pipe, expected, draw, tmp_path, beneath
+):
+    files = []
+    for name, attention in (("dev_2k_lora", beneath), ("dev_4k_lora_conversion", "local")):
+        policy = urae.ResolutionPolicy(native_sequence_length=128, attention=attention)
+        metadata = {"urae.policy": policy.to_json()}
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file(load_file(expected / files[-1].name), files[-1], metadata)
+    pipe = progressive(urae.adapt(load_pipe(), files), 0.5)
+    positions, keys = find_policy(pipe.transformer), []
+    positions.register_forward_hook(lambda *_: keys.append(positions.num_local_keys))
+    draw(pipe, side=1024, num_inference_steps=2)
+    early, late = keys
+    assert (early is None) == (beneath == "full")
+    assert late is not None
 
 
 @pytest.mark.parametrize(("native", "early"), [(32, ["own", "urae_2k"]), (80, ["own"])])

@@ -167,7 +167,7 @@ class Progressive:
         elif positions.is_only_4k:
             larger = ()
         self._rest = Rest(transformer, larger)
-        positions.is_resting = bool(larger)
+        positions.rest(bool(larger))
         if self._rest.has_fused and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -183,7 +183,7 @@ class Progressive:
             self._rest.end()
             self._rest = None
             if (positions := find_policy(transformer)) is not None:
-                positions.is_resting = False
+                positions.rest(False)
 
     def _must_be_whole(self, transformer: nn.Module, inputs: dict[str, Any]) -> bool:
         """Tell whether a picture has no early steps, and say why where it might have."""
