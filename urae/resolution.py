@@ -197,12 +197,17 @@ class ResolutionPositions(nn.Module):
         """Tell whether its adapters are for the largest pictures, without one for half of them."""
         return bool(self.adapter_names) and len(self.adapters_4k) == len(self.adapter_names)
 
-    def rest(self, is_resting: bool) -> None:
-        """Tell whether adapters are left out for now; what is left attends as it has learnt to."""
+    def rest(self, is_resting: bool, *, is_fused: bool = False) -> None:
+        """Tell whether adapters are left out for now; what is left attends as it has learnt to.
+
+        Args:
+            is_resting: Whether they are.
+            is_fused: Whether they act all the same, being fused into the base.
+        """
         self.is_resting = is_resting
         learnt = self.is_full_beneath and self.adapted_policy.attention == "local"
         if learnt and self.local is not None:
-            self.local.is_on = not is_resting
+            self.local.is_on = is_fused or not is_resting
 
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
         """Return cos and sin (tokens x head dim, float32) of these positions."""
@@ -347,7 +352,7 @@ def change_policy(module: nn.Module, policy: ResolutionPolicy) -> ResolutionPosi
     after = apply_policy(module, policy, before.adapter_names)
     after.adapter_sources = before.adapter_sources
     after.adapters_4k = before.adapters_4k
-    after.adapted_policy = before.adapted_policy
+    after.adapted_policy, after.is_full_beneath = before.adapted_policy, before.is_full_beneath
     return after
 
 

@@ -170,7 +170,7 @@ def test_the_table(monkeypatch, columns):
     for text in (
         "24.0 GiB GPU, 21.6 GiB of it usable 4096 x 4096",
         "--memory encode sample decode host fits H200",
-        "resident 9.6 GiB 26.5 GiB 23.7 GiB 0 no 3:23",
+        "resident 9.6 GiB 26.5 GiB 23.7 GiB 0 no 3:22",
         "streamed: 0.8 GiB of weights",
         "28 steps of 3,908 TFLOP",
         "resident: 19 s before the first step",

@@ -221,9 +221,42 @@ def test_what_4k_adapters_lie_over_attends_as_it_has_learnt_to(
     positions, keys = find_policy(pipe.transformer), []
     positions.register_forward_hook(lambda *_: keys.append(positions.num_local_keys))
     draw(pipe, side=1024, num_inference_steps=2)
-    early, late = keys
-    assert (early is None) == (beneath == "full")
-    assert late is not None
+    assert [each is None for each in keys] == [beneath == "full", False]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt  # after which torch calls no hook of the forward
+
+    block = pipe.transformer.transformer_blocks[0]
+    hook = block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, side=1024, num_inference_steps=2)
+    hook.remove()
+    keys.clear()
+    draw(pipe, side=1024, num_inference_steps=2)
+    assert [each is None for each in keys] == [beneath == "full", False]
+    hook = block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, side=1024, num_inference_steps=2)
+    hook.remove()
+    urae.optimize(pipe, speed=None)
+    assert active_adapters(pipe.transformer) == ["urae_2k", "urae_4k"]
+    assert positions.local.is_on
+    assert not positions.is_resting
+
+
+def test_fused_adapters_keep_their_attention(load_pipe, expected, draw, tmp_path):
+    policy = urae.ResolutionPolicy(native_sequence_length=128, attention="local")
+    lora, conversion = (
+        expected / f"{name}.safetensors" for name in ("dev_2k_lora", "dev_4k_lora_conversion")
+    )
+    local = tmp_path / "local.safetensors"
+    save_file(load_file(conversion), local, {"urae.policy": policy.to_json()})
+    pipe = progressive(urae.adapt(load_pipe(), [lora, local]), 0.5)
+    positions, keys = find_policy(pipe.transformer), []
+    positions.register_forward_hook(lambda *_: keys.append(positions.num_local_keys))
+    pipe.fuse_lora()
+    draw(pipe, side=1024, num_inference_steps=2)
+    assert None not in keys
 
 
 @pytest.mark.parametrize(("native", "early"), [(32, ["own", "urae_2k"]), (80, ["own"])])

@@ -84,6 +84,7 @@ def test_wide_heads_attend_in_blocks(gpu, rel):
     query = torch.randn(1, 1, size["queries"], 512, device=gpu, dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, 1, size["keys"], 512, device=gpu, dtype=torch.bfloat16)
     stock = F.scaled_dot_product_attention(query, key, value)
+    attend(query, key, value)  # cuBLAS keeps memory of its own from then on
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     found = attend(query, key, value)

@@ -78,7 +78,6 @@ def adapt(
     files = [read_adapter(source) for source in sources]
     names = _name_adapters(files, adapter_names)
     _check_files(files, names, transformer)
-    is_asked = policy is not None
     policy = choose_policy(policy, files, _path_of(pipe))
     shift_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
     updates: list[Update] = [file.variant for file in files if file.variant is not None]
@@ -93,8 +92,8 @@ def adapt(
     positions.adapters_4k = tuple(
         name for name, file in zip(names, files, strict=True) if is_4k(file)
     )
-    beneath = [file.policy for file in files if not is_4k(file) and file.policy is not None]
-    positions.is_full_beneath = not is_asked and all(p.attention == "full" for p in beneath)
+    beneath = choose_policy(None, [file for file in files if not is_4k(file)], _path_of(pipe))
+    positions.is_full_beneath = beneath.attention == "full"
     _set_policy(pipe, policy)
     _owners[transformer] = ref(pipe)
     logger.info("adapted with %s, %s", names or "no adapter", policy)

@@ -44,8 +44,8 @@ def free_host_bytes() -> int:
 def vae_bytes(device: torch.device, free: int, pixels: int) -> int:
     """Return what the VAE may take beside its weights: of a GPU no more than pays.
 
-    Decoding 4096 x 4096 whole takes 38 GiB on a GPU; within 7 it is 1.4 times the work, in about
-    the same time, and within 6 it is 2.4 times (docs/performance.md). More pixels may take more
+    Decoding 4096 x 4096 whole takes 38 GiB on a GPU; within 7 it is 1.4 times the work, in less
+    time, and within 6 it is 2.4 times (docs/performance.md). More pixels may take more
     in proportion, as the steps before did: 8192 x 8192 within 7 GiB is 3.8 times the work.
 
     Args:

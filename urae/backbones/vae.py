@@ -255,9 +255,10 @@ def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tenso
             skips.append(rows)
         elif op.kind == "join":
             rows += skips.pop() if op.module is None else op.module(skips.pop())
-        elif op.kind == "norm":
-            own = next(given) if moments is not None else _find_own_moments(op.module, rows)
-            rows = _normalize(op.module, rows, own)
+        elif op.kind == "norm" and moments is not None:
+            rows = _normalize(op.module, rows, next(given))
+        elif op.kind == "norm" and rows.is_cuda:
+            rows = _normalize(op.module, rows, _find_own_moments(op.module, rows))
         else:
             rows = op.module(rows)
     return rows
@@ -285,8 +286,8 @@ def _find_moments(
 def _find_own_moments(norm: nn.GroupNorm, rows: Float[Tensor, "b c h w"]) -> Moments:
     """Find them of a whole map.
 
-    torch's own group norm has one block of threads a group, and takes four times as long as both
-    parts of this on an H200 (LOG.md).
+    torch's own group norm has one block of threads a group on a GPU, and takes four times as long
+    as both parts of this on an H200 (LOG.md).
     """
     return _join_moments(norm, _find_channel_moments(rows)[..., None], rows.new_ones(1).float())
 

@@ -40,7 +40,7 @@ class Segment:
     shape: Shape
     """Of the map that it makes."""
     stripes: int
-    """1: the stock modules run on the whole map."""
+    """1: the whole map at once."""
     in_place: bool
     """Whether the new map takes the old one's memory."""
     peak_bytes: int

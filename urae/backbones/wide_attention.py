@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 _WIDEST = 256  # head that the fast kernels take
+_BLOCK_ROWS = 512  # queries; more take the time of these
+_LEAST_BLOCKS = 8  # of few queries, which are few where memory is short
 _BLOCK_SCORES = 2**27  # 512 MiB in float32
-_SCORE_BYTES = 4 + 4 + 2  # of a score, its softmax, and that in half precision
+_SCORE_BYTES = 4 + 4  # of a score and its softmax
 
 
 def attend(
@@ -25,8 +27,8 @@ def attend(
     """Return what torch's `scaled_dot_product_attention` does, to rounding."""
     if not _is_slow(query.device, query.dtype, query.shape[-1]):
         return F.scaled_dot_product_attention(query, key, value)
-    heads, keys = query.shape[:2].numel(), key.shape[2]
-    return attend_in_blocks(query, key, value, _count_rows(heads, keys))
+    rows = _count_rows(query.shape[:2].numel(), query.shape[2], key.shape[2])
+    return attend_in_blocks(query, key, value, rows)
 
 
 def count_score_bytes(
@@ -44,7 +46,7 @@ def count_score_bytes(
     """
     if not _is_slow(device, dtype, width):
         return 0
-    return _SCORE_BYTES * heads * min(queries, _count_rows(heads, keys)) * keys
+    return _SCORE_BYTES * heads * _count_rows(heads, queries, keys) * keys
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, rows: int) -> Tensor:
@@ -70,8 +72,9 @@ def _attend_block(
     return torch.bmm(shares.to(value.dtype), value)
 
 
-def _count_rows(heads: int, keys: int) -> int:
-    return max(1, _BLOCK_SCORES // (heads * keys))
+def _count_rows(heads: int, queries: int, keys: int) -> int:
+    share = -(-queries // _LEAST_BLOCKS)
+    return max(1, min(_BLOCK_ROWS, share, _BLOCK_SCORES // (heads * keys)))
 
 
 def _is_slow(device: torch.device, dtype: torch.dtype, width: int) -> bool:

@@ -47,7 +47,7 @@ def attend_locally(
         if level < 1:
             logger.warning(
                 "local-attention=%s: the adapters were trained with local attention, which is on "
-                "in all steps",
+                "wherever they act",
                 level,
             )
         return lambda: None

@@ -146,6 +146,8 @@ def find_unfit(
         reason = "it gains nothing on blocks that are not compiled, which does not pay or go here"
         for name in COMPILED:
             unfit.setdefault(name, reason)
+    if device.type != "cuda":
+        unfit.setdefault("local-attention", "it gains nothing but on a CUDA GPU")
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:

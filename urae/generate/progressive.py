@@ -101,6 +101,7 @@ class Progressive:
         ]
 
         def detach() -> None:
+            self._end_rest(transformer)
             for hook in hooks:
                 hook.remove()
             switch_compiled(transformer, True)
@@ -119,6 +120,7 @@ class Progressive:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Show the transformer the small picture at its own noise level."""
         self._early = None
+        self._end_rest(module)  # of a forward that Ctrl-C ended, after which torch calls no hook
         if self._decided != self._schedule.picture:
             self._decided = self._schedule.picture
             self._is_whole = self._must_be_whole(module, kwargs)
@@ -167,7 +169,7 @@ class Progressive:
         elif positions.is_only_4k:
             larger = ()
         self._rest = Rest(transformer, larger)
-        positions.rest(bool(larger))
+        positions.rest(bool(larger), is_fused=self._rest.has_fused)
         if self._rest.has_fused and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -178,7 +180,10 @@ class Progressive:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _wake(self, transformer: nn.Module, _args: Any, _output: Any) -> None:
-        """End the rest with the forward, however that ends."""
+        """End the rest with the forward, also with one that fails."""
+        self._end_rest(transformer)
+
+    def _end_rest(self, transformer: nn.Module) -> None:
         if self._rest is not None:
             self._rest.end()
             self._rest = None
