@@ -647,14 +647,17 @@ def test_a_presets_local_attention_goes_where_blocks_are_compiled(
     config = settings(
         adapters=lora, policy=policy, speed="turbo", height=256, width=256, overwrite=True
     )
-    for pays, memory, is_local in (
-        (True, "resident", True),
-        (True, "8bit", False),
-        (False, "resident", False),
+    monkeypatch.setattr(job_module, "can_compile", lambda _: True)
+    for pays, memory, named, is_local in (
+        (True, "resident", (), True),
+        (True, "8bit", (), False),
+        (False, "resident", (), False),
+        (False, "resident", ("compile",), True),
     ):
         monkeypatch.setattr(job_module, "pays_to_compile", lambda *_, pays=pays: pays)
         caplog.clear()
-        (path,) = generate(replace(config, memory=memory))
+        (path,) = generate(replace(config, memory=memory, parts=named))
+        pays |= bool(named)
         with Image.open(path) as image:
             found = json.loads(image.text["parts"])
         assert ("local-attention=0.87" in found) == ("compile" in found) == is_local

@@ -113,8 +113,7 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     small = find(load_pipe, "turbo", known={"progressive": "it is small"})
     assert small["progressive"] == "it is small"
     assert small["local-attention"].startswith("it gains nothing on blocks that are not compiled")
-    there = find(load_pipe, "turbo", compiled=True)
-    assert there["local-attention"] == "it gains nothing but on a CUDA GPU"
+    assert "local-attention" not in find(load_pipe, "turbo", compiled=True)
     monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
     assert find(load_pipe, "fast")["fp8"] == small["local-attention"]
     assert "fp8" not in find(load_pipe, "fast", compiled=True)
@@ -153,17 +152,6 @@ def test_few_steps_have_no_approximations_of_steps(load_pipe):
     transformer.register_to_config(guidance_embeds=False)
     found = optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
     assert set(found) == {"fp8", *parts.SCHEDULED}
-
-
-def test_compiling_by_name_brings_what_a_preset_has_for_compiled_blocks(load_pipe, monkeypatch):
-    monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
-    monkeypatch.setattr(optimize, "check_machine", lambda *_: None)
-    placed = []
-    monkeypatch.setattr(optimize, "apply_parts", lambda _, chosen, *__: placed.extend(chosen))
-    pipe = urae.adapt(load_pipe(), policy=urae.ResolutionPolicy(native_sequence_length=80))
-    urae.optimize(pipe, speed="turbo", parts=["compile"])
-    assert {"fp8", "compile"} <= {part.name for part in placed}
-    assert "local-attention" not in {part.name for part in placed}  # for want of a GPU
 
 
 @pytest.mark.parametrize("speed", ["fast", "turbo"])

@@ -49,7 +49,7 @@ from urae.generate.parts import EXACT, Part, find_bits, leave_compiled_out
 from urae.generate.picture import Picture, list_pictures, save_picture
 from urae.generate.quantize import build_quantization, check_quantization
 from urae.generate.sample import PromptEmbeds, decode, sample
-from urae.generate.speed import pays_to_compile
+from urae.generate.speed import can_compile, pays_to_compile
 from urae.generate.spread import Spread, choose_spread, find_degrees
 from urae.geometry import num_image_tokens
 from urae.resolution import ResolutionPolicy, find_policy, read_base_policy
@@ -127,7 +127,8 @@ def _generate(
     model_path = fetch_model(config.model)
     meta = build_meta_models(model_path)
     adapter_bytes, sampling = check_base(config, meta["transformer"], model_path)
-    pays = "compile" in config.parts or pays_to_compile(
+    is_named = "compile" in config.parts and can_compile(device)
+    pays = is_named or pays_to_compile(
         device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
     )
     unfit = find_unfit(

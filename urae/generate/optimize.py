@@ -80,7 +80,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     if device.type in ("cpu", "meta"):  # not where it will run, if there is a GPU
         device = pick_device()
     check_machine(parts, device)
-    compiled = "compile" in parts or (speed is not None and can_compile(device))
+    compiled = speed is not None and can_compile(device)
     positions = find_policy(transformer)
     known: dict[PartName, str] = {}
     if positions is None:
@@ -146,8 +146,6 @@ def find_unfit(
         reason = "it gains nothing on blocks that are not compiled, which does not pay or go here"
         for name in COMPILED:
             unfit.setdefault(name, reason)
-    if device.type != "cuda":
-        unfit.setdefault("local-attention", "it gains nothing but on a CUDA GPU")
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:
