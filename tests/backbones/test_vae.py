@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from urae.backbones import vae as vae_module
 from urae.backbones.vae import decode, encode
 from urae.backbones.vae_chain import Op, find_source_rows, split_rows
 from urae.backbones.vae_plan import plan_decode, plan_encode
@@ -203,6 +204,19 @@ def test_large_means_do_not_cancel(rel):
     job.vae, job.given = vae.double(), job.given.double()
     exact = job.stock()
     assert rel(found, exact) < 2 * rel(stock, exact)
+
+
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_norms_of_whole_maps_where_torchs_are_slow(name, rel, monkeypatch):
+    job = Job(build(**BUILDS["quant"]), name, 80, 64, batch=3)
+    wanted, (max_bytes, plan) = job.stock(), next(iter(job.splits()))
+    whole = [segment for segment in plan.segments if segment.stripes == 1]
+    assert any(op.kind == "norm" for segment in whole for op in segment.ops)
+    found = job.run(max_bytes)
+    monkeypatch.setattr(vae_module, "_SLOW_NORMS", ("cpu",))
+    own = job.run(max_bytes)
+    assert not torch.equal(own, found)  # another way, to rounding
+    assert rel(own, wanted) < 1e-5
 
 
 def test_rows_that_rows_depend_on():

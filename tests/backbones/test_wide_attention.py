@@ -45,14 +45,16 @@ def test_the_plan_of_a_gpu_has_them():
     """In half precision; a plan needs no weights, and no GPU."""
     vae = build_meta_flux("flux-dev")["vae"]
 
-    def find_attention(max_gib):
+    def find_attention(max_gib, num_ranks=1):
         plan = plan_decode(
-            vae, 4096, 4096, max_bytes=int(max_gib * 2**30), device=CUDA, dtype=torch.bfloat16
-        )
+            vae, 4096, 4096,
+            max_bytes=int(max_gib * 2**30), device=CUDA, dtype=torch.bfloat16, num_ranks=num_ranks,
+        )  # fmt: skip
         (found,) = (each for each in plan.segments if each.ops[0].kind == "attention")
         return found
 
     assert find_attention(7).peak_bytes / 2**30 == 6 * 0.25 + 1  # six maps
     assert find_attention(7).stripes == 1
+    assert find_attention(7, num_ranks=2).stripes == 2  # which share it
     with pytest.raises(MemoryError, match=r"takes at least 1\.28"):
         find_attention(1.2)

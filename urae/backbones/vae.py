@@ -43,6 +43,7 @@ from urae.backbones.wide_attention import attend
 logger = logging.getLogger(__name__)
 
 _LEANER = 0.8  # of what a decoding ran out of memory with
+_SLOW_NORMS = ("cuda",)  # devices on which torch's own group norm is slower than what is here
 
 Moments = tuple[Float[Tensor, "b g"], Float[Tensor, "b g"]]
 
@@ -257,7 +258,7 @@ def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tenso
             rows += skips.pop() if op.module is None else op.module(skips.pop())
         elif op.kind == "norm" and moments is not None:
             rows = _normalize(op.module, rows, next(given))
-        elif op.kind == "norm" and rows.is_cuda:
+        elif op.kind == "norm" and rows.device.type in _SLOW_NORMS:
             rows = _normalize(op.module, rows, _find_own_moments(op.module, rows))
         else:
             rows = op.module(rows)

@@ -2,7 +2,7 @@
 
 torch's fast kernels end at 256, and the one for wider heads makes an eighth of an H200's
 arithmetic. Two matrix products a block of queries, with a softmax in float32 between them, take
-half of its time, and the memory of a block's scores (docs/performance.md).
+half of its time, and the memory of a block's scores (LOG.md).
 """
 
 from typing import Any

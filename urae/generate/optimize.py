@@ -149,7 +149,9 @@ def find_unfit(
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
     elif not transformer.config.guidance_embeds:
-        unfit |= dict.fromkeys(SCHEDULED, "the base makes a picture in a few steps, which need it")
+        unfit |= dict.fromkeys(
+            SCHEDULED, "on a base of few steps it loses too much, or is not measured"
+        )
     return unfit
 
 
