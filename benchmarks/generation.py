@@ -72,26 +72,57 @@ def describe_picture(path: Path) -> dict[str, Any]:
 
 
 def measure_dev(
-    bench: Bench, *, name: str, side: int, options: Sequence[str] = (), **settings: Any
+    bench: Bench,
+    *,
+    name: str,
+    side: int,
+    options: Sequence[str] = (),
+    local: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Generate with FLUX.1-dev's shape and the adapters of the stage, 28 steps by default."""
+    """Generate with FLUX.1-dev's shape and the adapters of the stage, 28 steps by default.
+
+    Args:
+        bench: Where.
+        name: Of the row.
+        side: Of the picture in pixels at full size.
+        options: More of the command line.
+        local: Whether the last adapter counts as trained with local attention.
+        settings: Of `generate`.
+    """
     adapters = [bench.lora, bench.minor] if side == 4096 else [bench.lora]
+    if local:
+        adapters[-1] = copy_local(bench, adapters[-1])
     label = f"{'2K LoRA + 4K minor' if side == 4096 else '2K LoRA'}{name and f', {name}'}"
     settings = {"steps": 28, **settings}
     return {label: generate(bench, side, adapters, options=options, **settings)}
 
 
-def measure_schnell(bench: Bench, *, speed: str) -> dict[str, Any]:
+def copy_local(bench: Bench, adapter: Path) -> Path:
+    """Copy an adapter as one that was trained with local attention: its metadata say so."""
+    from urae.resolution import ResolutionPolicy
+    from urae.storage import read_tensors, write_tensors
+
+    tensors, metadata = read_tensors(adapter)
+    policy = ResolutionPolicy(attention="local").to_json()
+    path = bench.work / f"local-{adapter.name}"
+    write_tensors(path, tensors, {**metadata, "urae.policy": policy})
+    return path
+
+
+def measure_schnell(bench: Bench, *, speed: str, local: bool = False) -> dict[str, Any]:
     """Generate 4096 x 4096 in four steps with FLUX.1-schnell's shape and a 2K LoRA.
 
     Compiled by name, which pays from seven pictures on; the second says what they take then.
     """
+    adapter = copy_local(bench, bench.lora) if local else bench.lora
     base = link_schnell(bench)
     options = ("--speed", speed, *(() if bench.tiny else ("--part", "compile")))
     settings = {
         "steps": 4, "guidance": 0.0, "base": base, "options": options, "num_pictures": 2,
     }  # fmt: skip
-    return {f"schnell, 2K LoRA, {speed}": generate(bench, 4096, [bench.lora], **settings)}
+    name = f"schnell, 2K LoRA{', trained locally' if local else ''}, {speed}"
+    return {name: generate(bench, 4096, [adapter], **settings)}
 
 
 def link_schnell(bench: Bench) -> Path:
@@ -130,13 +161,17 @@ def _streamed(side: int, cap_gib: float) -> Callable[[Bench], dict[str, Any]]:
     return partial(measure_dev, name=name, side=side, options=options, cap_gib=cap_gib)
 
 
-def _fast(side: int, speed: str, num_pictures: int = 2) -> Callable[[Bench], dict[str, Any]]:
+def _fast(
+    side: int, speed: str, num_pictures: int = 2, *, local: bool = False
+) -> Callable[[Bench], dict[str, Any]]:
     """Make pictures in one process: what is compiled or loaded once is so for the first.
 
     Below 4096 x 4096 compiling pays from several on, which is where it is done.
     """
     options = ("--speed", speed)
-    return partial(measure_dev, name=speed, side=side, options=options, num_pictures=num_pictures)
+    settings = {"num_pictures": num_pictures, "local": local}
+    name = f"{'trained locally, ' if local else ''}{speed}"
+    return partial(measure_dev, name=name, side=side, options=options, **settings)
 
 
 GENERATION: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -150,6 +185,7 @@ GENERATION: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "generate_2k_streamed_6gib": _streamed(2048, 6),
     "generate_4k_fast": _fast(4096, "fast"),
     "generate_4k_turbo": _fast(4096, "turbo"),
+    "generate_4k_turbo_local": _fast(4096, "turbo", local=True),
     "generate_2k_turbo": _fast(2048, "turbo", num_pictures=4),
     "generate_2k_turbo_alone": _fast(2048, "turbo", num_pictures=1),
     "generate_4k_approximate": partial(
@@ -160,6 +196,7 @@ GENERATION: dict[str, Callable[[Bench], dict[str, Any]]] = {
     ),
     "generate_4k_schnell": partial(measure_schnell, speed="exact"),
     "generate_4k_schnell_turbo": partial(measure_schnell, speed="turbo"),
+    "generate_4k_schnell_turbo_local": partial(measure_schnell, speed="turbo", local=True),
     "cold_start": measure_cold_start,
     "generate_4k_two_gpus": partial(measure_dev, name="two GPUs", side=4096, gpus=2),
 }

@@ -8,7 +8,8 @@ the 95% interval of the difference is above what that preset may lose. PSNR to t
 the distance of spectra are told beside.
 
 Each candidate writes its own JSON after every batch, and a run that was broken off goes on from
-there; `results.md` is made anew from what is there. Exact pictures are kept beside, as PNG.
+there; `results.md` is made anew from what is there. Exact pictures are kept beside, as PNG; with
+--against they are those of another folder, so that adapters are compared, this run's `exact` too.
 Step caches that decide by what they see decide for a batch at once: --batch 1 is what a user of
 single pictures gets. Several processes can share a GPU: one with `--candidates exact`, the others
 with a candidate each and --beside, which wait for exact pictures that are not there yet.
@@ -75,6 +76,8 @@ class Study:
     steps: int
     guidance_scale: float
     first_caption: int = 0
+    against: Path | None = None
+    """The folder whose exact pictures count; None: `output`."""
 
     @property
     def jobs(self) -> list[tuple[Scene, int]]:
@@ -95,7 +98,23 @@ class Study:
 
     def picture(self, number: int) -> Path:
         """Return the file of an exact picture."""
-        return self.output / "exact" / f"{number:05d}.png"
+        return (self.against or self.output) / EXACT / f"{number:05d}.png"
+
+    def read_exact(self) -> dict[str, Any] | None:
+        """Read what counts as exact, as far as it is there.
+
+        Raises:
+            ValueError: If it differs in more than its adapters.
+        """
+        path = (self.against or self.output) / f"{EXACT}.json"
+        if not path.exists():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        if {**record["study"], "adapters": None} != {**self.describe(), "adapters": None}:
+            raise ValueError(
+                f"{path} is of another study ({record['study']}); only adapters may differ"
+            )
+        return record if record["passed"] else None
 
 
 def measure(pipe: FluxPipeline, study: Study, name: str, pool: ProcessPoolExecutor) -> None:
@@ -118,7 +137,8 @@ def measure(pipe: FluxPipeline, study: Study, name: str, pool: ProcessPoolExecut
         seconds = time.perf_counter() - began
         paths = [study.picture(start + k) for k in range(len(some))]
         scenes = [scene for scene, _ in some]
-        waiting.append(pool.submit(examine, pictures, scenes, paths, seconds, name == EXACT))
+        keep = name == EXACT and study.against is None
+        waiting.append(pool.submit(examine, pictures, scenes, paths, seconds, keep))
         while waiting and (waiting[0].done() or len(waiting) > _MAX_WAITING):
             add(record, *waiting.popleft().result())
             write_atomic(path, json.dumps(record).encode())
@@ -258,25 +278,29 @@ def compare(exact: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_results(folder: Path) -> str:
+def write_results(study: Study) -> str:
     """Make `results.md` from the candidates' files, and return it."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted(study.output.glob("*.json"))]
     found = {record["candidate"]: record for record in records if record["passed"]}
-    if EXACT not in found:
+    exact = study.read_exact()
+    if exact is None:
         return ""
-    exact = found.pop(EXACT)
-    rows = [list_row(EXACT, compare(exact, exact), bar=False)]
+    rows = [list_row("against" if study.against else EXACT, compare(exact, exact), bar=False)]
+    if study.against is None:
+        del found[EXACT]
     rows += [list_row(name, compare(exact, each)) for name, each in found.items()]
     header = ["part", "pictures", "pass", "difference (95%)", "PSNR, dB", "spectrum, dB"]
     lines = table([*header, "s a picture", "times faster", "good enough for"], rows)
-    study = ", ".join(f"{key} {value}" for key, value in exact["study"].items())
+    setting = ", ".join(f"{key} {value}" for key, value in study.describe().items())
+    if study.against:
+        setting += f"; against adapters {exact['study']['adapters']}"
     machines = {(str(each["machine"]), each["commit"]) for each in (exact, *found.values())}
     origin = "; ".join(f"{machine}, commit {commit}" for machine, commit in sorted(machines))
     share = statistics.fmean(exact["passed"])
     if share < _LEAST_SHARE:
         lines += ["", f"**Exact pictures pass in {share:.0%}: the differences say little.**"]
-    text = "\n".join(["# Quality of the parts", "", *lines, "", f"{study}. {origin}", ""])
-    write_atomic(folder / "results.md", text.encode())
+    text = "\n".join(["# Quality of the parts", "", *lines, "", f"{setting}. {origin}", ""])
+    write_atomic(study.output / "results.md", text.encode())
     return text
 
 
@@ -312,6 +336,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", action="append", default=[], help="in order; repeatable")
     parser.add_argument("--candidates", nargs="+", default=[], metavar="PART", help="default: all")
     parser.add_argument("--beside", action="store_true", help="another process makes exact ones")
+    parser.add_argument("--against", type=Path, help="folder of another run's exact pictures")
     parser.add_argument("--side", type=int, default=1024, help="pixels; the miniature's 4K")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--first", type=int, default=0, help="number of the first held-out caption")
@@ -345,7 +370,9 @@ def main() -> None:
         arguments.steps or steps,
         guidance_scale if arguments.guidance is None else arguments.guidance,
         arguments.first,
+        arguments.against,
     )
+    study.read_exact()  # refused now rather than after the pictures
     study.output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # not forked: this process may hold a GPU
     with ProcessPoolExecutor(
@@ -353,7 +380,7 @@ def main() -> None:
     ) as pool:
         for name in names:
             measure(pipe, study, name, pool)
-            print(write_results(study.output), flush=True)
+            print(write_results(study), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,19 +35,20 @@ class Inline:
 def run(bases, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(speed_quality, "ProcessPoolExecutor", Inline)
 
-    def measure(*candidates, captions=2):
+    def measure(*candidates, captions=2, adapter="dev_2k_lora", output=tmp_path, more=()):
         monkeypatch.setattr(
             sys,
             "argv",
             [
-                *("speed_quality.py", "--model", str(bases["dev"]), "--output", str(tmp_path)),
-                *("--adapter", str(expected / "dev_2k_lora.safetensors"), "--side", "192"),
+                *("speed_quality.py", "--model", str(bases["dev"]), "--output", str(output)),
+                *("--adapter", str(expected / f"{adapter}.safetensors"), "--side", "192"),
+                *more,
                 *("--captions", str(captions), "--seeds", "2", "--batch", "2", "--steps", "2"),
                 *("--candidates", *candidates),
             ],
         )
         speed_quality.main()
-        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+        return {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
 
     return measure
 
@@ -74,6 +75,22 @@ def test_candidates_against_exact_and_on_from_where_a_run_broke_off(run, tmp_pat
     run("progressive=0.5", "taylorseer-cache=1")
     with pytest.raises(ValueError, match="is of another study"):
         run("progressive=0.5", captions=1)
+
+
+def test_adapters_against_one_another(run, tmp_path):
+    run(EXACT)
+    against = ("--against", str(tmp_path))
+    other = {"adapter": "dev_4k_minor", "output": tmp_path / "other", "more": against}
+    found = run("taylorseer-cache=1", **other)
+    assert set(found) == {EXACT, "taylorseer-cache=1"}
+    assert max(found[EXACT]["psnr"]) < 99  # to the first adapter's pictures
+    assert not (other["output"] / EXACT).exists()
+    text = (other["output"] / "results.md").read_text()
+    assert text.index("| against | 4 |") < text.index("| exact | 4 |")
+    assert "dev_4k_minor" in text
+    assert "dev_2k_lora" in text
+    with pytest.raises(ValueError, match="only adapters may differ"):
+        run(EXACT, captions=1, **other)
 
 
 def record(passed, captions):

@@ -14,7 +14,7 @@ from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 from urae.generate.config import GenerateConfig
 from urae.generate.estimate import QUANTIZED
-from urae.generate.optimize import ONLY_4K, SHARED_KEYS
+from urae.generate.optimize import ONLY_4K, SHARED_KEYS, TRAINED_LOCALLY
 from urae.generate.parts import BARS, PartName
 from urae.generate.picture import Picture, is_recorded, read_record
 from urae.generate.progressive import can_halve
@@ -239,7 +239,9 @@ def find_excluded(
         reason = "the pictures are within the native size"
         return {"local-attention": reason, "progressive": reason}
     unfit: dict[PartName, str] = {}
-    if shared:
+    if policy.attention == "local":
+        unfit["local-attention"] = TRAINED_LOCALLY
+    elif shared:
         unfit["local-attention"] = SHARED_KEYS
     if not can_halve(config.height, config.width):
         unfit["progressive"] = "half the sides are no multiples of 16 pixels"

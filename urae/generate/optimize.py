@@ -49,6 +49,8 @@ ONLY_4K = "a 4K adapter alone has not been measured at half the side; put a 2K a
 """Why a preset has no step at half the side where one goes alone."""
 SHARED_KEYS = "GPUs share a picture, and each would hold a part of the keys"
 """Why a preset has no local attention there."""
+TRAINED_LOCALLY = "the adapters were trained with it, so that all steps have it"
+"""Why a preset's local attention adds nothing there."""
 
 _FORWARD = inspect.signature(FluxTransformer2DModel.forward)
 
@@ -87,7 +89,9 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         known["local-attention"] = "the pipeline is not adapted"
     elif positions.is_only_4k:
         known["progressive"] = ONLY_4K
-    if positions is not None and (fault := _find_local_fault(transformer)):
+    if positions is not None and positions.policy.attention == "local":
+        known["local-attention"] = TRAINED_LOCALLY
+    elif positions is not None and (fault := _find_local_fault(transformer)):
         known["local-attention"] = fault
     if any(block._compiled_call_impl is not None for block in list_blocks(transformer)):
         reason = "the blocks are compiled with all their hooks"
