@@ -36,7 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from urae.geometry import build_image_ids
 
-WINDOW = (3, 7)
+WINDOW = (5, 9)
 """Tiles that a tile sees, down and across."""
 SMALLEST_SIDE = 8
 """Tokens; below it a tile of s/4 x s/8 would be none."""

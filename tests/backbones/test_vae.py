@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from urae.backbones import vae as vae_module
 from urae.backbones.vae import decode, encode
 from urae.backbones.vae_chain import Op, find_source_rows, split_rows
-from urae.backbones.vae_plan import count_missing_channels, plan_decode, plan_encode
+from urae.backbones.vae_plan import plan_decode, plan_encode
 
 PLAIN = {"use_quant_conv": False, "use_post_quant_conv": False}
 FLUX = PLAIN | {
@@ -276,24 +276,3 @@ def test_other_architectures_are_refused():
     )
     with pytest.raises(ValueError, match="VAE block AttnDownEncoderBlock2D has attention, which"):
         encode(vae, torch.zeros(1, 3, 16, 16))
-
-
-def test_convolutions_of_few_channels_where_they_are_slow(rel, monkeypatch):
-    job = Job(build(**BUILDS["quant"]), "encode", 80, 64, batch=3)
-    wanted, (max_bytes, _) = job.stock(), next(iter(job.splits()))
-    seen = []
-
-    def count_missing(channels, *_):
-        seen.append(channels)
-        return max(0, 8 - channels)
-
-    monkeypatch.setattr(vae_module, "count_missing_channels", count_missing)
-    assert rel(job.run(max_bytes), wanted) < 1e-5
-    assert 3 in seen
-
-
-def test_half_precision_on_cuda_takes_eight_channels_at_least():
-    assert count_missing_channels(3, torch.device("cuda"), torch.bfloat16) == 5
-    assert count_missing_channels(16, torch.device("cuda"), torch.bfloat16) == 0
-    assert count_missing_channels(3, torch.device("cuda"), torch.float32) == 0
-    assert count_missing_channels(3, torch.device("cpu"), torch.bfloat16) == 0

@@ -147,11 +147,24 @@ def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expe
         assert ("progressive is left out: a 4K adapter alone" in caplog.text) == is_left_out
 
 
-def test_few_steps_have_no_approximations_of_steps(load_pipe):
+def test_few_steps_have_no_approximations_but_turbos_fp8(load_pipe, monkeypatch):
+    monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
     transformer = load_pipe().transformer
     transformer.register_to_config(guidance_embeds=False)
-    found = optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
-    assert set(found) == {"fp8", *parts.SCHEDULED}
+    fast, turbo = (
+        optimize.find_unfit(speed, transformer, CPU, compiled=True, known={})
+        for speed in ("fast", "turbo")
+    )
+    assert set(fast) == {"fp8", *parts.SCHEDULED}
+    assert set(turbo) == set(parts.SCHEDULED)
+
+
+def test_a_preset_adds_no_local_attention_to_adapters_that_learnt_it(load_pipe, expected, caplog):
+    policy = ResolutionPolicy(native_sequence_length=80, attention="local")
+    pipe = urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors", policy=policy)
+    urae.optimize(pipe, speed="turbo")
+    assert "local-attention is left out: the adapters were trained with it" in caplog.text
+    assert find_policy(pipe.transformer).policy == policy
 
 
 @pytest.mark.parametrize("speed", ["fast", "turbo"])

@@ -16,7 +16,6 @@ from traceback import clear_frames
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -38,13 +37,7 @@ from urae.backbones.vae_chain import (
     scale_rows,
     split_rows,
 )
-from urae.backbones.vae_plan import (
-    Segment,
-    VaePlan,
-    count_missing_channels,
-    plan_decode,
-    plan_encode,
-)
+from urae.backbones.vae_plan import Segment, VaePlan, plan_decode, plan_encode
 from urae.backbones.wide_attention import attend
 
 logger = logging.getLogger(__name__)
@@ -267,22 +260,9 @@ def _run(ops: Unit, rows: Tensor, moments: list[Moments] | None = None) -> Tenso
             rows = _normalize(op.module, rows, next(given))
         elif op.kind == "norm" and rows.device.type in _SLOW_NORMS:
             rows = _normalize(op.module, rows, _find_own_moments(op.module, rows))
-        elif op.kind == "conv":
-            rows = _convolve(op.module, rows)
         else:
             rows = op.module(rows)
     return rows
-
-
-def _convolve(conv: nn.Conv2d, rows: Tensor) -> Tensor:
-    """Run a convolution of stride 1, beside channels of zeros where that is faster."""
-    missing = count_missing_channels(conv.in_channels, rows.device, rows.dtype)
-    if not missing:
-        made: Tensor = conv(rows)
-        return made
-    wider = (0, 0) * 2 + (0, missing)
-    rows, weight = F.pad(rows, wider), F.pad(conv.weight, wider)
-    return F.conv2d(rows, weight, conv.bias, padding=conv.padding)
 
 
 # --- group norms ----------------------------------------------------------------------------------

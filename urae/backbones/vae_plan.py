@@ -30,7 +30,6 @@ from urae.backbones.wide_attention import count_score_bytes
 # about the ratio of an H200's bfloat16 arithmetic to its memory
 _TRAFFIC = 256
 _MIN_ROWS = 4  # of a stripe
-_LEAST_CHANNELS = 8  # that cuDNN's fast convolutions of half precision read
 
 
 @dataclass(frozen=True)
@@ -112,15 +111,6 @@ def plan_encode(
     pixels = Shape(vae.config.in_channels, height, width)
     costs = _Costs(batch, dtype or vae.dtype, device or vae.device)
     return _plan(list_encoder(vae), pixels, costs, max_bytes, f"encoding {width} x {height}")
-
-
-def count_missing_channels(channels: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Return how many channels of zeros make a convolution fast: of pixels, on CUDA.
-
-    On an H200 three channels of 4096 x 4096 in bfloat16 take 153 ms to 128, eight 10 (LOG.md).
-    """
-    is_slow = device.type == "cuda" and dtype.itemsize == 2
-    return max(0, _LEAST_CHANNELS - channels) if is_slow else 0
 
 
 def _plan(
@@ -218,11 +208,6 @@ class _Costs:
         """What torch's attention accumulates in float32, in sizes of its result."""
         return 4 / self.dtype.itemsize if self.conv_copies and self.dtype.itemsize < 4 else 0.0
 
-    def count_missing(self, shape: Shape) -> int:
-        """Return the numbers that a convolution's map gains where it has too few channels."""
-        missing = count_missing_channels(shape.channels, self.device, self.dtype)
-        return shape._replace(channels=missing).size
-
     def count_scores(self, heads: int, queries: int, keys: int, width: int) -> int:
         """Return what scores of attention take, in numbers."""
         size = {"heads": heads * self.batch, "queries": queries, "keys": keys, "width": width}
@@ -285,9 +270,6 @@ def _measure(
             held += read
         elif op.kind == "down":
             read = shape.channels * (shape.rows + 1) * (shape.columns + 1)  # padded
-            held += read
-        elif op.kind == "conv" and not stock and costs.count_missing(shape):
-            read += costs.count_missing(shape)
             held += read
         copies = read + made if costs.conv_copies and op.channels else 0
         if op.kind == "join":  # the skip's convolution; the sum is made in place

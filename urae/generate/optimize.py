@@ -156,6 +156,8 @@ def find_unfit(
         unfit |= dict.fromkeys(
             SCHEDULED, "on a base of few steps it loses too much, or is not measured"
         )
+        if speed == "fast":
+            unfit.setdefault("fp8", "on a base of few steps it loses more than fast may")
     return unfit
 
 
