@@ -312,10 +312,10 @@ def _join_moments(
 def _find_channel_moments(rows: Float[Tensor, "b c h w"]) -> Float[Tensor, "2 b c"]:
     """Find variance and mean of each channel, in float32.
 
-    A few channels at a time: a float32 copy of all would be the largest map.
+    Half of the channels at a time: their copy in float32 takes the room of the normalised map.
     """
-    parts = (torch.var_mean(part.float(), (2, 3), correction=0) for part in rows.chunk(8, dim=1))
-    return torch.cat([torch.stack(part) for part in parts], dim=2)
+    halves = [torch.var_mean(half.float(), (2, 3), correction=0) for half in rows.chunk(2, dim=1)]
+    return torch.stack([torch.cat(each, dim=1) for each in zip(*halves, strict=True)])
 
 
 def _normalize(norm: nn.GroupNorm, rows: Tensor, moments: Moments) -> Tensor:
