@@ -1,0 +1,68 @@
+"""Time pictures of the miniature as `urae generate` makes them, once it is loaded.
+
+    python benchmarks/laptop.py
+
+One caption at native, twice and four times the side, with the adapters that each size takes; of
+the pictures of one process the first is not counted. It is meant for a machine without a GPU.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench import Bench, run_urae
+from measure import describe_machine, find_commit
+from report import table
+
+CAPTION = "a large red circle left of a small blue square on a striped green background"
+
+
+def measure(bench: Bench, model: str, side: int, count: int) -> list[str | float]:
+    """Make pictures in one process; return the row of their medians in seconds."""
+    folder = bench.work / "pictures"
+    shutil.rmtree(folder, ignore_errors=True)
+    figures = run_urae(
+        bench,
+        *("generate", CAPTION, "--model", model, "--size", str(side)),
+        *(word for name in pick(side) for word in ("--adapter", name)),
+        *("--num-images", str(1 + count), "--output", str(folder)),
+    )
+    stages = figures["seconds"]
+    sampling, decoding = (statistics.median(stages[name][1:]) for name in ("sample", "decode"))
+    each = [sum(both) for both in zip(stages["sample"], stages["decode"], strict=True)][1:]
+    steps = len(figures["steps_at"]) // (1 + count)
+    total = statistics.median(each)
+    return [f"{side} x {side}", model, steps, total, sampling, decoding, max(each)]
+
+
+def pick(side: int) -> tuple[str, ...]:
+    """Name the adapters of a size."""
+    from urae.adapters.packaged import pick_adapters
+
+    return pick_adapters(side, side, 256)
+
+
+def main() -> None:
+    """Time all sizes and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--models", nargs="+", default=["miniature-dev", "miniature-schnell"])
+    parser.add_argument("--count", type=int, default=3, help="pictures of each that are counted")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench("tiny", Path(folder), Path(folder))
+        rows = [
+            measure(bench, model, side, arguments.count)
+            for model in arguments.models
+            for side in arguments.sides
+        ]
+    header = ["picture", "model", "steps", "s", "sampling, s", "decoding, s", "longest, s"]
+    print("\n".join(table(header, rows)))
+    versions = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
+    print(f"\n{versions}; commit {find_commit()}")
+
+
+if __name__ == "__main__":
+    main()
