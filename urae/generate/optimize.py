@@ -45,7 +45,10 @@ logger = logging.getLogger(__name__)
 Pipe = TypeVar("Pipe")
 Undo = Callable[[], None]
 
-ONLY_4K = "a 4K adapter alone has not been measured at half the side; put a 2K adapter before it"
+ONLY_4K = (
+    "a 4K adapter alone has not been measured at half the side; a 2K adapter and minor components "
+    "as two files have been"
+)
 """Why a preset has no step at half the side where one goes alone."""
 SHARED_KEYS = "GPUs share a picture, and each would hold a part of the keys"
 """Why a preset has no local attention there."""
