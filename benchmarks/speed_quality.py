@@ -94,6 +94,7 @@ class Study:
             "num_captions": self.num_captions,
             "num_seeds": self.num_seeds,
             **({"first_caption": self.first_caption} if self.first_caption else {}),
+            **({"against": str(self.against)} if self.against else {}),
         }
 
     def picture(self, number: int) -> Path:
@@ -104,15 +105,20 @@ class Study:
         """Read what counts as exact, as far as it is there.
 
         Raises:
-            ValueError: If it differs in more than its adapters.
+            ValueError: If it is of another study; in another folder only adapters may differ.
+            FileNotFoundError: If another folder has none.
         """
         path = (self.against or self.output) / f"{EXACT}.json"
         if not path.exists():
-            return None
+            if self.against is None:
+                return None
+            raise FileNotFoundError(f"{path} is missing; run --candidates exact there first")
         record: dict[str, Any] = json.loads(path.read_text())
-        if {**record["study"], "adapters": None} != {**self.describe(), "adapters": None}:
+        may_differ = dict.fromkeys(("adapters", "against") if self.against else ())
+        if {**record["study"], **may_differ} != {**self.describe(), **may_differ}:
             raise ValueError(
-                f"{path} is of another study ({record['study']}); only adapters may differ"
+                f"{path} is of another study ({record['study']}); with --against only adapters may "
+                "differ, else choose another --output, or delete it"
             )
         return record if record["passed"] else None
 
@@ -287,7 +293,7 @@ def write_results(study: Study) -> str:
         return ""
     rows = [list_row("against" if study.against else EXACT, compare(exact, exact), bar=False)]
     if study.against is None:
-        del found[EXACT]
+        found.pop(EXACT, None)
     rows += [list_row(name, compare(exact, each)) for name, each in found.items()]
     header = ["part", "pictures", "pass", "difference (95%)", "PSNR, dB", "spectrum, dB"]
     lines = table([*header, "s a picture", "times faster", "good enough for"], rows)

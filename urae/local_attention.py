@@ -164,6 +164,12 @@ def _cut(size: int, tile: int, window: int) -> _Axis:
     return _Axis(tiles, centres, (after >= 0) & (after < window))
 
 
+def list_processors(transformer: Any) -> list[Any]:
+    """List the attention processors that take a backend: diffusers' own do, a user's may not."""
+    each = transformer.attn_processors.values()
+    return [processor for processor in each if hasattr(processor, "_attention_backend")]
+
+
 def find_grid(image_ids: Float[Tensor, "*b tokens 3"]) -> tuple[int, int]:
     """Return rows and columns of the picture that these position ids (float32) number.
 
@@ -282,7 +288,13 @@ class LocalForward:
         return None if pattern.is_full else pattern
 
     def _choose_backend(self, module: Any, device: torch.device) -> AttentionBackendName:
-        processors = list(module.attn_processors.values())
+        processors = list_processors(module)
+        if len(processors) < len(module.attn_processors):
+            kinds = {type(each).__name__ for each in module.attn_processors.values()}
+            raise ValueError(
+                f"local attention needs diffusers' own attention processors, not "
+                f"{', '.join(sorted(kinds))}, which take no backend; {_REMEDY}"
+            )
         backends = {processor._attention_backend for processor in processors}
         on_gpu = device.type == "cuda"
         if backends == {None}:

@@ -72,6 +72,25 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a place for files that is no folder, nor can become one.
+
+    Raises:
+        FileExistsError: If a file is in its place, or above it.
+        PermissionError: If it cannot be written or made.
+    """
+    place = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
+    if not place.is_dir():
+        raise FileExistsError(
+            f"output {folder} cannot be a folder: {place} is a file; name another with --output"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output {folder} cannot be written: no permission in {place}; name another folder "
+            "with --output"
+        )
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from torch import nn
 
 _UNDO = "_urae_undo"
+_OFFLOADED = "_urae_offloaded"
 
 
 def is_optimized(model: nn.Module) -> bool:
@@ -24,11 +25,28 @@ def keep_undo(model: nn.Module, stack: ExitStack) -> None:
     """
     assert not is_optimized(model)
     setattr(model, _UNDO, stack)  # on the model: a table elsewhere would keep it alive
+    setattr(model, _OFFLOADED, _list_offloaded(model))
 
 
 def undo(model: nn.Module) -> None:
-    """Undo everything, last first; nothing happens where nothing is kept."""
-    if is_optimized(model):
-        stack: ExitStack = getattr(model, _UNDO)
-        delattr(model, _UNDO)
-        stack.close()
+    """Undo everything, last first; nothing happens where nothing is kept.
+
+    Raises:
+        ValueError: If layers have been offloaded since; nothing is undone.
+    """
+    if not is_optimized(model):
+        return
+    if _list_offloaded(model) - getattr(model, _OFFLOADED):
+        raise ValueError(
+            "the transformer's layers were offloaded after urae.optimize, around what is to be "
+            "undone; load the pipeline anew for other adapters or parts"
+        )
+    stack: ExitStack = getattr(model, _UNDO)
+    delattr(model, _UNDO)
+    delattr(model, _OFFLOADED)
+    stack.close()
+
+
+def _list_offloaded(model: nn.Module) -> set[str]:
+    """Name the layers that accelerate moves one by one."""
+    return {name for name, each in model.named_modules() if name and hasattr(each, "_hf_hook")}

@@ -1,10 +1,12 @@
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxImg2ImgPipeline,
@@ -489,8 +491,14 @@ def test_a_taken_name(load_pipe, expected, style):
 
 
 def test_no_flux_pipeline():
-    with pytest.raises(ValueError, match="object is no FLUX pipeline"):
+    with pytest.raises(ValueError, match=r"object is no pipeline of FLUX\.1"):
         urae.adapt(object())
+    other = Flux2Transformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        axes_dims_rope=(8, 8, 8, 8), joint_attention_dim=16, in_channels=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"Namespace is no pipeline of FLUX\.1"):
+        urae.adapt(SimpleNamespace(transformer=other))
 
 
 def test_attach_then_detach(load_pipe):

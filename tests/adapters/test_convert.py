@@ -241,3 +241,15 @@ def test_a_minor_adapter_after_another_than_its_own_is_told(tmp_path, expected, 
     assert convert_after(lora) == ""
     assert f"stands after {other}" in convert_after(other)
     assert "2 adapters stand before minor adapter" in convert_after(other, lora)
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_solved(expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("urae.adapters.convert.compute_updates", None)
+    (tmp_path / "file").touch()
+    source = str(expected / "dev_2k_lora.safetensors")
+    with pytest.raises(FileExistsError, match="file is a file"):
+        convert(ConvertConfig((source,), tmp_path / "file" / "x.safetensors"))
+    odd = tmp_path / "odd.safetensors"
+    write_lora(odd, {"x_embedder": LowRank(torch.randn(2, 64), torch.randn(64, 2))})
+    with pytest.raises(ValueError, match="x_embedder has no name in kohya's format"):
+        convert(ConvertConfig((str(odd),), tmp_path / "x.safetensors", format="kohya"))

@@ -91,6 +91,11 @@ def test_adapters_against_one_another(run, tmp_path):
     assert "dev_2k_lora" in text
     with pytest.raises(ValueError, match="only adapters may differ"):
         run(EXACT, captions=1, **other)
+    missing = {**other, "more": ("--against", str(tmp_path / "typo"))}
+    with pytest.raises(FileNotFoundError, match=r"typo/exact\.json is missing"):
+        run(EXACT, **missing)
+    with pytest.raises(ValueError, match="is of another study"):
+        run("taylorseer-cache=1", adapter="dev_4k_minor", more=("--beside",))
 
 
 def record(passed, captions):

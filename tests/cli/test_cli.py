@@ -310,3 +310,13 @@ def test_without_a_terminal_the_cache_tells_how_far_it_is(monkeypatch, tmp_path)
     assert outcome.exit_code == 0, outcome.output
     assert re.search(r"^images 1 of 2, [\d.]+/s, ETA 0:\d\d$", outcome.stderr, re.MULTILINE)
     assert "captions 4 of 4," in outcome.stderr
+
+
+def test_home_is_written_out_after_an_equals_sign(urae, tmp_path, monkeypatch):
+    """Shells do so after a space only: else a folder named ~ would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    monkeypatch.setattr("urae.cli.main.app", lambda: seen.extend(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["urae", "generate", "a=~/b", "--output=~/pics", "--seed=1"])
+    main()
+    assert seen == ["generate", "a=~/b", f"--output={tmp_path}/pics", "--seed=1"]

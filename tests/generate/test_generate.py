@@ -351,7 +351,8 @@ def test_bad_values(settings, changes, message):
     [
         (None, "neither a local path nor a hub id"),
         ({}, "no model_index.json"),
-        ({"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}, "not FLUX"),
+        ({"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}, "not FLUX.1"),
+        ({"model_index.json": '{"_class_name": "Flux2Pipeline"}'}, "a Flux2Pipeline, not FLUX.1"),
     ],
 )
 def test_models_that_are_none(settings, no_weights, tmp_path, content, message):
@@ -797,9 +798,10 @@ def test_a_picture_that_is_not_finite_is_not_written(settings, monkeypatch, name
     assert not config.output_dir.exists()
 
 
-def test_jobs_in_two_threads(settings, expected, tmp_path):
-    adapters = (str(expected / "dev_2k_lora.safetensors"),)
-    configs = [settings(adapters=adapters, steps=1, output_dir=tmp_path / str(n)) for n in range(4)]
+@pytest.mark.parametrize("parts", [(), ("8bit",)])
+def test_jobs_in_two_threads(settings, expected, tmp_path, parts):
+    common = {"adapters": (str(expected / "dev_2k_lora.safetensors"),), "parts": parts}
+    configs = [settings(**common, steps=1, output_dir=tmp_path / str(n)) for n in range(4)]
     with ThreadPoolExecutor(2) as pool:
         paths = [path for (path,) in pool.map(generate, configs)]
     assert len({path.read_bytes() for path in paths}) == 1
@@ -813,3 +815,30 @@ def test_a_prompt_that_is_cut_is_told(settings, caplog):
     caplog.clear()
     generate(replace(long, prompts=("red",)))
     assert "is read to" not in caplog.text
+
+
+def copy_base(base, folder, **changes):
+    """Copy a base with another transformer's config."""
+    shutil.copytree(base, folder)
+    config = folder / "transformer" / "config.json"
+    settings = {**json.loads(config.read_text()), **changes}
+    config.write_text(json.dumps({key: each for key, each in settings.items() if each != "gone"}))
+    return str(folder)
+
+
+def test_a_base_that_paints_after_another_picture(settings, no_weights, bases, tmp_path):
+    control = copy_base(bases["dev"], tmp_path / "control", in_channels=128, out_channels=64)
+    with pytest.raises(ValueError, match="takes 128 channels and makes 64"):
+        generate(settings(model=control))
+
+
+def test_guidance_is_off_where_a_config_says_nothing(settings, bases, tmp_path):
+    plain = copy_base(bases["schnell"], tmp_path / "plain", guidance_embeds="gone")
+    (path,) = generate(settings(model=plain, steps=None))
+    with Image.open(path) as image:
+        assert image.info["steps"] == "4"
+
+
+def test_a_prompt_that_is_no_utf8(settings):
+    with pytest.raises(ValueError, match=r"prompt 'caf.udce9' is not UTF-8"):
+        settings(prompts=("caf\udce9",))

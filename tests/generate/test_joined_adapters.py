@@ -286,3 +286,40 @@ def test_factors_that_moved_hold_what_they_held(adapted, draw, part, monkeypatch
                 factor.data = factor.data.T.contiguous().T  # summed in another order
     draw(pipe)
     assert not joins
+
+
+def test_a_hotswap_under_embeddings_that_are_kept(load_pipe, part, rel):
+    """As servers do, which encode a prompt once."""
+    pipe = load_pipe()
+    linears = {
+        name: each
+        for name, each in pipe.transformer.named_modules()
+        if name.endswith(("attn.to_q", "attn.to_k"))
+    }
+
+    def build(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            f"transformer.{name}.{key}.weight": 0.3 * torch.randn(shape, generator=generator)
+            for name, each in linears.items()
+            for key, shape in (
+                ("lora_A", (4, each.in_features)), ("lora_B", (each.out_features, 4)),
+            )
+        }  # fmt: skip
+
+    text, pooled, _ = pipe.encode_prompt("a red circle", None, max_sequence_length=32)
+
+    def draw_again():
+        noise = torch.Generator().manual_seed(0)
+        return pipe(
+            prompt_embeds=text, pooled_prompt_embeds=pooled, height=64, width=64,
+            num_inference_steps=2, generator=noise, output_type="latent",
+        ).images  # fmt: skip
+
+    pipe.load_lora_weights(build(1), adapter_name="style")
+    apply(pipe, part)
+    before = draw_again()
+    pipe.load_lora_weights(build(2), adapter_name="style", hotswap=True)
+    found = draw_again()
+    assert rel(found, before) > 1e-3
+    assert rel(found, (urae.restore(pipe), draw_again())[1]) < 2e-6

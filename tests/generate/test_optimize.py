@@ -2,9 +2,11 @@ import gc
 import os
 from weakref import ref
 
+import accelerate
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,6 +159,8 @@ def test_few_steps_have_no_approximations_but_turbos_fp8(load_pipe, monkeypatch)
     )
     assert set(fast) == {"fp8", *parts.SCHEDULED}
     assert set(turbo) == set(parts.SCHEDULED)
+    other = optimize.find_unfit("fast", transformer, CPU, plain=False, compiled=True, known={})
+    assert set(other) == set(fast)
 
 
 def test_a_preset_adds_no_local_attention_to_adapters_that_learnt_it(load_pipe, expected, caplog):
@@ -468,3 +472,48 @@ def test_no_step_waits_for_the_device(adapted, sample, parts, attention):
 def test_a_part_that_is_no_text(load_pipe):
     with pytest.raises(ValueError, match="must be a text, NAME or NAME=STRENGTH"):
         urae.optimize(load_pipe(), parts=[("progressive", 0.5)])
+
+
+def test_layers_that_are_offloaded_afterwards_are_not_lost(adapted, sample):
+    """By accelerate, one by one, around what `optimize` has put in place."""
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    urae.optimize(pipe)
+    accelerate.cpu_offload(pipe.transformer, CPU)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+    for again in (urae.restore, urae.optimize):
+        with pytest.raises(ValueError, match="layers were offloaded after"):
+            again(pipe)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+def test_layers_that_are_offloaded_already_are_refused(adapted, sample):
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    accelerate.cpu_offload(pipe.transformer, CPU)
+    with pytest.raises(ValueError, match="offloaded or hooked already"):
+        urae.optimize(pipe)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+
+
+class Mine:
+    """A user's attention processor, which has no backend to choose."""
+
+    def __init__(self):
+        self.inner = FluxAttnProcessor()
+
+    def __call__(self, attn, image, text=None, attention_mask=None, image_rotary_emb=None):
+        return self.inner(attn, image, text, attention_mask, image_rotary_emb)
+
+
+def test_attention_processors_of_a_user(adapted, load_pipe, expected, sample):
+    pipe = adapted()
+    wanted = sample(pipe, 64, 64)
+    pipe.transformer.set_attn_processor(Mine())
+    urae.optimize(pipe)
+    assert torch.equal(sample(pipe, 64, 64), wanted)
+    local = ResolutionPolicy(native_sequence_length=80, attention="local")
+    pipe = urae.adapt(load_pipe(), expected / "dev_2k_lora.safetensors", policy=local)
+    pipe.transformer.set_attn_processor(Mine())
+    with pytest.raises(ValueError, match="diffusers' own attention processors, not Mine"):
+        sample(pipe, 256, 256)

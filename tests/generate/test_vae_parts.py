@@ -1,7 +1,9 @@
 """The VAE of a user's own pipeline, in exact stripes or in stock tiles."""
 
+import accelerate
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 import urae
 from urae.backbones import free_memory, vae
@@ -78,3 +80,34 @@ def test_tiles_are_stock_diffusers_own(pipe):
 def test_one_or_the_other(pipe):
     with pytest.raises(ValueError, match="striped-vae and tiled-vae"):
         urae.optimize(pipe, speed=None, parts=["striped-vae", "tiled-vae"])
+
+
+def test_stripes_of_a_vae_that_is_offloaded_layer_by_layer(pipe, monkeypatch, rel):
+    """As `enable_sequential_cpu_offload` leaves it: norms are read, not called."""
+    latents = latents_of(pipe)
+    whole = pipe.vae.decode(latents).sample
+    urae.optimize(pipe, speed=None, parts=["striped-vae"])
+    accelerate.cpu_offload(pipe.vae, torch.device("cpu"), offload_buffers=True)
+    norm = pipe.vae.decoder.conv_norm_out
+    assert norm.weight.device.type == "meta"
+    monkeypatch.setattr(vae, "vae_bytes", lambda *_: 1_000_000)
+    assert rel(pipe.vae.decode(latents).sample, whole) < 1e-5
+    assert norm.weight.device.type == "meta"
+
+
+def test_a_vae_of_another_kind_decodes_as_it_does(pipe):
+    """AutoencoderTiny is what many put in for previews."""
+    channels = pipe.vae.config.latent_channels
+    tiny = AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    latents = torch.randn(1, channels, 8, 8)
+    wanted = tiny.decode(latents).sample
+    pipe.vae = tiny
+    urae.optimize(pipe)
+    assert torch.equal(tiny.decode(latents).sample, wanted)
+    urae.restore(pipe)

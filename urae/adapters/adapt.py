@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from urae.adapters.attach import Activity, Update, attach, detach, read_update
@@ -15,7 +16,6 @@ from urae.backbones.devices import pick_device
 from urae.backbones.weights import open_original_weights
 from urae.resolution import (
     ResolutionPolicy,
-    ResolutionPositions,
     apply_policy,
     find_policy,
     read_base_policy,
@@ -261,21 +261,19 @@ def _check_attachable(transformer: nn.Module) -> None:
             )
 
 
-def transformer_of(pipe: Any) -> nn.Module:
+def transformer_of(pipe: Any) -> FluxTransformer2DModel:
     """Return a pipeline's transformer, without the wrapper of `torch.compile`.
 
     Raises:
         ValueError: If it has none of FLUX.
     """
-    transformer = _unwrap(getattr(pipe, "transformer", None))
-    positions = getattr(transformer, "pos_embed", None)
-    if not isinstance(positions, ResolutionPositions) and not hasattr(positions, "axes_dim"):
+    transformer: Any = _unwrap(getattr(pipe, "transformer", None))
+    if not isinstance(transformer, FluxTransformer2DModel):
         raise ValueError(
-            f"{type(pipe).__name__} is no FLUX pipeline with a transformer; load one with "
+            f"{type(pipe).__name__} is no pipeline of FLUX.1 with a transformer; load one with "
             "diffusers.FluxPipeline.from_pretrained"
         )
-    module: nn.Module = transformer
-    return module
+    return transformer
 
 
 def _unwrap(module: Any) -> Any:

@@ -15,7 +15,7 @@ from urae.backbones.devices import pick_device
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model
 from urae.backbones.weights import open_weight_files
 from urae.config import check_types
-from urae.storage import write_tensors
+from urae.storage import check_folder, write_tensors
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
         raise FileExistsError(f"output {config.output} is a folder; name a .safetensors file")
     if config.output.exists() and not config.overwrite:
         raise FileExistsError(f"{config.output} exists and is kept; replace with --overwrite")
+    check_folder(config.output.parent)
     files = [read_adapter(source) for source in config.adapters]
     if not files:
         raise ValueError("no adapter to convert; name one or more files")
+    if config.format == "kohya":  # before anything is solved
+        to_kohya({name: pair for file in files for name, pair in file.layers.items()})
     open_weights = None if config.model is None else _open_base(config.model, files)
     updates = compute_updates(files, open_weights, device=pick_device(), progress=progress)
     layers = stack_updates(updates)

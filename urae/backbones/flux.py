@@ -338,10 +338,10 @@ def _is_guided(path: Path) -> bool:
     if path.is_file():
         return base_of_file(path) == "flux-dev"
     config = path / "transformer" / "config.json"
-    guided: bool = (
-        not config.is_file() or json.loads(config.read_text(encoding="utf-8"))["guidance_embeds"]
-    )
-    return guided
+    if not config.is_file():
+        return True
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    return bool(settings.get("guidance_embeds", False))
 
 
 def build_meta_transformer(path: Path) -> FluxTransformer2DModel:

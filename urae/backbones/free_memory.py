@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
 
 USABLE = 0.9
 """Of what is free, for what allocators lose between blocks."""
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _VAE_BYTES, _VAE_PIXELS = 7 * 2**30, 4096**2
 _SHORTAGES = (  # of what torch raises as a plain RuntimeError
     "out of memory",  # cudaHostAlloc too, which pins
@@ -37,8 +39,35 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Return the host's free memory; where torchrun has started several processes, their share."""
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the host's free memory, or the container's where it is less.
+
+    Where torchrun has started several processes it is their share.
+    """
+    free = [int(psutil.virtual_memory().available), *_list_container_bytes()]
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _list_container_bytes() -> Iterator[int]:
+    """List what is free below each limit of this process's control groups (Linux, version 2).
+
+    Files in the page cache count as free where the kernel may drop them: weights that were read.
+    """
+    try:
+        lines = _OWN_GROUP.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    place = next((line[3:] for line in lines if line.startswith("0::")), "")
+    group = _GROUPS / place.lstrip("/")
+    for folder in (group, *group.parents):
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            stat = (folder / "memory.stat").read_text()
+        except OSError:  # the root has no limit; version 1 has other files
+            continue
+        if limit != "max":
+            counts = dict(line.split() for line in stat.splitlines())
+            yield max(0, int(limit) - used + int(counts.get("inactive_file", 0)))
 
 
 def vae_bytes(device: torch.device, free: int, pixels: int) -> int:

@@ -30,8 +30,8 @@ def check_model(path: Path, *, without: Collection[str] = (), configs_only: bool
     if not index.is_file():
         raise ValueError(f"model folder {path} has no model_index.json: not in diffusers layout")
     name = _read_json(index).get("_class_name", "")
-    if not name.startswith("Flux"):
-        raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX")
+    if not name.startswith("Flux") or name.startswith("Flux2"):
+        raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX.1")
     for component in sorted(each for each in path.iterdir() if each.is_dir()):
         _check_weights(component)
     for component in (path / name for name in _COMPONENTS if name not in without):

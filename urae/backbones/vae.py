@@ -327,13 +327,25 @@ def _normalize(norm: nn.GroupNorm, rows: Tensor, moments: Moments) -> Tensor:
     batch, channels, height, width = rows.shape
     repeats = channels // norm.num_groups * height
     mean, variance = (values.repeat_interleave(repeats, dim=1).flatten() for values in moments)
-    affine = (norm.weight, norm.bias)
-    weight, bias = (values.float().repeat_interleave(height).repeat(batch) for values in affine)
+    weight, bias = (
+        values.repeat_interleave(height).repeat(batch) for values in _read_affine(norm, rows.device)
+    )
     normalized = torch.batch_norm(
         rows.reshape(1, -1, width), weight, bias, mean, variance,
         training=False, momentum=0.0, eps=norm.eps, cudnn_enabled=False,
     )  # fmt: skip
     return normalized.view_as(rows)
+
+
+def _read_affine(norm: nn.GroupNorm, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Read a norm's weight and bias in float32, from wherever offloading keeps them."""
+    hook = getattr(norm, "_hf_hook", None)  # accelerate's, which brings a module when it is called
+    if hook is not None:
+        hook.pre_forward(norm)
+    weight, bias = (each.to(device, torch.float32, copy=True) for each in (norm.weight, norm.bias))
+    if hook is not None:
+        hook.post_forward(norm, None)
+    return weight, bias
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -76,6 +77,7 @@ def main() -> None:
     """Run the command line; errors are one line, and exit code 2 is for what the user got wrong."""
     # torch reads it at its first tensor: with small pages a VAE on a CPU takes up to twice the time
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     try:
         app()
     except _USER_ERRORS as error:
@@ -91,6 +93,13 @@ def main() -> None:
             "one, as _native_flash or _native_math"
         )
         _fail(reason, USER_ERROR)
+
+
+def _expand_home(argument: str) -> str:
+    """Write `--option=~/folder` out, as shells do after a space only."""
+    option, _, value = argument.partition("=")
+    is_path = option.startswith("--") and value.startswith("~/")
+    return f"{option}={Path(value).expanduser()}" if is_path else argument
 
 
 def _fail(error: BaseException, code: int) -> None:

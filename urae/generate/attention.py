@@ -20,6 +20,7 @@ from urae.backbones.attention import (
     pick_attention,
 )
 from urae.backbones.context_parallel import find_degree, supports_context_parallel
+from urae.local_attention import list_processors
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def use_fastest_attention(transformer: FluxTransformer2DModel) -> Callable[[], N
     Returns:
         What undoes it.
     """
-    processors = list(transformer.attn_processors.values())
+    processors = list_processors(transformer)
     chosen: AttentionBackendName | None = None
 
     def set_all(name: AttentionBackendName | None) -> None:

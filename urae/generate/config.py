@@ -82,6 +82,9 @@ class GenerateConfig:
             )
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; each must have some text")
+        for prompt in self.prompts:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise ValueError(f"prompt {prompt!r} is not UTF-8; set the terminal or file to it")
         for name in ("steps", "num_images"):
             value = getattr(self, name)
             if value is not None and value < 1:

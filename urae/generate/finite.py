@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from urae.generate.parts import EXACT, Part
+from urae.local_attention import list_processors
 
 _INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
@@ -53,7 +54,7 @@ def _explain(
                 f"the transformer was given {name} that are not finite; the fault is in what made "
                 "them (a text encoder, or latents of yours), not in the transformer"
             )
-    backends = {each._attention_backend for each in transformer.attn_processors.values()}
+    backends = {each._attention_backend for each in list_processors(transformer)}
     active = _AttentionBackendRegistry.get_active_backend()[0]
     names = sorted({getattr(each or active, "value", str(each)) for each in backends})
     inexact = [str(part) for part in parts if part.name not in EXACT]

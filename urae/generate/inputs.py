@@ -1,6 +1,5 @@
 """What a job reads, checked before any weights load."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from urae.generate.parts import BARS, PartName
 from urae.generate.picture import Picture, is_recorded, read_record
 from urae.generate.progressive import can_halve
 from urae.geometry import num_image_tokens
+from urae.storage import check_folder
 
 _NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
@@ -101,17 +101,7 @@ def find_missing(config: GenerateConfig, pictures: Sequence[Picture]) -> list[Pi
         ValueError: If a picture to keep is no whole PNG.
         PermissionError: If the folder cannot be written or made.
     """
-    folder = config.output_dir
-    place = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
-    if not place.is_dir():
-        raise FileExistsError(
-            f"output {folder} cannot be a folder: {place} is a file; name another with --output"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"output {folder} cannot be written: no permission in {place}; name another folder "
-            "with --output"
-        )
+    check_folder(config.output_dir)
     existing = [picture for picture in pictures if picture.path.exists()]
     if config.overwrite or not existing:
         return list(pictures)
@@ -165,7 +155,17 @@ def check_base(
 
     Returns:
         What `check_adapters` and `choose_sampling` say.
+
+    Raises:
+        ValueError: If the base does not paint from noise alone; and as those.
     """
+    channels, made = transformer.config.in_channels, transformer.config.out_channels
+    if made not in (None, channels):
+        raise ValueError(
+            f"model {config.model} takes {channels} channels and makes {made}: it paints after "
+            "another picture (FLUX.1 Canny, Depth or Fill); use urae.adapt with the diffusers "
+            "pipeline that is made for it"
+        )
     adapter_bytes = check_adapters(config.adapters, config.loras, transformer)
     sampling = choose_sampling(
         config.model, transformer, model_path, steps=config.steps,

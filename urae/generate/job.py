@@ -223,7 +223,8 @@ class _Job:
         # compiling fuses an MLP by itself
         chunks = nullcontext() if _is_compiled(parts) else token_chunks(pipe.transformer)
         with chunks, ExitStack() as sharing:
-            apply_parts(pipe, parts, device, keep_weights=False)
+            with _LOADING:  # quantising makes parameters too
+                apply_parts(pipe, parts, device, keep_weights=False)
             place(pipe, tier, device)
             group = None
             if mesh is not None:
@@ -287,9 +288,8 @@ class _Job:
                     Progress(number + 1, len(self.pictures), step, self.sampling.steps)
                 )
 
-        tokens = sample(
-            pipe, embeds[picture.prompt], picture.seed, height, width, self.sampling, report
-        )
+        text = PromptEmbeds(*(each.to(self.ranks.device) for each in embeds[picture.prompt]))
+        tokens = sample(pipe, text, picture.seed, height, width, self.sampling, report)
         return decode(pipe, tokens, height, width, self.ranks.device, group)
 
     def describe(
@@ -369,7 +369,7 @@ def _encode_prompts(
     embeds = {
         prompt: PromptEmbeds(
             *(
-                tensor.to(device)
+                tensor.cpu()  # those of all prompts would take what no tier counts
                 for tensor in encode_prompts(
                     pipe, [prompt], max_sequence_length=max_sequence_length
                 )

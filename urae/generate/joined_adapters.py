@@ -13,13 +13,14 @@ measured against what the adapters add as well, and in bfloat16 they stay produc
 `set_adapters`, `load_lora_weights`, `delete_adapters` and a scale in `joint_attention_kwargs` work
 as ever. Before each forward of the transformer what was made of them is compared with what they
 are now, and made anew if they have changed. New numbers written past torch's count of versions, as
-peft's hotswap writes them, are looked for when the text changes, once a picture, unless blocks are
+peft's hotswap writes them, are looked for when a picture begins, unless blocks are
 offloaded. Where they are by the time of another change, peft's own forward comes back instead.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from jaxtyping import Float
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
-from urae.generate.speed import fingerprint, list_blocks
+from urae.generate.speed import check_not_offloaded, fingerprint, list_blocks
 from urae.resolution import find_policy
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,18 @@ def join_adapters(transformer: FluxTransformer2DModel, *, merge: bool) -> Callab
 
     Returns:
         What undoes it, bitwise.
+
+    Raises:
+        ValueError: If the blocks are offloaded already.
     """
+    check_not_offloaded(transformer)
     joined = _JoinedAdapters(transformer, merge)
-    hook = transformer.register_forward_pre_hook(joined.enter, with_kwargs=True)
+    register = partial(transformer.register_forward_pre_hook, with_kwargs=True)
     with ExitStack() as stack:  # undone too where a layer fails
         stack.callback(joined.release)
-        stack.callback(hook.remove)
+        stack.callback(register(joined.enter).remove)
+        # before the policy's hook, which makes new ids of the pipeline's
+        stack.callback(register(joined.note_picture, prepend=True).remove)
         joined.join()
         return stack.pop_all().close
 
@@ -100,18 +107,23 @@ class _JoinedAdapters:
         self._layers: list[Any] = []
         self._held: list[Any] = []  # so that nothing else takes their place in memory
         self._state: list[Any] = []
-        self._text: Tensor | None = None  # of the last forward
+        self._ids: Tensor | None = None  # of the last forward
+        self._is_other_picture = True
         self._sums: list[int] = []
         self._has_warned = False
+
+    def note_picture(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Tell a picture's first forward: pipelines make position ids anew for each."""
+        self._is_other_picture = kwargs.get("img_ids") is not self._ids
+        self._ids = kwargs.get("img_ids")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Follow what has changed since the last forward."""
         # the forward multiplies the adapters' scales by it after this hook
         scale = (kwargs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
-        is_other_text = kwargs.get("encoder_hidden_states") is not self._text
-        self._text = kwargs.get("encoder_hidden_states")
-        if self._read(scale) == self._state and not (is_other_text and self._have_other_numbers()):
+        may_have = self._is_other_picture  # which waits for the device, so once a picture
+        if self._read(scale) == self._state and not (may_have and self._have_other_numbers()):
             return
         were_joined = any(isinstance(layer, _OneProduct | _Merged) for layer in self._layers)
         self.release()

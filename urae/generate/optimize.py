@@ -37,6 +37,7 @@ from urae.generate.schedule import Schedule
 from urae.generate.speed import can_compile, check_compiler, compile_blocks, list_blocks
 from urae.generate.step_cache import StepCache, StepCacheKind
 from urae.generate.vae_parts import decode_in_stripes, decode_tiled
+from urae.local_attention import list_processors
 from urae.resolution import find_policy
 from urae.undo import keep_undo, undo
 
@@ -146,6 +147,7 @@ def find_unfit(
     """
     if speed not in BARS:
         return {}
+    has_few_steps = not transformer.config.guidance_embeds
     unfit = dict(known)
     if fault := _find_fp8_fault(transformer, device, memory):
         unfit["fp8"] = fault
@@ -155,17 +157,17 @@ def find_unfit(
             unfit.setdefault(name, reason)
     if not plain:
         unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
-    elif not transformer.config.guidance_embeds:
+    elif has_few_steps:
         unfit |= dict.fromkeys(
             SCHEDULED, "on a base of few steps it loses too much, or is not measured"
         )
-        if speed == "fast":
-            unfit.setdefault("fp8", "on a base of few steps it loses more than fast may")
+    if has_few_steps and speed == "fast":
+        unfit.setdefault("fp8", "on a base of few steps it loses more than fast may")
     return unfit
 
 
 def _find_local_fault(transformer: Any) -> str | None:
-    if any(each._attention_backend is not None for each in transformer.attn_processors.values()):
+    if any(each._attention_backend is not None for each in list_processors(transformer)):
         return "the transformer has an attention backend of its own"
     if find_degree(transformer) > 1:
         return SHARED_KEYS

@@ -1,5 +1,6 @@
 """How the VAE of a pipeline decodes: exactly in stripes, or by stock tiling, which is not exact."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from urae.backbones.vae import decode_within_free
+from urae.backbones.vae_chain import list_decoder
+
+logger = logging.getLogger(__name__)
 
 Undo = Callable[[], None]
 
@@ -20,14 +24,28 @@ def decode_in_stripes(vae: AutoencoderKL) -> Undo:
 
     Args:
         vae: Of a pipeline; stock tiling or slicing that is switched on afterwards takes its place.
+            One of another kind, as AutoencoderTiny, decodes as it does.
 
     Returns:
         What undoes it.
     """
+    if not _can_split(vae):
+        logger.info("%s decodes whole: it is not FLUX's kind of VAE", type(vae).__name__)
+        return lambda: None
     striped = vars(vae).get("decode")
     if not isinstance(striped, _StripedDecode):
         striped = vae.decode = _StripedDecode(vae)
     return striped.add_pipe()
+
+
+def _can_split(vae: Any) -> bool:
+    if not isinstance(vae, AutoencoderKL):
+        return False
+    try:
+        list_decoder(vae)
+    except ValueError:  # blocks that are none of FLUX's
+        return False
+    return True
 
 
 class _StripedDecode:
