@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `urae` does, before torch's first tensor
 STAGES = {
     "generate": {
         "check": ("urae.generate.job", "check_base"),

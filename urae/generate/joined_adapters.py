@@ -42,7 +42,9 @@ _MAX_LOSS = 1e-2
 """Of what the adapters add to it."""
 
 
-def join_adapters(transformer: FluxTransformer2DModel, *, merge: bool) -> Callable[[], None]:
+def join_adapters(
+    transformer: FluxTransformer2DModel, *, merge: bool, warn: bool = True
+) -> Callable[[], None]:
     """Compute all active adapters of each layer at once, from now on and whatever they are.
 
     Layers that do more than a plain LoRA (dropout, DoRA, biases, other dtypes) keep peft's forward.
@@ -50,6 +52,7 @@ def join_adapters(transformer: FluxTransformer2DModel, *, merge: bool) -> Callab
     Args:
         transformer: Adapted or not, not offloaded yet.
         merge: Whether to merge them into copies of the weights, where that is exact.
+        warn: Whether to say so where it is exact nowhere.
 
     Returns:
         What undoes it, bitwise.
@@ -58,7 +61,7 @@ def join_adapters(transformer: FluxTransformer2DModel, *, merge: bool) -> Callab
         ValueError: If the blocks are offloaded already.
     """
     check_not_offloaded(transformer)
-    joined = _JoinedAdapters(transformer, merge)
+    joined = _JoinedAdapters(transformer, merge, warn)
     register = partial(transformer.register_forward_pre_hook, with_kwargs=True)
     with ExitStack() as stack:  # undone too where a layer fails
         stack.callback(joined.release)
@@ -101,7 +104,7 @@ _BUFFERS = ("joined_down", "joined_up", "merged_weight", "merged_bias")
 class _JoinedAdapters:
     """What was made of a transformer's adapters, and of which."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, merge: bool) -> None:
+    def __init__(self, transformer: FluxTransformer2DModel, merge: bool, warn: bool) -> None:
         self._transformer = transformer
         self._merge = merge
         self._layers: list[Any] = []
@@ -110,7 +113,7 @@ class _JoinedAdapters:
         self._ids: Tensor | None = None  # of the last forward
         self._is_other_picture = True
         self._sums: list[int] = []
-        self._has_warned = False
+        self._may_warn = merge and warn
 
     def note_picture(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Tell a picture's first forward: pipelines make position ids anew for each."""
@@ -151,8 +154,8 @@ class _JoinedAdapters:
         plain = [layer for layer in self._layers if _is_plain(layer, dtype)]
         count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
         self._sums = _sum_up(self._layers)
-        if self._merge and plain and not count and not self._has_warned:
-            self._has_warned = True
+        if self._may_warn and plain and not count:
+            self._may_warn = False
             logger.warning(
                 "adapters are merged in none of %d layers: in %s it would not be exact; they are "
                 "joined, as by joined-adapters",

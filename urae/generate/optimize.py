@@ -280,7 +280,11 @@ def _apply(
         case "attention-backend":
             return use_fastest_attention(pipe.transformer)
         case "joined-adapters" | "merged-adapters":
-            return join_adapters(pipe.transformer, merge=part.name == "merged-adapters")
+            is_named = part.name == "merged-adapters"
+            in_full = (
+                part.is_preset and pipe.transformer.dtype == torch.float32
+            )  # where it is exact
+            return join_adapters(pipe.transformer, merge=is_named or in_full, warn=is_named)
         case "constants":
             return keep_constants(pipe.transformer)
         case "progressive":
