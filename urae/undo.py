@@ -39,7 +39,7 @@ def undo(model: nn.Module) -> None:
     if _list_offloaded(model) - getattr(model, _OFFLOADED):
         raise ValueError(
             "the transformer's layers were offloaded after urae.optimize, around what is to be "
-            "undone; load the pipeline anew for other adapters or parts"
+            "undone; call pipe.remove_all_hooks() and try again, or load the pipeline anew"
         )
     stack: ExitStack = getattr(model, _UNDO)
     delattr(model, _UNDO)

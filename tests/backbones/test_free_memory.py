@@ -16,12 +16,13 @@ def groups(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     (tmp_path / "own").write_text("4:memory:/other\n0::/pod/job\n")
 
-    def limit(name, most, used, inactive):
+    def limit(name, most, used, files):
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "memory.max").write_text(f"{most}\n")
         (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\n")
+        stat = f"anon 1\ninactive_file {files // 2}\nactive_file {files - files // 2}\n"
+        (folder / "memory.stat").write_text(stat)
 
     return limit
 

@@ -17,6 +17,7 @@ from urae.generate.optimize import choose_parts
 from urae.generate.parts import EXACT, PRESETS, Part, find_bits, resolve_parts
 from urae.generate.speed import default_cache_dir, keep_compiled
 from urae.resolution import ResolutionPolicy, find_policy
+from urae.undo import is_optimized
 
 CPU = torch.device("cpu")
 
@@ -478,17 +479,22 @@ def test_a_part_that_is_no_text(load_pipe):
         urae.optimize(load_pipe(), parts=[("progressive", 0.5)])
 
 
-def test_layers_that_are_offloaded_afterwards_are_not_lost(adapted, sample):
+def test_layers_that_are_offloaded_afterwards_are_not_lost(adapted, sample, rel):
     """By accelerate, one by one, around what `optimize` has put in place."""
     pipe = adapted()
     wanted = sample(pipe, 64, 64)
     urae.optimize(pipe)
+    other = adapted()  # another, as a picture drops what was joined, and hooks stay on
+    urae.optimize(other)
+    accelerate.cpu_offload(other.transformer, CPU)
+    assert rel(sample(other, 64, 64), wanted) < 1e-5
     accelerate.cpu_offload(pipe.transformer, CPU)
-    assert torch.equal(sample(pipe, 64, 64), wanted)
     for again in (urae.restore, urae.optimize):
         with pytest.raises(ValueError, match="layers were offloaded after"):
             again(pipe)
-    assert torch.equal(sample(pipe, 64, 64), wanted)
+    pipe.remove_all_hooks()
+    urae.restore(pipe)
+    assert not is_optimized(pipe.transformer)
 
 
 def test_layers_that_are_offloaded_already_are_refused(adapted, sample):
@@ -517,6 +523,23 @@ def test_in_half_precision_a_preset_joins(load_pipe, expected, caplog):
     assert "_OneProduct" in kinds
     assert "_Merged" not in kinds
     assert "merged in none" not in caplog.text
+
+
+def test_a_preset_merges_where_there_is_room(adapted, monkeypatch):
+    monkeypatch.setattr(joined_adapters, "free_bytes", lambda _: 1000)
+    pipe = urae.optimize(adapted())
+    kinds = {type(each).__name__ for each in pipe.transformer.modules()}
+    assert "_OneProduct" in kinds
+    assert "_Merged" not in kinds
+
+
+def test_turbo_goes_with_attention_processors_of_a_user(adapted, monkeypatch, caplog):
+    monkeypatch.setattr(optimize, "can_compile", lambda _: True)
+    monkeypatch.setattr(optimize, "compile_blocks", lambda _: lambda: None)
+    pipe = adapted(policy=ResolutionPolicy(native_sequence_length=80))
+    pipe.transformer.set_attn_processor(Mine())
+    urae.optimize(pipe, speed="turbo")
+    assert "local-attention is left out: the transformer has attention processors" in caplog.text
 
 
 def test_attention_processors_of_a_user(adapted, load_pipe, expected, sample, rel):

@@ -95,6 +95,15 @@ def test_stripes_of_a_vae_that_is_offloaded_layer_by_layer(pipe, monkeypatch, re
     assert norm.weight.device.type == "meta"
 
 
+def test_a_compiled_vae_decodes_in_stripes_too(pipe):
+    vae = pipe.vae
+    pipe.vae = torch.compile(vae, backend="eager")
+    urae.optimize(pipe, speed=None, parts=["striped-vae"])
+    assert type(vars(vae)["decode"]).__name__ == "_StripedDecode"
+    urae.restore(pipe)
+    assert "decode" not in vars(vae)
+
+
 def test_a_vae_of_another_kind_decodes_as_it_does(pipe):
     """AutoencoderTiny is what many put in for previews."""
     channels = pipe.vae.config.latent_channels

@@ -128,7 +128,8 @@ def restore(pipe: Pipe) -> Pipe:
         The same pipe.
 
     Raises:
-        ValueError: If adapters are fused into the base.
+        ValueError: If adapters are fused into the base, or layers were offloaded since `optimize`;
+            nothing is undone then.
     """
     transformer = transformer_of(pipe)
     undo(transformer)

@@ -67,7 +67,8 @@ def _list_container_bytes() -> Iterator[int]:
             continue
         if limit != "max":
             counts = dict(line.split() for line in stat.splitlines())
-            yield max(0, int(limit) - used + int(counts.get("inactive_file", 0)))
+            files = sum(int(counts.get(f"{kind}_file", 0)) for kind in ("inactive", "active"))
+            yield max(0, int(limit) - used + files)
 
 
 def vae_bytes(device: torch.device, free: int, pixels: int) -> int:

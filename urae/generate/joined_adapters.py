@@ -31,6 +31,7 @@ from jaxtyping import Float
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
+from urae.backbones.free_memory import free_bytes
 from urae.generate.speed import check_not_offloaded, fingerprint, list_blocks
 from urae.resolution import find_policy
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_ERROR = 1e-3
 """Of a merged layer's output, relative to the attached form."""
+_MOST_COPIES = 0.1
+"""Of the memory that is free, for a preset to merge."""
 _MAX_LOSS = 1e-2
 """Of what the adapters add to it."""
 
@@ -70,6 +73,15 @@ def join_adapters(
         stack.callback(register(joined.note_picture, prepend=True).remove)
         joined.join()
         return stack.pop_all().close
+
+
+def pays_to_merge(transformer: FluxTransformer2DModel) -> bool:
+    """Tell whether merging is exact and its copies of weights are small beside what is free."""
+    if transformer.dtype != torch.float32:
+        return False
+    layers = [each for each in transformer.modules() if isinstance(each, LoraLayer)]
+    copies: int = sum(each.get_base_layer().weight.nbytes for each in layers)
+    return copies <= _MOST_COPIES * free_bytes(transformer.device)
 
 
 class _OneProduct(Linear):  # type: ignore[misc]

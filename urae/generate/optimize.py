@@ -18,7 +18,7 @@ from urae.generate.attention import use_fastest_attention
 from urae.generate.constants import keep_constants
 from urae.generate.estimate import QUANTIZED
 from urae.generate.finite import check_finite
-from urae.generate.joined_adapters import join_adapters
+from urae.generate.joined_adapters import join_adapters, pays_to_merge
 from urae.generate.local_steps import attend_locally
 from urae.generate.memory import Memory
 from urae.generate.parts import (
@@ -76,7 +76,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
 
     Raises:
         ValueError: If a part is unknown or does not go with another, or with the pipe. Nothing is
-            optimized then.
+            optimized then; a pipe whose layers were offloaded since an earlier call stays as it is.
         ModuleNotFoundError: If the package of the attention backend cannot be used here.
     """
     transformer = transformer_of(pipe)
@@ -169,6 +169,8 @@ def find_unfit(
 def _find_local_fault(transformer: Any) -> str | None:
     if any(each._attention_backend is not None for each in list_processors(transformer)):
         return "the transformer has an attention backend of its own"
+    if len(list_processors(transformer)) < len(transformer.attn_processors):
+        return "the transformer has attention processors of its own, which take no backend"
     if find_degree(transformer) > 1:
         return SHARED_KEYS
     return None
@@ -281,10 +283,8 @@ def _apply(
             return use_fastest_attention(pipe.transformer)
         case "joined-adapters" | "merged-adapters":
             is_named = part.name == "merged-adapters"
-            in_full = (
-                part.is_preset and pipe.transformer.dtype == torch.float32
-            )  # where it is exact
-            return join_adapters(pipe.transformer, merge=is_named or in_full, warn=is_named)
+            merge = is_named or (part.is_preset and pays_to_merge(pipe.transformer))
+            return join_adapters(pipe.transformer, merge=merge, warn=is_named)
         case "constants":
             return keep_constants(pipe.transformer)
         case "progressive":

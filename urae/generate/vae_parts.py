@@ -29,6 +29,7 @@ def decode_in_stripes(vae: AutoencoderKL) -> Undo:
     Returns:
         What undoes it.
     """
+    vae = getattr(vae, "_orig_mod", vae)  # of torch.compile
     if not _can_split(vae):
         logger.info("%s decodes whole: it is not FLUX's kind of VAE", type(vae).__name__)
         return lambda: None
