@@ -16,6 +16,9 @@ from bench import Bench, run_urae
 from measure import describe_machine, find_commit
 from report import table
 
+from urae.adapters.packaged import pick_adapters
+
+NATIVE = 256  # pixels, the miniature's own side
 STEPS = 24  # of dev, as its scores are told by
 CAPTION = "a large red circle left of a small blue square on a striped green background"
 
@@ -28,22 +31,16 @@ def measure(bench: Bench, model: str, side: int, count: int) -> list[str | float
     figures = run_urae(
         bench,
         *("generate", CAPTION, "--model", model, "--size", str(side)),
-        *(word for name in pick(side) for word in ("--adapter", name)),
+        *(word for name in pick_adapters(side, side, NATIVE) for word in ("--adapter", name)),
         *("--num-images", str(1 + count), "--output", str(folder), *options),
     )
     stages = figures["seconds"]
     sampling, decoding = (statistics.median(stages[name][1:]) for name in ("sample", "decode"))
-    each = [sum(both) for both in zip(stages["sample"], stages["decode"], strict=True)][1:]
+    both = zip(stages["sample"][1:], stages["decode"][1:], strict=True)
+    each = [round(sum(pair), 2) for pair in both]
     steps = len(figures["steps_at"]) // (1 + count)
     total = statistics.median(each)
     return [f"{side} x {side}", model, steps, total, sampling, decoding, max(each)]
-
-
-def pick(side: int) -> tuple[str, ...]:
-    """Name the adapters of a size."""
-    from urae.adapters.packaged import pick_adapters
-
-    return pick_adapters(side, side, 256)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def test_scores_are_bounded():
     assert count_score_bytes(CUDA, torch.bfloat16, **SIZE) == 8 * 2**27
     few = SIZE | {"queries": 24}  # eight blocks at least
     assert count_score_bytes(CUDA, torch.float16, **few) == 8 * 2 * 3 * 2**17
-    short = SIZE | {"queries": 100_000, "keys": 1024}  # no more rows than take their time
+    short = SIZE | {"queries": 100_000, "keys": 1024}  # no more rows than that
     assert count_score_bytes(CUDA, torch.float16, **short) == 8 * 2 * 2048 * 1024
     assert count_score_bytes(CUDA, torch.float32, **SIZE) == 0
     assert count_score_bytes(CPU, torch.bfloat16, **SIZE) == 0

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _WIDEST = 256  # head that the fast kernels take
-_BLOCK_ROWS = 2048  # queries; more take the time of these
+_BLOCK_ROWS = 2048  # queries at most
 _LEAST_BLOCKS = 8  # of few queries, which are few where memory is short
 _BLOCK_SCORES = 2**27  # 512 MiB in float32
 _SCORE_BYTES = 4 + 4  # of a score and its softmax
