@@ -161,6 +161,13 @@ def _streamed(side: int, cap_gib: float) -> Callable[[Bench], dict[str, Any]]:
     return partial(measure_dev, name=name, side=side, options=options, cap_gib=cap_gib)
 
 
+def _quantized(side: int, memory: str, cap_gib: float) -> Callable[[Bench], dict[str, Any]]:
+    """Make a picture in four steps with weights in fewer bits, as a smaller card would."""
+    name = f"{memory}, under {cap_gib:g} GiB"
+    options = ("--memory", memory)
+    return partial(measure_dev, name=name, side=side, steps=4, options=options, cap_gib=cap_gib)
+
+
 def _fast(
     side: int, speed: str, num_pictures: int = 2, *, local: bool = False
 ) -> Callable[[Bench], dict[str, Any]]:
@@ -183,8 +190,14 @@ GENERATION: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "generate_4k_streamed_7gib": _streamed(4096, 7),
     "generate_2k_streamed_8gib": _streamed(2048, 8),
     "generate_2k_streamed_6gib": _streamed(2048, 6),
+    "generate_4k_8bit_24gib": _quantized(4096, "8bit", 24),
+    "generate_4k_4bit_16gib": _quantized(4096, "4bit", 16),
+    "generate_2k_4bit_12gib": _quantized(2048, "4bit", 12),
     "generate_4k_fast": _fast(4096, "fast"),
     "generate_4k_turbo": _fast(4096, "turbo"),
+    "generate_4k_turbo_24gib": partial(
+        measure_dev, name="turbo, under 24 GiB", side=4096, options=("--speed", "turbo"), cap_gib=24
+    ),
     "generate_4k_turbo_local": _fast(4096, "turbo", local=True),
     "generate_2k_turbo": _fast(2048, "turbo", num_pictures=4),
     "generate_2k_turbo_alone": _fast(2048, "turbo", num_pictures=1),

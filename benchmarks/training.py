@@ -42,6 +42,7 @@ WAYS = {
 """At both sizes."""
 BARS = {
     "train_2k_lora_8bit": (2048, "lora", Way("8-bit base", "8bit", cap_gib=22)),
+    "train_2k_lora_4bit": (2048, "lora", Way("4-bit base", "4bit", compiled=False, cap_gib=18)),
     "train_2k_minor_streamed": (2048, "minor", Way("compiled, streamed", "streamed", cap_gib=10)),
     "train_4k_streamed": (4096, "minor", Way("compiled, streamed", "streamed", cap_gib=16)),
     "train_4k_streamed_selective": (
