@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from urae.backbones.vae_plan import plan_encode
 from urae.features import encoders
@@ -159,6 +159,8 @@ def test_metadata_says_what_a_file_was_made_from(cached, base_dev):
         "max_sequence_length",
         "caption_sha256",
         "model",
+        "stem",
+        "column",
     }
 
 
@@ -321,6 +323,86 @@ def test_features_whose_picture_is_gone_are_told(cached_copy, settings):
     report = cache(settings(cached_copy))
     assert report.pictureless == ["image_0"] and not report.removed
     assert "image_0" in {sample.stem for sample in list_samples(cached_copy)}
+
+
+@pytest.fixture
+def neighbours(cached_copy, settings):
+    """A cached folder of `beach` and `beach_2`, as cameras and people number their pictures."""
+    for old, new in (("image_0", "beach"), ("image_1", "beach_2")):
+        for path in cached_copy.glob(f"{old}*"):
+            if path.suffix == ".safetensors":
+                path.unlink()
+            else:
+                path.rename(cached_copy / path.name.replace(old, new))
+    cache(settings(cached_copy))
+    return cached_copy
+
+
+def captions_of(folder, stem):
+    (columns,) = (each.embed_files for each in list_samples(folder) if each.stem == stem)
+    return sorted(columns)
+
+
+def test_a_picture_that_is_left_out_gives_its_captions_to_no_other(neighbours, settings):
+    own = captions_of(neighbours, "beach")
+    (neighbours / "beach_2_latent_code.safetensors").unlink()
+    assert captions_of(neighbours, "beach") == own
+    (neighbours / "beach_2.jpg").unlink()
+    assert captions_of(neighbours, "beach") == own
+    # as without our metadata, with the picture there
+    (neighbours / "beach_2.jpg").touch()
+    for path in neighbours.glob("beach_2*_embed.safetensors"):
+        save_file(load_file(path), path)
+    assert captions_of(neighbours, "beach") == own
+
+
+def test_captions_of_a_picture_that_is_gone_stay(neighbours, settings):
+    (neighbours / "beach_2.jpg").unlink()
+    before = features_of(neighbours)
+    report = cache(settings(neighbours))
+    assert (report.removed, report.pictureless) == ([], ["beach_2"])
+    assert features_of(neighbours) == before
+    (neighbours / "beach.json").write_text("{")  # as while another program writes it
+    assert cache(settings(neighbours)).removed == []
+    assert features_of(neighbours) == before
+
+
+def test_features_that_were_renamed_with_their_picture_are_its_own(neighbours):
+    own = captions_of(neighbours, "beach_2")
+    for path in sorted(neighbours.glob("beach_2*")):
+        path.rename(neighbours / path.name.replace("beach_2", "shore_2"))
+    assert captions_of(neighbours, "shore_2") == own
+
+
+def test_a_picture_may_be_called_empty(cached_copy, settings):
+    for path in cached_copy.glob("image_0.*"):
+        path.rename(cached_copy / path.name.replace("image_0", "empty"))
+    cache(settings(cached_copy))
+    assert captions_of(cached_copy, "empty") == ["generated_prompt", "prompt"]
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_features(cached_copy, settings, monkeypatch):
+    path = cached_copy / "image_2_latent_code.safetensors"
+    save_file(load_file(path), path)  # the reference's
+    before = features_of(cached_copy)
+
+    def fail(*_, **__):
+        raise FileNotFoundError("Stale file handle")  # which safetensors calls all of them
+
+    with monkeypatch.context() as patch:
+        patch.setattr("urae.features.store.safe_open", fail)
+        with pytest.raises(OSError, match=r"cannot be read \(Stale file handle\); see to it"):
+            cache(settings(cached_copy))
+    assert features_of(cached_copy) == before
+
+
+def test_names_that_are_too_long_are_skipped(folder, settings):
+    for file in ("image_0.jpg", "image_0.json"):
+        (folder / file).rename(folder / f"{'é' * 112}{Path(file).suffix}")
+    report = cache(settings(folder))
+    (skip,) = report.skipped
+    assert (skip.reason, report.num_ready) == ("unfit file name", 3)
+    assert "file name would have 259 bytes, of 250; rename" in skip.detail
 
 
 def test_columns_and_captions_that_are_cut_are_told(cached_copy, settings):

@@ -1,5 +1,8 @@
+import errno
 import subprocess
 import sys
+
+import pytest
 
 from urae.features.claims import Claims
 
@@ -79,3 +82,22 @@ def test_an_error_gives_up_what_was_claimed_ahead(tmp_path):
         assert find_free(path, *names) == ["-", "-", "three"]
         turns.close()
         assert find_free(path, *names) == names
+
+
+def test_without_locks_every_claim_is_granted(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with Claims(tmp_path / "data" / "lock") as claims:
+        assert list(claims.share(["one", "two"], lambda _: None)) == [0, 1]
+    assert "data cannot be locked (Function not implemented); let no other process" in caplog.text
+
+
+def test_other_failures_of_locking_are_errors(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(OSError, match="Input/output error"), Claims(tmp_path / "lock"):
+        pass

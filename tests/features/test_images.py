@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
 from urae.features.images import MAX_PIXELS, ImageError, decode_image, read_image, read_size
 
@@ -119,6 +119,47 @@ def test_exif_orientation_is_applied(tmp_path):
     turned = load_image(path)
     assert turned.size == (1, 2)
     assert (pixel(turned), pixel(turned, (0, 1))) == (RED, (0, 0, 255))
+
+
+@pytest.mark.parametrize("value", [b"\x05", "text", (1, 2)], ids=["bytes", "text", "rational"])
+def test_odd_exif_beside_the_orientation_does_not_matter(tmp_path, value):
+    """As cameras and editors write it, of another type than the standard says."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = save(Image.new("RGB", (16, 8), RED), tmp_path / "a.jpg", exif=exif)
+    kind, count, payload = {
+        bytes: (7, 1, b"\x05\0\0\0"), str: (2, 4, b"txt\0"), tuple: (5, 1, b"\x1a\0\0\0"),
+    }[type(value)]  # fmt: skip
+    entries = struct.pack("<HHHII", 2, 0x112, 3, 1, 6)
+    entries += struct.pack("<HHI", 0x11A, kind, count) + payload  # XResolution
+    tiff = b"II*\0\x08\0\0\0" + entries + b"\0" * 4
+    odd = b"Exif\0\0" + tiff
+    segment = b"\xff\xe1" + struct.pack(">H", len(odd) + 2) + odd
+    data = path.read_bytes()
+    begin = data.index(b"\xff\xe1")
+    length = struct.unpack(">H", data[begin + 2 : begin + 4])[0]
+    path.write_bytes(data[:begin] + segment + data[begin + 2 + length :])
+    assert load_image(path).size == (8, 16)
+
+
+def test_every_orientation_is_the_standards(tmp_path):
+    image = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        path = save(image, tmp_path / "a.png", exif=exif)
+        with Image.open(path) as opened:
+            wanted = ImageOps.exif_transpose(opened)
+        assert np.array_equal(load_image(path), wanted)
+
+
+def test_a_header_is_enough_for_the_size(tmp_path):
+    path = save(Image.effect_noise((640, 480), 64).convert("RGB"), tmp_path / "a.jpg")
+    path.write_bytes(path.read_bytes()[:2048])
+    assert read_size(path) == (480, 640)
+    with pytest.raises(ImageError, match="No such file") as error:
+        read_size(tmp_path / "none.jpg")
+    assert error.value.reason == "unreachable image"
 
 
 def test_first_frame_of_an_animation(tmp_path):

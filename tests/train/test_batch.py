@@ -36,6 +36,15 @@ def test_a_rule_changes_the_sigmas_alone(settings):
         assert torch.equal(other.sigmas, draw(inputs, **changes).sigmas)
 
 
+def test_latents_of_another_size_than_at_the_start_are_refused(settings):
+    inputs = check_inputs(settings())
+    sample = replace(inputs.samples[0], height=512)
+    with pytest.raises(
+        ValueError, match=r"has changed since the run began.* in place of \d+ x 512"
+    ):
+        sample_batch([sample], [0], inputs.draws, CPU)
+
+
 def test_the_shift_follows_the_samples_size(settings):
     inputs = check_inputs(settings(timestep_shift="resolution"))
     assert inputs.draws.scheduler["max_image_seq_len"] == 4096

@@ -81,6 +81,24 @@ def test_an_old_checkpoint_goes_only_once_the_new_one_is_whole(settings, monkeyp
     assert seen == [(1, 2, None), (1, 3, None), (2, 3, None)]
 
 
+def test_what_cannot_be_deleted_does_not_end_the_run(settings, monkeypatch, caplog):
+    """As on NFS, which keeps the files that another process has open."""
+    delete = shutil.rmtree
+
+    def refuse(path, ignore_errors=False):
+        if Path(path).name.startswith(".checkpoint") and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        delete(path, ignore_errors)
+
+    monkeypatch.setattr("urae.train.checkpoint.shutil.rmtree", refuse)
+    config = settings(steps=2, checkpoint_every=1, keep_checkpoints=1)
+    assert train(config).finished
+    assert steps_of(config.output_dir) == [2]
+    assert ".checkpoint-000001.partial could not be deleted (Directory not empty)" in caplog.text
+    assert train(replace(config, steps=3, resume=True)).finished
+    assert steps_of(config.output_dir) == [3]
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flip", "truncate", "miss"])
 def test_a_damaged_checkpoint_is_set_aside(interrupted, whole, caplog, name, damage):

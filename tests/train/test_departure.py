@@ -81,8 +81,9 @@ def test_a_run_that_departs_says_so_also_when_resumed(settings, data_dir, caplog
     with caplog.at_level(logging.WARNING):
         train(config)
     (first, *_) = texts = [each.getMessage() for each in caplog.records]
-    assert "the held-out loss has risen from" in first and "the adapter departs" in first
+    assert "the held-out loss has risen from" in first and "the adapter is getting worse" in first
     assert "at step 0 to" in first and "at step 4:" in first
+    assert "use none of this run, or try a lower learning rate" in first
     caplog.clear()
     find_checkpoints(config.output_dir)[-1].discard()
     with caplog.at_level(logging.WARNING):

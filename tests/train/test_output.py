@@ -8,7 +8,7 @@ import pytest
 
 from urae.train import train
 from urae.train.checkpoint import find_checkpoints
-from urae.train.output import hold_output
+from urae.train.output import find_previews, hold_output
 
 
 def hold(output_dir, held):
@@ -70,6 +70,14 @@ def test_a_lock_that_its_run_has_just_deleted_is_none(tmp_path, monkeypatch):
         pass
 
 
+def test_other_files_beside_previews_do_not_matter(tmp_path):
+    folder = tmp_path / "previews" / "one"
+    folder.mkdir(parents=True)
+    for name in ("step-000200.png", "step-000200 copy.png", "step-best.png"):
+        (folder / name).touch()
+    assert find_previews(tmp_path) == {folder / "step-000200.png": 200}
+
+
 def test_a_file_system_without_locks_is_told_of(settings, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -77,4 +85,4 @@ def test_a_file_system_without_locks_is_told_of(settings, monkeypatch, caplog):
     monkeypatch.setattr("fcntl.lockf", refuse)
     with hold_output(settings().output_dir):
         pass
-    assert "run cannot be locked (No locks available); see to it that no other run" in caplog.text
+    assert "run cannot be locked (No locks available); let no other process" in caplog.text

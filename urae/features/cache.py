@@ -27,10 +27,10 @@ from urae.features.store import (
     Status,
     digest,
     empty_prompt_path,
+    find_owner,
     find_status,
     fingerprint_encoders,
     latent_path,
-    split_embed_name,
     write_features,
 )
 from urae.geometry import check_side
@@ -233,29 +233,37 @@ class _Job:
             stem = Path(name).stem
             columns[stem] = {}
             self._remove_ours(latent_path(self.config.data_dir, stem))
+        known = columns.keys() | self._list_pictures() | self._list_cached()
         for path in sorted(self.config.data_dir.glob(f"[!.]*{EMBED_SUFFIX}")):
-            owner = split_embed_name(path.name, columns)
-            if owner and owner[1] not in columns[owner[0]]:
+            owner = find_owner(path, known)
+            if owner and owner[0] in columns and owner[1] not in columns[owner[0]]:
                 self._remove_ours(path)
 
     def find_pictureless(self) -> None:
         """Report features whose picture is gone; whoever wants its room may have removed it."""
-        folder = self.config.data_dir
-        stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
-        names = (path.name for path in folder.glob(f"[!.]*{LATENT_SUFFIX}"))
-        cached = {name.removesuffix(LATENT_SUFFIX) for name in names}
-        self.report.pictureless = sorted(cached - stems)
+        self.report.pictureless = sorted(self._list_cached() - self._list_pictures())
+
+    def _list_pictures(self) -> set[str]:
+        """List the stems of the folder's pictures, with captions or without."""
+        files = self.config.data_dir.iterdir()
+        return {path.stem for path in files if path.suffix.lower() in SUFFIXES}
+
+    def _list_cached(self) -> set[str]:
+        """List the stems that have latents."""
+        names = (path.name for path in self.config.data_dir.glob(f"[!.]*{LATENT_SUFFIX}"))
+        return {name.removesuffix(LATENT_SUFFIX) for name in names}
 
     def encode_caption(self, source: Source, column: str) -> None:
         """Write one caption's embeddings, unless another process just has."""
-        if self._write_embeds(source.embed_path(column), source.captions[column]):
+        owner = {"stem": source.stem, "column": column}
+        if self._write_embeds(source.embed_path(column), source.captions[column], owner):
             self.report.embeds.encoded += 1
         else:
             self.report.embeds.shared += 1
 
     def encode_empty_prompt(self) -> None:
         """Write the empty prompt's embeddings, for caption dropout, unless they are up to date."""
-        self._write_embeds(empty_prompt_path(self.config.data_dir), "")
+        self._write_embeds(empty_prompt_path(self.config.data_dir), "", {})
 
     def encode_images(
         self, sources: list[Source], claims: Claims, advance: Callable[[int], None]
@@ -309,7 +317,7 @@ class _Job:
         write_features(source.latent_path, {"mean": mean, "std": std}, picture.identity | facts)
         self.report.latents.encoded += 1
 
-    def _write_embeds(self, path: Path, caption: str) -> bool:
+    def _write_embeds(self, path: Path, caption: str, owner: dict[str, str]) -> bool:
         """Encode a caption into a file, and return whether it was due."""
         identity = self.embed_identity | {"caption_sha256": digest(caption)}
         if find_status(path, identity) is Status.CURRENT:
@@ -319,7 +327,7 @@ class _Job:
         if (num_tokens := self.encoders.count_tokens(caption)) > self.text_tokens:
             self.report.cut.append(f"{path.name}: {num_tokens} tokens")
         tensors = {"caption_feature_t5": t5, "caption_feature_clip": clip}
-        write_features(path, tensors, identity | {"model": self.config.model})
+        write_features(path, tensors, identity | {"model": self.config.model} | owner)
         return True
 
     def _pick_bucket(self, source: Source, height: int, width: int) -> tuple[int, int]:

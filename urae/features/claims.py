@@ -1,12 +1,18 @@
 """Claims by which several processes, on one machine or more, share the work on a folder."""
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of some network file systems
 
 
 class Claims:
@@ -14,15 +20,28 @@ class Claims:
 
     The kernel gives up a process's locks when it ends, however it ends, so a killed run leaves
     nothing to clean up. A name's byte is a hash of it; two names on one byte only wait for each
-    other. The locks belong to a process: threads of one process do not exclude each other.
+    other. The locks belong to a process: threads of one process do not exclude each other. Where
+    the file system has no locks a warning says so, and every claim is granted.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._has_locks = True
 
     def __enter__(self) -> "Claims":
         self._path.parent.mkdir(exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if self._lock("", wait=False):
+                self._unlock("")
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._has_locks = False
+            logger.warning(
+                f"{self._path.parent} cannot be locked ({error.strerror}); let no other process "
+                "work on it"
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,6 +125,8 @@ class Claims:
 
     def _lock(self, name: str, *, wait: bool) -> bool:
         """Lock a name's byte, and return whether it was granted."""
+        if not self._has_locks:
+            return True
         command = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         try:
             fcntl.lockf(self._file, command, 1, _find_byte(name))
@@ -114,7 +135,8 @@ class Claims:
         return True
 
     def _unlock(self, name: str) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _find_byte(name))
+        if self._has_locks:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _find_byte(name))
 
 
 def _find_byte(name: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from urae.features.images import SUFFIXES
 from urae.features.store import (
     EMBED_KEYS,
     EMBED_SUFFIX,
@@ -19,10 +20,10 @@ from urae.features.store import (
     Fingerprints,
     Header,
     embed_name,
+    find_owner,
     latent_path,
     read_features,
     read_header,
-    split_embed_name,
 )
 from urae.geometry import VAE_FACTOR
 
@@ -68,13 +69,15 @@ def list_samples(data_dir: Path) -> list[Sample]:
             f"data folder {data_dir} has no cached latents (*{LATENT_SUFFIX}); "
             f"run `urae cache {data_dir} --model MODEL --resolution SIDE` first"
         )
-    known = frozenset(stems)
+    cached, pictures = frozenset(stems), data_dir.iterdir()
+    known = cached | {path.stem for path in pictures if path.suffix.lower() in SUFFIXES}
     embeds: defaultdict[str, dict[str, FeatureFile]] = defaultdict(dict)
     num_alone = 0
     for name in names:
-        if not name.endswith(EMBED_SUFFIX) or name == EMPTY_PROMPT:
+        if not name.endswith(EMBED_SUFFIX) or (name == EMPTY_PROMPT and "empty" not in known):
             continue
-        if owner := split_embed_name(name, known):
+        owner = find_owner(data_dir / name, known)
+        if owner and owner[0] in cached:
             embeds[owner[0]][owner[1]] = data_dir / name
         else:
             num_alone += 1

@@ -4,10 +4,10 @@ import io
 import logging
 import struct
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -26,7 +26,20 @@ Reason = Literal[
 ]
 
 # what Pillow's decoders raise on damaged files
-_DAMAGE = (OSError, SyntaxError, ValueError, IndexError, TypeError, KeyError, struct.error)
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+    struct.error,
+)  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the EXIF orientation; 1 is upright."""
 _SIXTEEN_BITS = 65535
 
 
@@ -47,7 +60,7 @@ def read_image(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ImageError("unreachable image", f"{path.name}: {error.strerror}") from error
+        raise _unreachable(path, error) from error
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -65,9 +78,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         ImageError: If it is no such file, is damaged or truncated, or has over `MAX_PIXELS`.
     """
-    image = _open(data, name)
+    image = _open(io.BytesIO(data), name)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        return _to_rgb(_turn(image, name), name)
     except _DAMAGE as error:
         raise _damaged(name, error) from error
 
@@ -78,18 +91,25 @@ def read_size(path: Path) -> tuple[int, int]:
     Raises:
         ImageError: As `decode_image`, but of the pixels nothing is known yet.
     """
-    image = _open(read_image(path), path.name)
-    return image.height, image.width
+    try:
+        with path.open("rb") as file:
+            image = _open(file, path.name)
+            return image.height, image.width
+    except OSError as error:
+        raise _unreachable(path, error) from error
 
 
-def _open(data: bytes, name: str) -> ImageFile.ImageFile:
+def _open(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     # The decoder's own class rather than Image.open: its limit of pixels is a global of the process
-    decoder = _pick_decoder(data)
+    decoder = _pick_decoder(file.read(12))
     if decoder is None:
         raise ImageError("unreadable image", f"{name} is not a JPEG, PNG, WebP or AVIF file")
     try:
-        image = decoder(io.BytesIO(data))
+        file.seek(0)
+        image = decoder(file)
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+            raise
         raise _damaged(name, error) from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
@@ -112,8 +132,22 @@ def _pick_decoder(data: bytes) -> type[ImageFile.ImageFile] | None:
     return None
 
 
+def _unreachable(path: Path, error: OSError) -> ImageError:
+    return ImageError("unreachable image", f"{path.name}: {error.strerror}")
+
+
 def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError("truncated image", f"{name} is truncated or corrupt: {error}")
+
+
+def _turn(image: Image.Image, name: str) -> Image.Image:
+    """Turn an image as its EXIF says; the rest of it may be of any kind, and is not read."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGE as error:
+        logger.info("%s: EXIF left out (%s)", name, error)
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -26,6 +26,8 @@ _EXPECTED = (
     "every text is a caption (`prompt`, `generated_prompt`), or <name>.txt"
 )
 
+_MAX_NAME_BYTES = 255 - len(".") - len(".tmp")  # of file systems; it is written under another
+
 _COLUMN = re.compile(r"[^./\\\0][^/\\\0]{0,99}")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # from broken JSON escapes, or bytes not UTF-8
 
@@ -64,6 +66,12 @@ class Source:
         """Where the embeddings of its caption in `column` go."""
         return embed_path(self.image.parent, self.stem, column)
 
+    @property
+    def longest_name_bytes(self) -> int:
+        """Length of the longest of its features' file names, in UTF-8."""
+        paths = [self.latent_path, *map(self.embed_path, self.captions)]
+        return max(len(path.name.encode()) for path in paths)
+
 
 def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
     """Find the captioned images of a folder; hidden files and subfolders are not looked at.
@@ -98,8 +106,17 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
             continue
         captions, faults = read_captions(image)
         skips += faults
-        if captions:
-            sources.append(Source(image, captions))
+        if not captions:
+            continue
+        source = Source(image, captions)
+        if (num_bytes := source.longest_name_bytes) > _MAX_NAME_BYTES:
+            detail = (
+                f"its features' longest file name would have {num_bytes} bytes, of "
+                f"{_MAX_NAME_BYTES}; rename the file to a shorter name"
+            )
+            skips.append(Skip(image.name, "unfit file name", detail))
+            continue
+        sources.append(source)
     skips += [
         Skip(file.name, "captions not read", "write each into <name>.txt beside its picture")
         for file in files

@@ -14,6 +14,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -133,6 +134,30 @@ def split_embed_name(name: str, stems: Collection[str]) -> tuple[str, str] | Non
     return next(((head[:at], head[at + 1 :]) for at in cuts if head[:at] in stems), None)
 
 
+def find_owner(path: Path, stems: Collection[str]) -> tuple[str, str] | None:
+    """Tell which image's caption a file of embeddings holds: the stem and the column.
+
+    By name alone `beach_2_prompt` is column `2_prompt` of `beach` where nothing else of `beach_2`
+    is left, so the file's own metadata counts, unless the file has been renamed.
+
+    Args:
+        path: The file.
+        stems: Of all images that are known.
+
+    Returns:
+        What its metadata say, else the longest of `stems` that fits; None if none fits.
+    """
+    owner = split_embed_name(path.name, stems)
+    if owner is None or "_" not in owner[1]:  # no shorter column to be
+        return owner
+    with suppress(ValueError):  # a damaged one says nothing
+        found = read_header(path).metadata or {}
+        own = found.get("stem", ""), found.get("column", "")
+        if embed_name(*own) == path.name:
+            return own
+    return owner
+
+
 def fingerprint_encoders(model_path: Path) -> Fingerprints:
     """Identify a model's VAE and text encoders without loading them.
 
@@ -156,6 +181,9 @@ def find_status(path: Path, identity: Mapping[str, str]) -> Status:
     Returns:
         `CURRENT` if all of `identity` is in its metadata, `FOREIGN` if it is sound but carries no
         metadata of ours, else `DUE`.
+
+    Raises:
+        OSError: If the system cannot read it.
     """
     if not path.exists():
         return Status.DUE
@@ -173,6 +201,7 @@ def read_header(file: FeatureFile) -> Header:
 
     Raises:
         ValueError: If the file is truncated or corrupt.
+        OSError: If the system cannot read it.
     """
     if isinstance(file, PackedFile):
         return file.header
@@ -180,8 +209,10 @@ def read_header(file: FeatureFile) -> Header:
         with safe_open(file, "pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise _corrupt(file, str(error)) from error
+    except OSError as error:
+        raise _unreachable(file, error) from error
     return Header(metadata if FORMAT_KEY in metadata else None, shapes)
 
 
@@ -195,7 +226,7 @@ def read_features(file: FeatureFile, keys: Collection[str]) -> dict[str, Tensor]
     Raises:
         ValueError: If the file is truncated or corrupt, lacks a key, is not finite, or does not
             have the checksum that it was written with.
-        FileNotFoundError, ConnectionError: If its shard cannot be read.
+        OSError: If the system cannot read it; FileNotFoundError and ConnectionError of its shard.
     """
     if isinstance(file, PackedFile):
         tensors: dict[str, Tensor] = load(file.read_bytes())
@@ -216,8 +247,10 @@ def _read_loose(path: Path) -> tuple[dict[str, Tensor], bool]:
         with safe_open(path, "pt") as opened:
             wanted = (opened.metadata() or {}).get(CHECKSUM_KEY)
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise _corrupt(path, str(error)) from error
+    except OSError as error:
+        raise _unreachable(path, error) from error
     if wanted is not None and wanted != checksum(tensors):
         raise _corrupt(path, "its bytes have changed since it was written")
     return tensors, wanted is not None
@@ -275,6 +308,14 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def digest(data: bytes | str) -> str:
     """Return the SHA-256 of bytes, or of text in UTF-8, as 64 hex digits."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def _unreachable(file: Path, error: OSError) -> OSError:
+    """Say that the system cannot read a file, which may be as good as ever."""
+    return OSError(
+        f"feature file {file} cannot be read ({error.strerror or error}); see to it that its "
+        "storage can be reached, and run the command again, training with --resume"
+    )
 
 
 def _corrupt(file: FeatureFile, reason: str) -> ValueError:

@@ -15,7 +15,7 @@ from urae.features.captions import choose_caption
 from urae.features.dataset import Sample, load_embeds, load_latents
 from urae.features.store import FeatureFile
 from urae.flow import TimestepSampling, find_resolution_shift, sample_sigmas, shift_sigmas
-from urae.geometry import num_image_tokens
+from urae.geometry import VAE_FACTOR, num_image_tokens
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,13 @@ def _draw(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     column = choose_caption(sample, draws.original_caption_share, generator, draws.caption_weights)
     mean, std = (part.float() for part in load_latents(sample))
+    height, width = (VAE_FACTOR * side for side in mean.shape[1:])
+    if (height, width) != (sample.height, sample.width):
+        raise ValueError(
+            f"feature file {sample.latent_file} has changed since the run began: it holds a "
+            f"picture of {width} x {height} in place of {sample.width} x {sample.height}; cache "
+            "other sizes into another folder"
+        )
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
     sigmas = sample_sigmas(1, generator, draws.timestep_sampling)

@@ -63,8 +63,12 @@ class Checkpoint:
         """Delete the checkpoint; a kill on the way leaves what does not count as one."""
         partial = self.path.with_name(_PARTIAL.format(self.path.name))
         shutil.rmtree(partial, ignore_errors=True)
-        self.path.rename(partial)
-        shutil.rmtree(partial)
+        try:
+            self.path.rename(partial)
+        except OSError as error:
+            _warn_of_remains(self.path, error)
+        else:
+            _delete(partial)
 
     def set_aside(self) -> Path:
         """Rename a damaged checkpoint, so that it is kept but counts no more."""
@@ -93,7 +97,22 @@ def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
 def clear_partial(output_dir: Path) -> None:
     """Delete what a killed run left of a checkpoint that it was writing or deleting."""
     for path in output_dir.glob(_PARTIAL.format("checkpoint-*")):
-        shutil.rmtree(path)
+        _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, or say what is left: a run does not end for what it needs no more."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # a network's file system keeps files that someone has open
+        _warn_of_remains(folder, error)
+
+
+def _warn_of_remains(folder: Path, error: OSError) -> None:
+    logger.warning(
+        f"{folder} could not be deleted ({error.strerror or error}); the run goes on, delete it "
+        "by hand"
+    )
 
 
 def save_checkpoint(

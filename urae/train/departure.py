@@ -44,11 +44,11 @@ def warn_of_departure(output_dir: Path) -> None:
     measurements = [Measurement(step, losses) for step, losses in read_validation(output_dir)]
     if (best := find_rise(measurements)) is not None:
         last = measurements[-1]
+        better = f"checkpoint-{best.step:06d}" if best.step else "none of this run"
         logger.warning(
             f"the held-out loss has risen from {best.mean:.4f} at step {best.step} to "
-            f"{last.mean:.4f} at step {last.step}: the adapter departs; take that of "
-            f"checkpoint-{best.step:06d}, or try a lower learning rate, more pictures or fewer "
-            "steps"
+            f"{last.mean:.4f} at step {last.step}: the adapter is getting worse; use "
+            f"{better}, or try a lower learning rate, more pictures or fewer steps"
         )
 
 

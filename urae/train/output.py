@@ -39,6 +39,7 @@ TRACKER_NAME = "urae"
 """Of the run in a tracker, and of tensorboard's folder in its own."""
 VALIDATION_FILE = "validation.csv"
 PREVIEW_DIR = "previews"
+_PREVIEW = re.compile(r"step-(\d+)\.png")
 LOCK_FILE = ".run.lock"
 
 LEVELS = [f"loss_q{number}" for number in range(1, NUM_LEVELS + 1)]
@@ -222,14 +223,7 @@ def hold_output(output_dir: Path) -> Iterator[None]:
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / LOCK_FILE
     with Claims(path) as claims, ExitStack() as stack:
-        try:
-            granted = stack.enter_context(claims.claim(LOCK_FILE, wait=False))
-        except OSError as error:  # some network file systems have no locks
-            logger.warning(
-                f"{output_dir} cannot be locked ({error.strerror}); see to it that no other run "
-                "uses it"
-            )
-            granted = True
+        granted = stack.enter_context(claims.claim(LOCK_FILE, wait=False))
         if not (granted and path.exists()):  # or it was the lock of a run that has just ended
             raise FileExistsError(
                 f"{output_dir} is in use by another run; wait until it ends, stop it, or choose "
@@ -271,8 +265,9 @@ def prepare_output(output_dir: Path, start: Start) -> None:
 def find_previews(output_dir: Path) -> dict[Path, int]:
     """Find the pictures that a run has written as it went, and their steps, first ones first."""
     found = {
-        path: int(path.stem.removeprefix("step-"))
+        path: int(match[1])
         for path in (output_dir / PREVIEW_DIR).glob("*/step-*.png")
+        if (match := _PREVIEW.fullmatch(path.name))
     }
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
