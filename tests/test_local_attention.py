@@ -352,6 +352,7 @@ def test_a_backend_of_the_users_stays(transformer, rel):
         assert processor._attention_backend == "_native_math"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_take_a_block_mask_of_every_size(transformer, rel):
     apply_policy(transformer, LOCAL)

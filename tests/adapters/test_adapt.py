@@ -462,6 +462,7 @@ def test_a_copy_of_an_adapted_pipe(load_pipe, expected, sample, rel):
     assert duplicate.scheduler.config.use_dynamic_shifting
 
 
+@pytest.mark.slow
 def test_a_compiled_transformer(load_pipe, expected, sample):
     lora = stages(expected, "dev")["2k"][0]
     wanted = sample(urae.adapt(load_pipe(), lora))

@@ -184,6 +184,7 @@ def test_of_quantised_tensors_what_is_stored_is_pinned():
     assert 64 * 64 < _pinned_bytes(parent) < 64 * 64 + 1024  # bytes, and a scale a row
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
 def test_streamed_blocks_are_compiled_once_a_kind(load_pipe, expected, monkeypatch, rel):

@@ -180,6 +180,7 @@ def test_other_parts_beside_it(adapted, draw, other):
         assert torch.equal(draw(pipe)[0], wanted)
 
 
+@pytest.mark.slow
 def test_early_steps_are_not_compiled(adapted, draw, rel, monkeypatch):
     wanted, _ = draw(progressive(adapted(), 0.5))
     torch._dynamo.reset()

@@ -157,6 +157,14 @@ def test_streamed_weights(adapted, draw, kind):
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "taylorseer-cache",
+        pytest.param("mag-cache", marks=pytest.mark.slow),
+        pytest.param("first-block-cache", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks(adapted, draw, kind, rel, monkeypatch):
     pipe = adapted()
     wanted = [draw(cached(pipe, kind))[0] for _ in range(2)][1]

@@ -296,7 +296,7 @@ def test_a_disk_that_is_really_full(settings, whole, small_disk, impatient, monk
         filler.unlink()  # what the run waits for
 
     monkeypatch.setattr("urae.train.checkpoint.logger.warning", free)
-    for room in range(0, 120, 8):  # in KiB; a checkpoint has about 100
+    for room in (0, 32, 64, 96, 112):  # in KiB; a checkpoint has about 100
         shutil.rmtree(config.output_dir, ignore_errors=True)
         filler.unlink(missing_ok=True)
         train(replace(config, steps=1))

@@ -426,7 +426,9 @@ def run_command(arguments: list[str], errors: Path) -> None:
     main()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_saves_first(settings, server, tmp_path, number):
     config = settings()
     recipe = tmp_path / "r.toml"

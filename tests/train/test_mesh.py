@@ -160,7 +160,9 @@ def alone_like(config: TrainConfig, output_dir: Path, number: int) -> TrainConfi
     )
 
 
-@pytest.mark.parametrize("mode", ["shard", "context and shard"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("shard", marks=pytest.mark.slow), "context and shard"]
+)
 def test_two_ranks_in_short(settings, minor, tmp_path, rel, mode):
     """As below, with one adapter."""
     config = settings(steps=1, adapter=minor, **MODES[mode])

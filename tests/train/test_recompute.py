@@ -91,20 +91,16 @@ def test_attention_is_not_computed_twice(build, way, take_step):
     assert attentions.count == times * count_blocks(adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
 @pytest.mark.parametrize(
     "way",
     [
+        Way("resident", "off"),
         Way("resident", "selective"),
-        *(
-            pytest.param(Way(*names), marks=pytest.mark.slow)
-            for names in (
-                ("resident", "off"),
-                ("resident", "full"),
-                ("offload", "selective"),
-                ("offload", "full"),
-            )
-        ),
+        Way("resident", "full"),
+        Way("offload", "selective"),
+        Way("offload", "full"),
     ],
     ids=str,
 )
@@ -192,7 +188,7 @@ def test_what_is_kept_leaves_the_device(build, checkpointing, compiled, monkeypa
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own look at it
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_on_the_host_is_not_on_the_device_too(build, compiled, monkeypatch, take_step):
     """Of the maps that were sent, the last block's alone outlive the forward."""
     sent, left, send = [], [], HostKeeper.send
