@@ -221,7 +221,7 @@ def test_what_4k_adapters_lie_over_attends_as_it_has_learnt_to(
     pipe = progressive(urae.adapt(load_pipe(), files), 0.5)
     positions, keys = find_policy(pipe.transformer), []
     positions.register_forward_hook(lambda *_: keys.append(positions.num_local_keys))
-    draw(pipe, side=1024, num_inference_steps=2)
+    draw(pipe, side=768, num_inference_steps=2)
     assert [each is None for each in keys] == [beneath == "full", False]
 
     def interrupt(*_):
@@ -230,7 +230,7 @@ def test_what_4k_adapters_lie_over_attends_as_it_has_learnt_to(
     block = pipe.transformer.transformer_blocks[0]
     hook = block.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        draw(pipe, side=1024, num_inference_steps=2)
+        draw(pipe, side=768, num_inference_steps=2)
     hook.remove()
     keys.clear()
     draw(pipe, side=1024, num_inference_steps=2)
