@@ -672,12 +672,12 @@ def test_a_picture_that_gpus_share_is_not_local_by_a_preset(settings, tmp_path):
     turbo = settings(speed="turbo", height=256, width=256, policy=policy)
     sampling = Sampling(2, 3.5, 64)
     shared, alone = (
-        inputs_module.find_excluded(turbo, sampling, tmp_path, n) for n in (True, False)
+        inputs_module.find_excluded(turbo, [], sampling, tmp_path, n) for n in (True, False)
     )
     assert "local-attention" not in alone
     assert shared["local-attention"].startswith("GPUs share a picture")
     native = inputs_module.find_excluded(
-        replace(turbo, height=64, width=64, policy=ResolutionPolicy()), sampling, tmp_path, True
+        replace(turbo, height=64, width=64, policy=ResolutionPolicy()), [], sampling, tmp_path, True
     )
     assert set(native.values()) == {"the pictures are within the native size"}
 

@@ -5,6 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 import urae
+from urae.adapters.files import read_adapter
 from urae.backbones import flux
 from urae.cli.main import app
 from urae.generate import job as job_module
@@ -57,7 +58,7 @@ def test_adapters_take_what_is_attached_and_joined(load_pipe, expected, names):
     before = count_bytes(pipe.transformer)
     urae.adapt(pipe, adapters)
     join_adapters(pipe.transformer, merge=False)
-    counted = check_adapters(adapters, (), pipe.transformer)
+    counted = check_adapters([*map(read_adapter, adapters)], (), pipe.transformer)
     assert counted == count_bytes(pipe.transformer) - before
 
 

@@ -88,7 +88,7 @@ def test_what_excludes_sharing(side, policy, parts, allowed, tmp_path):
     config = GenerateConfig(prompts=("a",), height=side, width=side, policy=policy)
     chosen = [Part(name) for name in parts]
     transformer = build_meta_models("flux-dev")["transformer"]
-    degrees = find_degrees(config, Sampling(28, 3.5, 512), chosen, transformer, tmp_path)
+    degrees = find_degrees(config, [], Sampling(28, 3.5, 512), chosen, transformer, tmp_path)
     assert degrees.allowed == allowed
 
 
@@ -101,6 +101,8 @@ def test_an_adapter_may_ask_for_local_attention(expected, tmp_path):
     write_lora(path, layers, {"urae.policy": policy.to_json()})
     config = GenerateConfig(prompts=("a",), height=2048, width=2048, adapters=(str(path),))
     transformer = build_meta_models("flux-dev")["transformer"]
-    degrees = find_degrees(config, Sampling(28, 3.5, 512), (), transformer, tmp_path)
+    degrees = find_degrees(
+        config, [read_adapter(path)], Sampling(28, 3.5, 512), (), transformer, tmp_path
+    )
     assert degrees.allowed == [1]
     assert "local attention" in degrees.reason

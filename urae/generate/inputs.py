@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import FluxTransformer2DModel
 
 from urae.adapters.adapt import choose_policy, is_4k
-from urae.adapters.files import check_fits, check_lora, read_adapter, resolve_adapter
+from urae.adapters.files import AdapterFile, check_fits, check_lora, resolve_adapter
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 from urae.generate.config import GenerateConfig
@@ -144,12 +144,16 @@ def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
 
 
 def check_base(
-    config: GenerateConfig, transformer: FluxTransformer2DModel, model_path: Path
+    config: GenerateConfig,
+    adapters: Sequence[AdapterFile],
+    transformer: FluxTransformer2DModel,
+    model_path: Path,
 ) -> tuple[int, Sampling]:
     """Check what a job asks for against a base.
 
     Args:
         config: Of the job.
+        adapters: Of the job, in order.
         transformer: The base's; its shape counts.
         model_path: As in `default_sampling`; of a base that is not here yet its name.
 
@@ -166,7 +170,7 @@ def check_base(
             "another picture (FLUX.1 Canny, Depth or Fill); use urae.adapt with the diffusers "
             "pipeline that is made for it"
         )
-    adapter_bytes = check_adapters(config.adapters, config.loras, transformer)
+    adapter_bytes = check_adapters(adapters, config.loras, transformer)
     sampling = choose_sampling(
         config.model, transformer, model_path, steps=config.steps,
         guidance=config.guidance_scale, length=config.max_sequence_length,
@@ -175,12 +179,14 @@ def check_base(
 
 
 def check_adapters(
-    adapters: Sequence[str], loras: Sequence[tuple[str, float]], transformer: FluxTransformer2DModel
+    adapters: Sequence[AdapterFile],
+    loras: Sequence[tuple[str, float]],
+    transformer: FluxTransformer2DModel,
 ) -> int:
     """Check adapters against a model's shape.
 
     Args:
-        adapters: Sources, in order.
+        adapters: In order.
         loras: Others, with their weights.
         transformer: With or without weights.
 
@@ -188,14 +194,13 @@ def check_adapters(
         What they take in bfloat16, joined, in bytes.
 
     Raises:
-        ValueError: If one is damaged, for another base, or no plain one beside others.
-        FileNotFoundError: If one is missing.
+        ValueError: If one is for another base, or no plain one beside others, or a LoRA is damaged.
+        FileNotFoundError: If a LoRA is missing.
     """
-    files = [read_adapter(source) for source in adapters]
-    for file in files:
+    for file in adapters:
         check_fits(file, transformer)
-    check_order(files)
-    alone = next((file for file in files if file.variant is not None), None)
+    check_order(adapters)
+    alone = next((file for file in adapters if file.variant is not None), None)
     if loras and alone is not None:
         raise ValueError(
             f"{alone.path} is a {alone.kind} adapter, which acts alone; leave out --lora "
@@ -206,12 +211,12 @@ def check_adapters(
     # a minor adapter's initial factors are attached with it
     numbers = sum(
         (2 if file.kind == "minor" else 1) * (pair.down.numel() + pair.up.numel())
-        for file in files
+        for file in adapters
         for pair in file.layers.values()
     )
     numbers += sum(
         2 * tensor.numel()  # they stay in float32
-        for file in files
+        for file in adapters
         if file.variant is not None
         for tensor in file.variant.state.values()
     )
@@ -220,19 +225,23 @@ def check_adapters(
 
 
 def find_excluded(
-    config: GenerateConfig, sampling: Sampling, model_path: Path, shared: bool
+    config: GenerateConfig,
+    adapters: Sequence[AdapterFile],
+    sampling: Sampling,
+    model_path: Path,
+    shared: bool,
 ) -> dict[PartName, str]:
     """Say which approximations of a preset a job's pictures exclude, and why.
 
     Args:
         config: Of the job.
+        adapters: Of the job, in order.
         sampling: Of the job.
         model_path: As in `default_sampling`.
         shared: Whether GPUs share a picture.
     """
     if config.speed not in BARS:
         return {}
-    adapters = [*map(read_adapter, config.adapters)]
     policy = choose_policy(config.policy, adapters, model_path)
     tokens = num_image_tokens(config.height, config.width) + sampling.max_sequence_length
     if tokens <= policy.native_sequence_length:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from urae import __version__
 from urae.adapters.adapt import adapt
-from urae.adapters.files import read_lora
+from urae.adapters.files import read_adapter, read_lora
 from urae.backbones.context_parallel import build_mesh, check_backend_can_share, context_parallel
 from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.flux import (
@@ -122,11 +122,13 @@ def _generate(
     check_machine(config.parts, device)
     if config.memory != "auto":
         check_quantization(config.memory, device)
+    adapters = [read_adapter(source) for source in config.adapters]
     if find_local(config.model) is None:  # what does not fit is said before gigabytes come
-        check_base(config, build_meta_models(config.model)["transformer"], Path(config.model))
+        transformer = build_meta_models(config.model)["transformer"]
+        check_base(config, adapters, transformer, Path(config.model))
     model_path = fetch_model(config.model)
     meta = build_meta_models(model_path)
-    adapter_bytes, sampling = check_base(config, meta["transformer"], model_path)
+    adapter_bytes, sampling = check_base(config, adapters, meta["transformer"], model_path)
     is_named = "compile" in config.parts and can_compile(device)
     pays = is_named or pays_to_compile(
         device, config.height, config.width, sampling.steps, len(pictures) / ranks.count
@@ -136,14 +138,15 @@ def _generate(
         meta["transformer"],
         device,
         compiled=pays,
-        known=find_excluded(config, sampling, model_path, len(pictures) < ranks.count),
+        known=find_excluded(config, adapters, sampling, model_path, len(pictures) < ranks.count),
         memory=config.memory,
     )
     parts = choose_parts(config.speed, config.parts, compiled=pays, unfit=unfit)
     spread = Spread(len(pictures), 1)
     if ranks.count > 1:
-        degrees = find_degrees(config, sampling, parts, meta["transformer"], model_path)
+        degrees = find_degrees(config, adapters, sampling, parts, meta["transformer"], model_path)
         spread = choose_spread(len(pictures), ranks.count, degrees)
+    del adapters  # as large as what the pipeline reads itself
     if spread.num_shared:
         check_backend_can_share()
     request = Request(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from urae.adapters.files import read_adapter
 from urae.backbones.devices import check_gpu_is_known, pick_device
 from urae.backbones.flux import MAX_TEXT_TOKENS, build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes
@@ -119,7 +120,8 @@ def plan(config: PlanConfig) -> Plan:
     gpu_bytes = free_bytes(device) if config.gpu_bytes is None else config.gpu_bytes
     models = build_meta_models(config.model)
     transformer = models["transformer"]
-    adapter_bytes = check_adapters(config.adapters, config.loras, transformer)
+    adapters = [read_adapter(source) for source in config.adapters]
+    adapter_bytes = check_adapters(adapters, config.loras, transformer)
     path = find_local(config.model) or Path(config.model)
     sampling = choose_sampling(
         config.model, transformer, path, steps=config.steps, length=config.max_sequence_length

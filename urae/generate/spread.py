@@ -13,7 +13,7 @@ from typing import NamedTuple
 from diffusers import FluxTransformer2DModel
 
 from urae.adapters.adapt import choose_policy
-from urae.adapters.files import read_adapter
+from urae.adapters.files import AdapterFile
 from urae.backbones.context_parallel import list_degrees
 from urae.generate.config import GenerateConfig
 from urae.generate.inputs import Sampling
@@ -82,6 +82,7 @@ class Degrees(NamedTuple):
 
 def find_degrees(
     config: GenerateConfig,
+    adapters: Sequence[AdapterFile],
     sampling: Sampling,
     parts: Sequence[Part],
     transformer: FluxTransformer2DModel,
@@ -91,6 +92,7 @@ def find_degrees(
 
     Args:
         config: What is to be made.
+        adapters: With which, in order.
         sampling: How.
         parts: What makes it faster.
         transformer: With or without weights.
@@ -100,7 +102,7 @@ def find_degrees(
     for name in ("first-block-cache", "mag-cache"):
         if name in names:
             return Degrees([1], f"with {name} each would skip steps by its own part of the tokens")
-    policy = choose_policy(config.policy, [*map(read_adapter, config.adapters)], model_path)
+    policy = choose_policy(config.policy, adapters, model_path)
     if "local-attention" in names:
         policy = replace(policy, attention="local")
     image_tokens = num_image_tokens(config.height, config.width)
