@@ -74,18 +74,23 @@ def check_backend(name: str) -> None:
         )
 
 
+def active_backend() -> AttentionBackendName:
+    """Return diffusers' attention of the process, which is also what its environment names."""
+    return _AttentionBackendRegistry.get_active_backend()[0]
+
+
 def check_active_backend() -> None:
     """Refuse an attention of the user's choice that cannot run here; needs no weights.
 
     Raises:
         ModuleNotFoundError: As `check_backend`.
     """
-    check_backend(_AttentionBackendRegistry.get_active_backend()[0])
+    check_backend(active_backend())
 
 
 def name_inexact_backend() -> str | None:
     """Name the attention of the user's choice if it multiplies in 8 bits: SageAttention."""
-    name: str = _AttentionBackendRegistry.get_active_backend()[0].value
+    name: str = active_backend().value
     return name if "sage" in name else None
 
 

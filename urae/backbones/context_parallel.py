@@ -18,6 +18,8 @@ from diffusers.hooks.context_parallel import remove_context_parallel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from urae.backbones.attention import active_backend
+
 
 def list_degrees(*counts: int) -> list[int]:
     """List the numbers of ranks that can share a picture, from 1: those that divide all counts."""
@@ -109,7 +111,7 @@ def check_backend_can_share(backend: str | None = None) -> None:
     Raises:
         ValueError: If it would leave them out.
     """
-    name = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
+    name = active_backend() if backend is None else backend
     if not supports_context_parallel(name):
         raise ValueError(
             f"attention backend {AttentionBackendName(name).value} does not go with several GPUs "

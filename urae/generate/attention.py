@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from urae.backbones.attention import (
     CANDIDATES,
     FORWARD_ONLY,
     Shape,
+    active_backend,
     backend,
     find_lack,
     pick_attention,
@@ -112,5 +113,4 @@ def _find_fastest(
 
 def _decides(device: torch.device) -> bool:
     """Tell whether there is a choice: on a GPU, where no environment variable has made it."""
-    active = _AttentionBackendRegistry.get_active_backend()[0]
-    return device.type == "cuda" and active == AttentionBackendName.NATIVE
+    return device.type == "cuda" and active_backend() == AttentionBackendName.NATIVE

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
+from urae.backbones.attention import active_backend
 from urae.generate.parts import EXACT, Part
 from urae.local_attention import list_processors
 
@@ -55,7 +55,7 @@ def _explain(
                 "them (a text encoder, or latents of yours), not in the transformer"
             )
     backends = {each._attention_backend for each in list_processors(transformer)}
-    active = _AttentionBackendRegistry.get_active_backend()[0]
+    active = active_backend()
     names = sorted({getattr(each or active, "value", str(each)) for each in backends})
     inexact = [str(part) for part in parts if part.name not in EXACT]
     without = f" leave out {', '.join(inexact)};" if inexact else ""

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 from torch.distributed import ProcessGroup
 
 from urae import __version__
 from urae.adapters.adapt import adapt
 from urae.adapters.files import read_adapter, read_lora
+from urae.backbones.attention import active_backend
 from urae.backbones.context_parallel import build_mesh, check_backend_can_share, context_parallel
 from urae.backbones.devices import pick_device, pick_dtype
 from urae.backbones.flux import (
@@ -317,7 +317,7 @@ class _Job:
             "speed": config.speed,
             "approximations": config.approximations,
             "parts": [str(part) for part in parts],
-            "attention": _AttentionBackendRegistry.get_active_backend()[0].value,
+            "attention": active_backend().value,
             "gpus": num_gpus,
         }
 

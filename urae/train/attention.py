@@ -4,13 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-from urae.backbones.attention import CANDIDATES, backend, pick_attention
+from urae.backbones.attention import CANDIDATES, active_backend, backend, pick_attention
 from urae.backbones.context_parallel import supports_context_parallel
 
 _TILE = 128  # keys that cuDNN's backward pass takes at a time
@@ -45,7 +41,7 @@ def choose_attention(
     Raises:
         FloatingPointError: If no backend gives right gradients.
     """
-    wanted = _AttentionBackendRegistry.get_active_backend()[0]
+    wanted = active_backend()
     if device.type != "cuda":
         return str(wanted.value)
     names = CANDIDATES if wanted == AttentionBackendName.NATIVE else (wanted.value,)
@@ -68,7 +64,7 @@ def sound_attention(tokens: int) -> Iterator[None]:
     Args:
         tokens: Of a batch's sequences.
     """
-    if _AttentionBackendRegistry.get_active_backend()[0] == _CUDNN and _is_unsound(tokens):
+    if active_backend() == _CUDNN and _is_unsound(tokens):
         with attention_backend(_FLASH):
             yield
     else:
