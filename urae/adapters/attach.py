@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -118,8 +118,7 @@ def attach_trainable(
     active = active_adapters(transformer)
     transformer.requires_grad_(False)
     with _several_adapters():
-        inject_adapter_in_model(_lora_config(layers), transformer, name)
-    transformer._hf_peft_config_loaded = True
+        transformer.add_adapter(_lora_config(layers), name)
     for parameter in adapter_parameters(transformer, name):
         parameter.data = parameter.data.float()
     state = {}

@@ -20,7 +20,6 @@ from peft import (
     PeftConfig,
     get_peft_config,
     get_peft_model_state_dict,
-    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from peft.tuners.lokr import LoKrLayer
@@ -111,8 +110,7 @@ def attach_variant(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        inject_adapter_in_model(get_peft_config(dict(config)), transformer, name)
-    transformer._hf_peft_config_loaded = True
+        transformer.add_adapter(get_peft_config(dict(config)), name)
     parameters = list(_find_parameters(transformer, name).values())
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -125,7 +123,6 @@ def attach_variant(
             layer.lora_magnitude_vector[name].weight.data = norms
     if state is not None:
         _load(transformer, name, state)
-    transformer.set_adapter(name)
     return parameters
 
 
