@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from urae.storage import write_atomic
+from urae.storage import check_folder, write_atomic
 from urae.study.cells import Cell
 from urae.study.config import StudyConfig
 from urae.study.results import Row, name_place
@@ -21,14 +21,11 @@ def check_output(config: StudyConfig, cells: Iterable[Cell], place: str) -> None
 
     Raises:
         FileExistsError: If a file is in the folder's place or above it.
+        PermissionError: If it cannot be written or made.
         ValueError: If its table holds other results, or the page beside it has no place for these.
     """
     folder, letter = config.output_dir, config.question
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise FileExistsError(
-            f"output {folder} cannot be a folder: {there} is a file; name another with --output"
-        )
+    check_folder(folder)
     if page := find_page(folder):
         _find_section(page.read_text(encoding="utf-8"), page, letter)
     keys = {cell.key for cell in cells}
