@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from urae.miniature.autoencoder import load_vae, sample_scenes, to_pixels
+from urae.miniature.grammar import Description
 from urae.miniature.model import TEXT_TOKENS, build_tokenizers
 from urae.miniature.render import render
 from urae.miniature.sources import make_vague
-from urae.miniature.world import Description, caption
+from urae.miniature.world import caption
 
 logger = logging.getLogger(__name__)
 

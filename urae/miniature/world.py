@@ -14,37 +14,13 @@ from urae.miniature.grammar import (
     COLOURS,
     LIGHTS,
     MAX_OBJECTS,
-    RELATIONS,
     SHAPES,
     SIZES,
     TEXTURES,
-    VOCABULARY,
     Description,
     ObjectWords,
-    parse_caption,
     write_caption,
 )
-
-__all__ = [
-    "BACKGROUNDS",
-    "COLOURS",
-    "LIGHTS",
-    "MAX_OBJECTS",
-    "RELATIONS",
-    "SHAPES",
-    "SIZES",
-    "TEXTURES",
-    "VOCABULARY",
-    "Description",
-    "ObjectWords",
-    "Scene",
-    "SceneObject",
-    "caption",
-    "find_relation",
-    "parse_caption",
-    "sample_scene",
-    "training_scene",
-]
 
 EXTENTS = {"small": 0.17, "medium": 0.27, "large": 0.40}
 """Larger side of an object's bounding box, as a share of the picture's smaller side."""

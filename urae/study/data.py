@@ -12,11 +12,11 @@ from pathlib import Path
 from urae.backbones.devices import pick_device
 from urae.features.cache import CacheConfig, cache
 from urae.miniature.check import SceneReport, check_scene, score
+from urae.miniature.grammar import parse_caption
 from urae.miniature.photograph import decode_picture
 from urae.miniature.sources import write_folder
 from urae.miniature.stages import load_stage
 from urae.miniature.synthetic import write_synthetic
-from urae.miniature.world import parse_caption
 from urae.storage import write_atomic
 from urae.study.cells import Cell, DataSet, Part, identify
 
