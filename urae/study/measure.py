@@ -1,7 +1,6 @@
 """The figures of a cell: scene check, held-out loss, distances from true renders."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +14,12 @@ from urae.evaluate.wasserstein import sliced_wasserstein
 from urae.features.dataset import list_samples
 from urae.miniature.check import check_scene
 from urae.miniature.render import render
-from urae.miniature.score import draw_scenes, held_out_scenes
+from urae.miniature.score import draw_scenes, held_out_scenes, summarize
 from urae.miniature.world import Scene
 from urae.study.cells import Scoring
 from urae.study.metrics import PARTS
 from urae.train.batch import Draws, sample_batch
-from urae.train.loss import NUM_LEVELS, compute_losses
+from urae.train.loss import NUM_LEVELS, list_level_losses
 from urae.train.output import read_validation
 
 _PIXELS_AT_ONCE = 2**22
@@ -56,9 +55,9 @@ def measure_pictures(pipe: FluxPipeline, scoring: Scoring) -> dict[str, float]:
     )
     pairs = zip(pictures, scenes, strict=True)
     reports = [check_scene(picture.numpy(), scene) for picture, scene in pairs]
-    parts = {name: sum(getattr(each, name) for each in reports) / count for name in PARTS}
-    passed = sum(report.passed for report in reports) / count
-    return {"score": passed, **parts, **_compare_renders(pictures, scenes, pipe.device)}
+    shares = summarize(reports, count)
+    parts = {name: shares[name] for name in PARTS}
+    return {"score": shares["share"], **parts, **_compare_renders(pictures, scenes, pipe.device)}
 
 
 def _compare_renders(
@@ -102,9 +101,7 @@ def measure_held_out(pipe: FluxPipeline, scoring: Scoring, data_dir: Path) -> fl
     for start in range(0, len(samples), size):
         some = samples[start : start + size]
         batch = sample_batch(some, range(start, start + len(some)), draws, pipe.device)
-        for level in range(NUM_LEVELS):
-            sigmas = torch.full_like(batch.sigmas, (level + 0.5) / NUM_LEVELS)
-            losses = compute_losses(pipe.transformer, replace(batch, sigmas=sigmas), 1.0)
+        for losses in list_level_losses(pipe.transformer, batch, 1.0):
             total += float(losses.sum())
     return total / (len(samples) * NUM_LEVELS)
 

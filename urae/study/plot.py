@@ -13,6 +13,7 @@ from urae.study.questions import Question
 from urae.study.statistics import Estimate
 
 Summary = Sequence[tuple[Mapping[str, Factor], Mapping[str, Estimate]]]
+"""Factors and estimates of each cell."""
 
 _METRICS = {
     "score": "scene check, share that passes",

@@ -2,9 +2,10 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from urae.config import flatten
@@ -13,7 +14,7 @@ from urae.study.cells import Cell, Factor
 from urae.study.config import StudyConfig
 from urae.study.metrics import DATA_SCORE, METRICS
 from urae.study.output import find_page, put_into_page
-from urae.study.plot import draw
+from urae.study.plot import Summary, draw
 from urae.study.questions import QUESTIONS, Claim, Question
 from urae.study.results import Row
 from urae.study.statistics import Estimate, compare, estimate, estimate_share
@@ -84,9 +85,6 @@ def _describe_settings(cell: Cell) -> dict[str, Any]:
             for part in cell.training.parts
         )
     return described
-
-
-Summary = list[tuple[Mapping[str, Factor], dict[str, Estimate]]]
 
 
 def summarize(rows: Sequence[Row]) -> Summary:
@@ -165,17 +163,12 @@ def _differs(name: str, pairs: Pairs) -> bool:
 
 def _compare(name: str, pairs: Pairs) -> Estimate:
     """Return the mean paired difference of a figure over the seeds."""
-    better = [_mean(row.figures[name] for row, _ in each) for each in pairs]
-    worse = [_mean(other.figures[name] for _, other in each) for each in pairs]
+    better = [fmean(row.figures[name] for row, _ in each) for each in pairs]
+    worse = [fmean(other.figures[name] for _, other in each) for each in pairs]
     differences = [a - b for a, b in zip(better, worse, strict=True)]
     rows = [row for each in pairs for pair in each for row in pair]
     is_fixed = not _is_share(name) and _is_fixed(differences, rows)
     return replace(compare(better, worse), varies=_differs(name, pairs) and not is_fixed)
-
-
-def _mean(values: Any) -> float:
-    listed = list(values)
-    return float(sum(listed) / len(listed))
 
 
 def judge(difference: Estimate) -> str:

@@ -24,7 +24,7 @@ from diffusers import FluxPipeline
 
 from urae.adapters.adapt import adapt, restore
 from urae.backbones.devices import name_device, name_dtype, pick_device, pick_dtype
-from urae.backbones.flux import load_pipeline
+from urae.miniature.score import load_scored
 from urae.resolution import ResolutionPolicy
 from urae.storage import write_atomic
 from urae.study.bench import Bench
@@ -248,20 +248,13 @@ def _score(
         if scoring.model == training.model:
             model = start.model  # the one with the residual, in the reference's form
     if model not in pipes:
-        pipes[model] = _load(model)
+        pipes[model] = load_scored(model=model)
     pipe = pipes[model]
     _apply(pipe, adapters, scoring.policy)
     figures |= measure_pictures(pipe, scoring)
     data_dir = find_folder(folders.data, scoring.held_out)
     figures["held_out_loss"] = measure_held_out(pipe, scoring, data_dir)
     return figures
-
-
-def _load(model: str) -> FluxPipeline:
-    device = pick_device()
-    pipe = load_pipeline(model, dtype=pick_dtype(device)).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _apply(

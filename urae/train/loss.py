@@ -1,6 +1,7 @@
 """The training loss of each sample, and its mean at each noise level."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,15 @@ def compute_losses(model: nn.Module, batch: Batch, guidance_scale: float) -> Flo
         guidance_scale,
     )
     return flow_loss(velocity, batch.latents, batch.noise)
+
+
+def list_level_losses(
+    model: nn.Module, batch: Batch, guidance_scale: float
+) -> Iterator[Float[Tensor, " b"]]:
+    """Give the losses at the middle of each quarter of the noise levels, whatever the sigmas."""
+    for level in range(NUM_LEVELS):
+        sigmas = torch.full_like(batch.sigmas, (level + 0.5) / NUM_LEVELS)
+        yield compute_losses(model, replace(batch, sigmas=sigmas), guidance_scale)
 
 
 def sum_levels(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from urae.features.dataset import Sample
 from urae.train.batch import Draws, sample_batch
 from urae.train.config import TrainConfig
-from urae.train.loss import NUM_LEVELS, compute_losses
+from urae.train.loss import NUM_LEVELS, list_level_losses
 from urae.train.mesh import Mesh
 
 _FIRST_COUNTER = 2**62  # no training sample has it
@@ -64,11 +64,9 @@ def measure_loss(
     sums = torch.zeros(2, len(samples), NUM_LEVELS, device=device)  # of losses, of times measured
     for number in mesh.share(len(samples)):
         batch = sample_batch([samples[number]], [_FIRST_COUNTER + number], whole, device)
-        for level in range(NUM_LEVELS):
-            sigmas = torch.full((1,), (level + 0.5) / NUM_LEVELS, device=device)
-            at_level = replace(batch, sigmas=sigmas)
-            sums[0, number, level] = compute_losses(model, at_level, config.guidance_scale)[0]
-            sums[1, number, level] = 1
-    losses, times = accelerator.reduce(sums, "sum").unbind()
-    mean: Tensor = losses / times
+        for level, losses in enumerate(list_level_losses(model, batch, config.guidance_scale)):
+            sums[0, number, level] = losses[0]
+        sums[1, number] = 1
+    total, times = accelerator.reduce(sums, "sum").unbind()
+    mean: Tensor = total / times
     return mean
