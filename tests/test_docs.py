@@ -187,7 +187,8 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     stage = generation.Stage(0, 0)
     tiers = (generation.Estimate("resident", stage, stage, stage, 0),)
-    monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", Plan(tiers, 2**30, False)))
+    generating = Plan(tiers, 2**30, False, None, 28, 1, 1e12, {})
+    monkeypatch.setattr("urae.generate.plan.plan", stand_in("plan", generating))
     step = StepReport(1, 0.1, 1.0, 1e-4, 2.0, 0.0, (None,), 32, 32, None)
     terms = {name: 2**30 for name in (*TERMS, "host_bytes")}
     training = TrainPlan(

@@ -116,7 +116,7 @@ def watched(build, monkeypatch):
         put(stream, index, tensors)
         if tensors is not stream._host[index]:
             used.append(index)
-            assert stream.num_on_device <= 2
+            assert len(stream._here) <= 2
 
     monkeypatch.setattr(WeightStream, "_bring", watch_bring)
     monkeypatch.setattr(WeightStream, "_put", watch_put)

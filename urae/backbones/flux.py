@@ -259,7 +259,7 @@ def predict_velocity(
     """Run a FLUX transformer on unpacked latents.
 
     Args:
-        transformer: A stock `FluxTransformer2DModel`, adapted or not, wrapped or not.
+        transformer: A stock `FluxTransformer2DModel`, adapted or not.
         latents: Noisy latents, H and W even.
         sigmas: One in [0, 1] a sample.
         prompt_embeds: T5 features.
@@ -272,7 +272,7 @@ def predict_velocity(
     """
     batch, _, height, width = latents.shape
     device = latents.device
-    config: Any = getattr(transformer, "module", transformer).config
+    config: Any = transformer.config
     guidance = torch.as_tensor(guidance_scale, dtype=torch.float32, device=device).expand(batch)
     tokens = transformer(
         hidden_states=pack(latents),

@@ -1,1 +1,1 @@
-"""Cached latents and prompt embeddings: images, buckets, store, dataset."""
+"""Cached latents and prompt embeddings."""

@@ -19,7 +19,6 @@ from urae.geometry import num_image_tokens
 
 Tier = Literal["resident", "streamed", "offload", "8bit", "4bit"]
 """Where a transformer's weights live, and in which precision."""
-TIERS: tuple[Tier, ...] = ("resident", "streamed", "offload", "8bit", "4bit")
 AUTO_TIERS: tuple[Tier, ...] = ("resident", "streamed", "8bit", "4bit")
 """What `auto` tries, in order: the exact ones first."""
 QUANTIZED: tuple[Tier, ...] = ("8bit", "4bit")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from urae.adapters.files import read_adapter
@@ -84,14 +84,14 @@ class Plan:
     gpu_bytes: int
     compiled: bool
     """Whether the blocks are expected to be compiled; needs Triton and a C compiler there."""
-    host_bytes: int | None = None
+    host_bytes: int | None
     """Free on the host for each process, where the GPU is this machine's; None: not known."""
-    steps: int = 0
+    steps: int
     """Of a picture."""
-    num_images: int = 1
-    operations: float = 0.0
+    num_images: int
+    operations: float
     """Of one step, counted: multiplications and additions."""
-    seconds: Mapping[Tier, Seconds] = field(default_factory=dict)
+    seconds: Mapping[Tier, Seconds]
     """On one H200, of the tiers whose time was measured there."""
 
     @property

@@ -80,19 +80,18 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return estimate([a - b for a, b in zip(first, second, strict=True)])
 
 
-def find_quantile(freedom: int, coverage: float = _COVERAGE) -> float:
-    """Return t such that a t-distributed number lies within -t and t with this probability.
+def find_quantile(freedom: int) -> float:
+    """Return t such that a t-distributed number lies within -t and t with a probability of 95%.
 
     Args:
         freedom: Degrees of freedom, 1 or more.
-        coverage: In (0, 1).
     """
     low, high = 0.0, 1.0
-    while _cover(high, freedom) < coverage:
+    while _cover(high, freedom) < _COVERAGE:
         high *= 2
     for _ in range(80):  # halves the bracket to the last bit
         middle = (low + high) / 2
-        low, high = (middle, high) if _cover(middle, freedom) < coverage else (low, middle)
+        low, high = (middle, high) if _cover(middle, freedom) < _COVERAGE else (low, middle)
     return (low + high) / 2
 
 

@@ -20,16 +20,14 @@ from urae.train.host import SideStream
 _HOOK = "urae_streamed_weights"
 
 
-def stream_weights(transformer: FluxTransformer2DModel, device: torch.device) -> "WeightStream":
+def stream_weights(transformer: FluxTransformer2DModel, device: torch.device) -> None:
     """Keep the frozen weights of the blocks on the host, pinned; all else goes to the device.
+
+    At most two blocks' weights are on the device, beside those that a backward pass still needs.
 
     Args:
         transformer: On the CPU, with its adapters; the blocks are compiled before, if at all.
         device: Where it trains.
-
-    Returns:
-        What brings them: at most two blocks' weights are on the device, beside those that a
-        backward pass still needs.
     """
     blocks = list_blocks(transformer)
     stream = WeightStream(blocks, device)
@@ -40,7 +38,6 @@ def stream_weights(transformer: FluxTransformer2DModel, device: torch.device) ->
     for tensor in _tensors(transformer):
         if id(tensor) not in in_blocks:
             tensor.data = tensor.data.to(device)
-    return stream
 
 
 class WeightStream:
@@ -64,11 +61,6 @@ class WeightStream:
                     tensor.data = tensor.data.pin_memory()
             self._places.append([each for each in _list_places(block) if not each.trains])
         self._host = [[place.tensor for place in places] for places in self._places]
-
-    @property
-    def num_on_device(self) -> int:
-        """Blocks whose weights are on the device, or on their way."""
-        return len(self._here)
 
     @contextmanager
     def on_device(self, index: int) -> Iterator[None]:
