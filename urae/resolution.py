@@ -263,7 +263,7 @@ class ResolutionPositions(nn.Module):
             return
         active = _active_adapters(module)
         inactive = tuple(name for name in self.adapter_names if name not in active)
-        gone = [name for name in inactive if name not in getattr(module, "peft_config", {})]
+        gone = [name for name in inactive if name not in peft_configs(module)]
         if gone and inactive != self._warned_about:
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(gone)} was removed; call "
@@ -281,8 +281,14 @@ class ResolutionPositions(nn.Module):
         self._warned_about = inactive
 
 
+def peft_configs(module: nn.Module) -> dict[str, Any]:
+    """Return peft's settings by adapter; a model without adapters has no place for them."""
+    configs: dict[str, Any] | None = getattr(module, "peft_config", None)
+    return configs or {}
+
+
 def _active_adapters(module: Any) -> list[str]:
-    if not getattr(module, "peft_config", None):
+    if not peft_configs(module):
         return []
     switches = (getattr(layer, "disable_adapters", None) for layer in module.modules())
     if next((switch for switch in switches if isinstance(switch, bool)), False):

@@ -18,6 +18,7 @@ from urae.resolution import (
     ResolutionPolicy,
     apply_policy,
     find_policy,
+    peft_configs,
     read_base_policy,
     remove_policy,
     shift_scheduler,
@@ -78,7 +79,7 @@ def adapt(
     files = [read_adapter(source) for source in sources]
     names = _name_adapters(files, adapter_names)
     _check_files(files, names, transformer)
-    policy = choose_policy(policy, files, _path_of(pipe))
+    policy = choose_policy(policy, files, path_of(pipe))
     shift_scheduler(pipe.scheduler, policy)  # type: ignore[attr-defined]  # fails before changes
     updates: list[Update] = [file.variant for file in files if file.variant is not None]
     updates += compute_updates(
@@ -92,7 +93,7 @@ def adapt(
     positions.adapters_4k = tuple(
         name for name, file in zip(names, files, strict=True) if is_4k(file)
     )
-    beneath = choose_policy(None, [file for file in files if not is_4k(file)], _path_of(pipe))
+    beneath = choose_policy(None, [file for file in files if not is_4k(file)], path_of(pipe))
     positions.is_full_beneath = beneath.attention == "full"
     _set_policy(pipe, policy)
     _owners[transformer] = ref(pipe)
@@ -217,7 +218,7 @@ def _replace_adapters(pipe: Any, transformer: nn.Module, updates: Mapping[str, U
 
 def _own_names(transformer: nn.Module) -> tuple[str, ...]:
     positions = find_policy(transformer)
-    present = getattr(transformer, "peft_config", None) or {}
+    present = peft_configs(transformer)
     return () if positions is None else tuple(n for n in positions.adapter_names if n in present)
 
 
@@ -227,7 +228,7 @@ def _check_files(
     """Refuse adapters for another base, in a wrong order, or beside what they cannot be with."""
     for file in files:
         check_fits(file, transformer)
-    others = set(getattr(transformer, "peft_config", None) or {}) - set(_own_names(transformer))
+    others = set(peft_configs(transformer)) - set(_own_names(transformer))
     for name in names:
         if name in others:
             raise ValueError(
@@ -268,7 +269,7 @@ def transformer_of(pipe: Any) -> FluxTransformer2DModel:
     Raises:
         ValueError: If it has none of FLUX.
     """
-    transformer: Any = _unwrap(getattr(pipe, "transformer", None))
+    transformer: Any = unwrap(getattr(pipe, "transformer", None))
     if not isinstance(transformer, FluxTransformer2DModel):
         raise ValueError(
             f"{type(pipe).__name__} is no pipeline of FLUX.1 with a transformer; load one with "
@@ -277,16 +278,16 @@ def transformer_of(pipe: Any) -> FluxTransformer2DModel:
     return transformer
 
 
-def _unwrap(module: Any) -> Any:
+def unwrap(module: Any) -> Any:
     """Look through `torch.compile(module)`."""
     return getattr(module, "_orig_mod", module)
 
 
 def _controlnets_of(pipe: Any) -> Iterable[nn.Module]:
-    controlnet = _unwrap(getattr(pipe, "controlnet", None))
+    controlnet = unwrap(getattr(pipe, "controlnet", None))
     if controlnet is None:
         return []
-    return [_unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
+    return [unwrap(net) for net in getattr(controlnet, "nets", [controlnet])]
 
 
 def _set_policy(pipe: Any, policy: ResolutionPolicy) -> None:
@@ -313,6 +314,7 @@ def _restore_scheduler(pipe: Any) -> None:
         pipe.scheduler = type(scheduler).from_config(scheduler.config, **changes)
 
 
-def _path_of(pipe: Any) -> str | None:
+def path_of(pipe: Any) -> str | None:
+    """Return where a pipeline was loaded from: a folder or a hub id."""
     path: str | None = pipe.config.get("_name_or_path")
     return path

@@ -21,6 +21,7 @@ from urae.adapters.variants import (
     find_kind,
     read_variant,
 )
+from urae.resolution import peft_configs
 
 Update = Mapping[str, LowRank] | Variant
 """What an attached adapter does: factors of scale 1 by layer, or what peft alone knows."""
@@ -28,7 +29,7 @@ Update = Mapping[str, LowRank] | Variant
 
 def active_adapters(transformer: FluxTransformer2DModel) -> list[str]:
     """Name the adapters that take part in a forward, none for a bare transformer."""
-    if not getattr(transformer, "peft_config", None):
+    if not peft_configs(transformer):
         return []
     active: list[str] = transformer.active_adapters()
     return active
@@ -164,10 +165,10 @@ class Activity:
 
 def detach(transformer: FluxTransformer2DModel, names: Sequence[str]) -> None:
     """Remove adapters; the others stay active as they are, and without any the layers unwrap."""
-    present = getattr(transformer, "peft_config", None) or {}
+    present = peft_configs(transformer)
     active = [name for name in active_adapters(transformer) if name not in names]
     transformer.delete_adapters([name for name in names if name in present])
-    if not getattr(transformer, "peft_config", None):
+    if not peft_configs(transformer):
         transformer.unload_lora()
         return
     for layer in transformer.modules():

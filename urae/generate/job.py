@@ -17,7 +17,7 @@ from PIL import Image
 from torch.distributed import ProcessGroup
 
 from urae import __version__
-from urae.adapters.adapt import adapt
+from urae.adapters.adapt import adapt, path_of
 from urae.adapters.files import read_adapter, read_lora
 from urae.backbones.attention import active_backend
 from urae.backbones.context_parallel import build_mesh, check_backend_can_share, context_parallel
@@ -328,7 +328,7 @@ def _is_compiled(parts: Sequence[Part]) -> bool:
 
 def _is_beyond_native(pipe: FluxPipeline, config: GenerateConfig, sampling: Sampling) -> bool:
     """Tell whether a base without adapters needs the policy: at its own size it is left alone."""
-    native = read_base_policy(pipe.config.get("_name_or_path")).native_sequence_length
+    native = read_base_policy(path_of(pipe)).native_sequence_length
     image_tokens = num_image_tokens(config.height, config.width)
     return image_tokens + sampling.max_sequence_length > native
 

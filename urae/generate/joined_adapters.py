@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from urae.backbones.free_memory import free_bytes
 from urae.generate.speed import check_not_offloaded, fingerprint, list_blocks
-from urae.resolution import find_policy
+from urae.resolution import find_policy, peft_configs
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _JoinedAdapters:
         self._layers = [m for m in self._transformer.modules() if isinstance(m, LoraLayer)]
         self._state = self._read(scale)
         self._held = [weight for layer in self._layers for weight in _list_weights(layer)]
-        self._held.extend(self._list_configs().values())
+        self._held.extend(peft_configs(self._transformer).values())
         dtype = self._transformer.dtype  # diffusers goes through all modules for it
         plain = [layer for layer in self._layers if _is_plain(layer, dtype)]
         count = sum(_join_layer(layer, scale, self._merge) for layer in plain)
@@ -193,12 +193,9 @@ class _JoinedAdapters:
 
     def _read(self, scale: float) -> list[Any]:
         """Describe all that peft's forwards read, but for the numbers of the weights."""
-        configs = [(name, id(config)) for name, config in self._list_configs().items()]
+        # a new adapter of the same name has settings of its own
+        configs = [(name, id(each)) for name, each in peft_configs(self._transformer).items()]
         return [scale, configs, *map(_describe, self._layers)]
-
-    def _list_configs(self) -> dict[str, Any]:
-        """Give peft's settings by adapter: a new one of the same name has its own."""
-        return getattr(self._transformer, "peft_config", None) or {}
 
 
 def _is_offloaded(transformer: FluxTransformer2DModel) -> bool:

@@ -34,7 +34,13 @@ from urae.generate.parts import (
 from urae.generate.progressive import PRESET_LEVEL, Progressive
 from urae.generate.quantize import check_quantization, quantize_blocks
 from urae.generate.schedule import Schedule
-from urae.generate.speed import can_compile, check_compiler, compile_blocks, list_blocks
+from urae.generate.speed import (
+    can_compile,
+    check_compiler,
+    compile_blocks,
+    has_compiled_blocks,
+    list_blocks,
+)
 from urae.generate.step_cache import StepCache, StepCacheKind
 from urae.generate.vae_parts import decode_in_stripes, decode_tiled
 from urae.local_attention import list_processors
@@ -97,7 +103,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
         known["local-attention"] = TRAINED_LOCALLY
     elif positions is not None and (fault := _find_local_fault(transformer)):
         known["local-attention"] = fault
-    if any(block._compiled_call_impl is not None for block in list_blocks(transformer)):
+    if has_compiled_blocks(transformer):
         reason = "the blocks are compiled with all their hooks"
         known |= dict.fromkeys(("taylorseer-cache", "first-block-cache", "mag-cache"), reason)
     plain = isinstance(pipe, FluxPipeline)

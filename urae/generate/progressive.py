@@ -41,6 +41,7 @@ from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from urae.adapters.adapt import path_of
 from urae.adapters.attach import Rest
 from urae.generate.schedule import Schedule
 from urae.generate.speed import PAYS_FROM_TOKEN_STEPS, switch_compiled
@@ -80,7 +81,7 @@ class Progressive:
         self._schedule = schedule
         self._share = share
         self._least_level = least_level
-        self._base_policy = read_base_policy(pipe.config.get("_name_or_path"))
+        self._base_policy = read_base_policy(path_of(pipe))
         self._token_steps = 0  # that were early
         self._decided = 0  # for which picture
         self._is_whole = False

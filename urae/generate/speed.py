@@ -141,6 +141,11 @@ def list_blocks(transformer: FluxTransformer2DModel) -> list[Any]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
+def has_compiled_blocks(transformer: FluxTransformer2DModel) -> bool:
+    """Tell whether blocks are compiled with all their hooks, as by diffusers' own method."""
+    return any(block._compiled_call_impl is not None for block in list_blocks(transformer))
+
+
 def check_not_offloaded(transformer: FluxTransformer2DModel) -> None:
     """Refuse blocks that something moves between devices, around which nothing more can be put.
 

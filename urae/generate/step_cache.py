@@ -30,7 +30,7 @@ from torch import nn
 from urae.adapters.attach import active_adapters
 from urae.content_cache import ContentCache, find_cache_dir
 from urae.generate.schedule import Schedule
-from urae.generate.speed import check_not_offloaded, list_blocks
+from urae.generate.speed import check_not_offloaded, has_compiled_blocks
 from urae.resolution import find_policy
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _check_attachable(transformer: FluxTransformer2DModel) -> None:
             "transformer.disable_cache() first"
         )
     check_not_offloaded(transformer)
-    if any(block._compiled_call_impl is not None for block in list_blocks(transformer)):
+    if has_compiled_blocks(transformer):
         raise ValueError(
             "the blocks are compiled with all their hooks, and a step cache would have to be "
             "compiled with them; load the pipeline anew, and name the part 'compile' beside it"

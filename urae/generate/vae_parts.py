@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
+from urae.adapters.adapt import unwrap
 from urae.backbones.vae import decode_within_free
 from urae.backbones.vae_chain import list_decoder
 
@@ -29,7 +30,7 @@ def decode_in_stripes(vae: AutoencoderKL) -> Undo:
     Returns:
         What undoes it.
     """
-    vae = getattr(vae, "_orig_mod", vae)  # of torch.compile
+    vae = unwrap(vae)
     if not _can_split(vae):
         logger.info("%s decodes whole: it is not FLUX's kind of VAE", type(vae).__name__)
         return lambda: None
