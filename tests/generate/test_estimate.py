@@ -14,6 +14,7 @@ from urae.backbones.vae_plan import plan_decode
 from urae.generate.chunks import token_chunks
 from urae.generate.estimate import (
     _CHUNKED,
+    AUTO_TIERS,
     Request,
     Seconds,
     Tier,
@@ -21,7 +22,6 @@ from urae.generate.estimate import (
     count_operations,
     estimate,
     estimate_seconds,
-    list_estimates,
 )
 
 GIB = 2**30
@@ -208,7 +208,7 @@ def test_of_two_ranks_each_holds_half_the_maps(tracker, kind, blocks, two_ranks)
 
 
 def test_less_memory_tier_by_tier(flux):
-    ways = {e.tier: e for e in list_estimates(flux, Request(4096, 4096), H200, get_args(Tier))}
+    ways = {tier: estimate(flux, Request(4096, 4096), tier, H200) for tier in get_args(Tier)}
     peaks = [ways[tier].sample.peak for tier in ("resident", "8bit", "4bit", "streamed")]
     assert peaks == sorted(peaks, reverse=True)
     assert ways["streamed"].sample.peak < 8 * GIB  # 22 of weights stay on the host
@@ -251,9 +251,9 @@ def test_quantised_blocks_are_not_compiled(flux):
 
 def test_what_fits(flux):
     def first(gib, host_gib=64, side=4096):
-        estimates = list_estimates(flux, Request(side, side), gib * GIB)
-        fitting = [e.tier for e in estimates if e.fits(gib * GIB, host_gib * GIB)]
-        return fitting[0] if fitting else None
+        request, room = Request(side, side), (gib * GIB, host_gib * GIB)
+        fitting = (t for t in AUTO_TIERS if estimate(flux, request, t, gib * GIB).fits(*room))
+        return next(fitting, None)
 
     assert first(80) == "resident"
     assert first(31) == "resident"

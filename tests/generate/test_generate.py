@@ -23,7 +23,7 @@ from urae.generate import inputs as inputs_module
 from urae.generate import job as job_module
 from urae.generate import sample as sample_module
 from urae.generate.chunks import token_chunks
-from urae.generate.estimate import list_estimates
+from urae.generate.estimate import estimate
 from urae.generate.inputs import Sampling
 from urae.generate.memory import Room
 from urae.generate.parts import PRESETS, resolve_parts
@@ -372,7 +372,8 @@ def small_gpu(monkeypatch):
 
     def find_room(_models, request, tiers, _ranks):
         size = 80 * 2**30
-        return Room(list_estimates(flux, request, size, tiers), size, size)
+        estimates = [estimate(flux, request, tier, size) for tier in tiers]
+        return Room(estimates, size, size)
 
     monkeypatch.setattr(job_module, "find_room", find_room)
 

@@ -6,7 +6,7 @@ import urae
 from urae.backbones.flux import build_meta_models, predict_velocity
 from urae.backbones.free_memory import free_bytes, vae_bytes
 from urae.backbones.ranks import Ranks
-from urae.generate.estimate import AUTO_TIERS, Request, list_estimates
+from urae.generate.estimate import AUTO_TIERS, Request, estimate
 from urae.generate.memory import (
     Room,
     _pinned_bytes,
@@ -34,7 +34,7 @@ def room():
 
     def build(gib, host_gib=64, *, tiers=AUTO_TIERS, side=4096, compiled=False):
         request = Request(side, side, compiled=compiled)
-        estimates = list_estimates(models, request, gib * GIB, tiers)
+        estimates = [estimate(models, request, tier, gib * GIB) for tier in tiers]
         return Room(estimates, gib * GIB, host_gib * GIB)
 
     return build

@@ -27,7 +27,8 @@ QUANTIZED: tuple[Tier, ...] = ("8bit", "4bit")
 # the logits of T5-XXL for 512 tokens are 64 MiB in float32, its widest maps 10 MiB in bfloat16
 TEXT_ACTIVATION_BYTES = 2**29
 
-_NUMBER_BYTES = 2  # bfloat16, as on any GPU
+NUMBER_BYTES = 2
+"""Of bfloat16, which weights, activations and features are in on any GPU."""
 # a scale a row is below 0.1%; nf4 has a float32 scale for every 64 weights
 _QUANTIZED_BYTES: dict[str, float] = {"fp8": 1.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
@@ -145,23 +146,6 @@ class Seconds:
         return self.first + num_pictures * (steps * self.step + self.decode)
 
 
-def list_estimates(
-    models: Mapping[str, Any],
-    request: Request,
-    device_bytes: int,
-    tiers: Iterable[Tier] = AUTO_TIERS,
-) -> list[Estimate]:
-    """Estimate each tier, in the order in which they are preferred.
-
-    Args:
-        models: FLUX's four, with or without weights, by their names in the pipeline.
-        request: What is to be made.
-        device_bytes: Free on the GPU.
-        tiers: Which.
-    """
-    return [estimate(models, request, tier, device_bytes) for tier in tiers]
-
-
 def estimate(
     models: Mapping[str, Any], request: Request, tier: Tier, device_bytes: int
 ) -> Estimate:
@@ -240,7 +224,7 @@ def estimate_seconds(
 
 def count_bytes(module: nn.Module) -> int:
     """Return the size of a module's parameters and buffers in bfloat16."""
-    return _NUMBER_BYTES * sum(t.numel() for t in [*module.parameters(), *module.buffers()])
+    return NUMBER_BYTES * sum(t.numel() for t in [*module.parameters(), *module.buffers()])
 
 
 def round_pinned(num_bytes: int) -> int:
@@ -257,7 +241,7 @@ def stream_text(tier: Tier, encoder_bytes: int, device_bytes: int) -> bool:
 def quantized_bytes(modules: Iterable[nn.Module], bits: Tier | Bits) -> int:
     """Return the size of modules whose linear layers are quantised."""
     modules = list(modules)
-    saved = _NUMBER_BYTES - _QUANTIZED_BYTES[bits]
+    saved = NUMBER_BYTES - _QUANTIZED_BYTES[bits]
     numbers = sum(layer.weight.numel() for layer in _list_quantized(modules, bits))
     return sum(map(count_bytes, modules)) - round(saved * numbers)
 
@@ -297,7 +281,7 @@ def _list_sampling(
     config = transformer.config
     channels = config.num_attention_heads * config.attention_head_dim
     own_tokens = -(-tokens // request.num_ranks)
-    one_map = own_tokens * channels * _NUMBER_BYTES
+    one_map = own_tokens * channels * NUMBER_BYTES
     rope_tables = own_tokens * config.attention_head_dim * 2 * 4  # cos and sin in float32
     maps = _COMPILED if request.compiled and tier not in QUANTIZED else _CHUNKED
     kinds = _kinds(transformer)
@@ -323,7 +307,7 @@ def _estimate_encode(models: Mapping[str, Any], tier: Tier, held: int, device_by
     weights = sum(map(count_bytes, encoders))
     if stream_text(tier, weights, device_bytes - held):
         # a layer and the next; the smaller encoder stays on the CPU
-        weights = 2 * max(p.numel() * _NUMBER_BYTES for p in encoders[1].parameters())
+        weights = 2 * max(p.numel() * NUMBER_BYTES for p in encoders[1].parameters())
     return Stage(held + weights, TEXT_ACTIVATION_BYTES)
 
 

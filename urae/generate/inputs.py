@@ -12,7 +12,7 @@ from urae.adapters.files import AdapterFile, check_fits, check_lora, resolve_ada
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 from urae.generate.config import GenerateConfig
-from urae.generate.estimate import QUANTIZED
+from urae.generate.estimate import NUMBER_BYTES, QUANTIZED
 from urae.generate.optimize import ONLY_4K, SHARED_KEYS, TRAINED_LOCALLY
 from urae.generate.parts import BARS, PartName
 from urae.generate.picture import Picture, is_recorded, read_record
@@ -20,7 +20,6 @@ from urae.generate.progressive import can_halve
 from urae.geometry import num_image_tokens
 from urae.storage import check_folder
 
-_NUMBER_BYTES = 2  # bfloat16
 _COPIES = 2  # an adapter's factors, and what they are joined to
 
 
@@ -221,7 +220,7 @@ def check_adapters(
         for tensor in file.variant.state.values()
     )
     others = sum(resolve_adapter(source).stat().st_size for source, _ in loras)
-    return (numbers * _NUMBER_BYTES + others) * _COPIES
+    return (numbers * NUMBER_BYTES + others) * _COPIES
 
 
 def find_excluded(

@@ -20,7 +20,7 @@ from urae.generate.estimate import (
     Estimate,
     Request,
     Tier,
-    list_estimates,
+    estimate,
     round_pinned,
 )
 from urae.generate.parts import Bits
@@ -124,7 +124,7 @@ def find_room(
     """
     free, host = ranks.least(free_bytes(ranks.device), free_host_bytes())
     on_gpu = ranks.device.type == "cuda"
-    estimates = list_estimates(models, request, free, tiers) if on_gpu else []
+    estimates = [estimate(models, request, tier, free) for tier in tiers] if on_gpu else []
     return Room(estimates, free, host)
 
 

@@ -16,8 +16,8 @@ from urae.generate.estimate import (
     Seconds,
     Tier,
     count_operations,
+    estimate,
     estimate_seconds,
-    list_estimates,
 )
 from urae.generate.inputs import check_adapters, choose_sampling
 from urae.generate.memory import Memory, leave_quantized_out, list_tiers
@@ -141,7 +141,7 @@ def plan(config: PlanConfig) -> Plan:
     tiers = tiers if config.memory == "auto" else (config.memory,)
     times = {tier: estimate_seconds(transformer, request, tier) for tier in tiers}
     return Plan(
-        tuple(list_estimates(models, request, gpu_bytes, tiers)),
+        tuple(estimate(models, request, tier, gpu_bytes) for tier in tiers),
         gpu_bytes,
         compiled,
         free_host_bytes() // config.gpus if config.gpu_bytes is None else None,

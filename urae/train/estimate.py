@@ -12,10 +12,12 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from urae.adapters.variants import attach_variant, build_peft_config, is_variant
+from urae.backbones.free_memory import USABLE
 from urae.backbones.weights import find_attention_linears, linear_shape
 from urae.generate.estimate import (
     ATTENTION_RATE,
     LINEAR_RATE,
+    NUMBER_BYTES,
     QUANTIZED,
     RATES_TOKENS,
     RATES_WIDTH,
@@ -33,7 +35,6 @@ TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
 STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, "muon": 1.0}
 """Float32 numbers that an optimizer holds for each one that trains."""
 
-_NUMBER_BYTES = 2  # bfloat16, as on any GPU
 # maps of tokens x channels in bfloat16 that are alive when a block is recomputed and gone back
 # through, by count (tests/train/test_estimate.py), and what the rows of docs/performance.md take
 # more where MLPs are whole
@@ -98,6 +99,16 @@ class Estimate:
         """The most that is on the device at once."""
         return sum(int(getattr(self, name)) for name in TERMS)
 
+    def fits(self, device_bytes: int, host_bytes: int | None = None) -> bool:
+        """Tell whether there is room for it.
+
+        Args:
+            device_bytes: Free on the device; a tenth is left for allocators.
+            host_bytes: Free on the host; None if it does not matter.
+        """
+        enough = self.peak <= USABLE * device_bytes
+        return enough and (host_bytes is None or self.host_bytes <= USABLE * host_bytes)
+
 
 TERMS = tuple(each.name for each in fields(Estimate) if each.name not in ("way", "host_bytes"))
 """What a peak is made of."""
@@ -161,7 +172,7 @@ def estimate(
         way: How.
         num_shards: Ranks that the base is spread over.
     """
-    one_map = config.batch_size * tokens * transformer.inner_dim * _NUMBER_BYTES
+    one_map = config.batch_size * tokens * transformer.inner_dim * NUMBER_BYTES
     blocks = list_blocks(transformer)
     trained = count_adapter(transformer, config.adapter)
     frozen = len(config.adapter.over) + (config.adapter.kind == "minor")
@@ -172,11 +183,11 @@ def estimate(
     on_device = 2 if way.is_offloaded else len(blocks)  # one is copied while the next computes
     host = round_pinned(kept // len(blocks)) * len(blocks) if way.is_offloaded else 0
     if way.tier == "streamed":
-        host += sum(round_pinned(_NUMBER_BYTES * p.numel()) for b in blocks for p in b.parameters())
+        host += sum(round_pinned(NUMBER_BYTES * p.numel()) for b in blocks for p in b.parameters())
     return Estimate(
         way,
         weights=_count_weights(transformer, blocks, way.tier, num_shards),
-        adapter=int(4 * trained * copies) + frozen * trained * _NUMBER_BYTES,
+        adapter=int(4 * trained * copies) + frozen * trained * NUMBER_BYTES,
         gradients=4 * trained,
         kept=kept * on_device // len(blocks) + exchanged,
         block=int(one_map * (_CHUNKED if way.tier == "streamed" else _WHOLE)),
@@ -317,5 +328,5 @@ def _count_kept(transformer: FluxTransformer2DModel, one_map: int, way: Way) -> 
         return blocks * one_map * _WHOLE
     if way.checkpointing == "full":
         return blocks * one_map
-    lse = one_map * 4 // (_NUMBER_BYTES * int(transformer.config.attention_head_dim))
+    lse = one_map * 4 // (NUMBER_BYTES * int(transformer.config.attention_head_dim))
     return blocks * (2 * one_map + lse)

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from urae.backbones.flux import build_meta_transformer
-from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
+from urae.backbones.free_memory import free_bytes, free_host_bytes
 from urae.backbones.ranks import find_least
 from urae.generate.estimate import QUANTIZED
 from urae.generate.quantize import can_quantize, check_quantization, quantize_blocks
@@ -50,7 +50,7 @@ def choose_way(
     device_bytes, host_bytes = free_bytes(device), free_host_bytes()
     if num_ranks > 1:  # all take the same way: they add up their gradients
         device_bytes, host_bytes = find_least((device_bytes, host_bytes), device)
-    fitting = [each for each in estimates if fits(each, device_bytes, host_bytes)]
+    fitting = [each for each in estimates if each.fits(device_bytes, host_bytes)]
     if not fitting and config.memory == "auto" and device.type == "cuda":
         raise _too_little(config, estimates, device_bytes, host_bytes)
     chosen = (fitting or estimates[-1:])[0]
@@ -111,18 +111,6 @@ def _too_little(
         f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; {name_remedies(config)} "
         "features of a lower resolution"
     )
-
-
-def fits(each: Estimate, device_bytes: int, host_bytes: int | None = None) -> bool:
-    """Tell whether there is room for a way.
-
-    Args:
-        each: What it takes.
-        device_bytes: Free on the device; a tenth is left for allocators.
-        host_bytes: Free on the host; None if it does not matter.
-    """
-    enough = each.peak <= USABLE * device_bytes
-    return enough and (host_bytes is None or each.host_bytes <= USABLE * host_bytes)
 
 
 def is_placed_first(way: Way) -> bool:

@@ -22,6 +22,7 @@ from urae.features.order import build_batches
 from urae.features.shards import INDEX_NAME
 from urae.features.sources import NO_CAPTION, find_sources
 from urae.features.store import LATENT_SUFFIX, FeatureFile, count_bytes
+from urae.generate.estimate import NUMBER_BYTES
 from urae.generate.inputs import default_sampling
 from urae.geometry import PATCH, TOKEN_PIXELS, VAE_FACTOR, num_image_tokens
 from urae.local_attention import build_local_attention
@@ -40,11 +41,9 @@ from urae.train.estimate import (
     list_ways,
 )
 from urae.train.inputs import check_features, open_sources, repeat_by_weight
-from urae.train.memory import estimate_ways, fits
+from urae.train.memory import estimate_ways
 from urae.train.recompute import wants_compiled
 from urae.train.validate import hold_out
-
-_NUMBER_BYTES = 2  # features are bfloat16, as cached on a GPU
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class TrainPlan:
 
     def fits(self, estimate: Estimate) -> bool:
         """Tell whether there is room for a way."""
-        return fits(estimate, self.gpu_bytes, self.host_bytes)
+        return estimate.fits(self.gpu_bytes, self.host_bytes)
 
 
 class _Data(NamedTuple):
@@ -142,7 +141,7 @@ def plan_training(config: TrainConfig, gpu_bytes: int | None = None) -> TrainPla
     samples, held_out = hold_out(data.samples, config.num_validation, config.seed)
     tokens = data.text_tokens + max(num_image_tokens(*size_of(sample)) for sample in samples)
     estimates = estimate_ways(transformer, config, tokens, ways, num_ranks=num_ranks)
-    chosen = next((each for each in estimates if fits(each, gpu, host)), estimates[0])
+    chosen = next((each for each in estimates if each.fits(gpu, host)), estimates[0])
     buckets = list_buckets(
         config, repeat_by_weight(samples), data.text_tokens, transformer, chosen.way
     )
@@ -185,7 +184,7 @@ def _read_data(config: TrainConfig, transformer: Any) -> _Data:
         text_tokens * transformer.config.joint_attention_dim
         + transformer.config.pooled_projection_dim
     )
-    num_bytes = _NUMBER_BYTES * (latents + embeds)
+    num_bytes = NUMBER_BYTES * (latents + embeds)
     return _Data(samples, text_tokens, num_bytes, len(samples), sum(count for _, count in found))
 
 
