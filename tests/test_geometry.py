@@ -9,6 +9,7 @@ from urae.geometry import (
     pack,
     parse_size,
     unpack,
+    widen_ids,
 )
 
 
@@ -65,3 +66,15 @@ def test_size_off_the_grid_names_the_nearest():
         parse_size("1024x2050")
     with pytest.raises(ValueError, match=r"width 8 .* try 16$"):
         check_size(16, 8)
+
+
+def test_ids_in_half_precision_are_widened():
+    ids = build_image_ids(270, 300)
+    assert not torch.equal(ids.bfloat16().float(), ids)
+    assert torch.equal(widen_ids(ids.bfloat16()), ids)
+    assert torch.equal(widen_ids(ids), ids)
+    assert torch.equal(widen_ids(ids[None].bfloat16()), ids[None])
+    second_picture = ids + torch.tensor([1.0, 0, 0])
+    assert torch.equal(widen_ids(second_picture.bfloat16()), second_picture)
+    no_grid = torch.randint(1, 200, (10, 3)).bfloat16()
+    assert torch.equal(widen_ids(no_grid), no_grid.float())

@@ -15,7 +15,6 @@ from urae.resolution import (
     read_base_policy,
     remove_policy,
     shift_scheduler,
-    widen_ids,
 )
 
 NO_POLICY = ResolutionPolicy(ntk_factor=1.0, proportional_attention=False)
@@ -121,18 +120,6 @@ def test_reference_pictures_do_not_make_a_picture_larger(load_pipe, batched):
     )
     assert positions.rope.theta == positions.stock.theta
     assert positions.sequence_length == 132  # attention sees them all
-
-
-def test_ids_in_half_precision_are_widened():
-    ids = build_image_ids(270, 300)
-    assert not torch.equal(ids.bfloat16().float(), ids)
-    assert torch.equal(widen_ids(ids.bfloat16()), ids)
-    assert torch.equal(widen_ids(ids), ids)
-    assert torch.equal(widen_ids(ids[None].bfloat16()), ids[None])
-    second_picture = ids + torch.tensor([1.0, 0, 0])
-    assert torch.equal(widen_ids(second_picture.bfloat16()), second_picture)
-    no_grid = torch.randint(1, 200, (10, 3)).bfloat16()
-    assert torch.equal(widen_ids(no_grid), no_grid.float())
 
 
 @torch.no_grad()

@@ -91,6 +91,25 @@ def build_text_ids(length: int, device: torch.device | str | None = None) -> Flo
     return torch.zeros(length, 3, device=device)
 
 
+def widen_ids(ids: Float[Tensor, "*b tokens 3"]) -> Float[Tensor, "*b tokens 3"]:
+    """Give position ids in float32, undoing the rounding of half precision.
+
+    Pipelines cast ids to the prompt's dtype, and bfloat16 has no integers between 256 and 258:
+    above 4096 pixels a side neighbours would share a position. The grid is rebuilt from the
+    number of tokens in its first row; ids that are no such grid keep their rounded values.
+    No value is read back to the host, so it compiles and never waits for the device.
+    """
+    if ids.dtype in (torch.float32, torch.float64):
+        return ids
+    token = torch.arange(ids.shape[-2], device=ids.device)
+    columns = (ids[..., 1:2] == 0).sum(-2, keepdim=True).clamp(min=1)
+    row = torch.div(token[:, None], columns, rounding_mode="floor")
+    column = token[:, None] - row * columns
+    grid = torch.cat([ids[..., :1].float(), row.float(), column.float()], dim=-1)
+    is_grid = (grid.to(ids.dtype) == ids).all()
+    return torch.where(is_grid, grid, ids.float())
+
+
 _NAMED_SIZES = {"1k": 1, "2k": 2, "4k": 4}  # of the native side
 
 

@@ -45,9 +45,9 @@ from urae.adapters.adapt import path_of
 from urae.adapters.attach import Rest
 from urae.generate.schedule import Schedule
 from urae.generate.speed import PAYS_FROM_TOKEN_STEPS, switch_compiled
-from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack
+from urae.geometry import TOKEN_PIXELS, build_image_ids, pack, unpack, widen_ids
 from urae.local_attention import find_grid
-from urae.resolution import find_policy, read_base_policy, widen_ids
+from urae.resolution import find_policy, read_base_policy
 
 logger = logging.getLogger(__name__)
 
