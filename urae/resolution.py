@@ -161,6 +161,26 @@ def read_base_policy(model_path: str | os.PathLike[str] | None) -> ResolutionPol
     return ResolutionPolicy.from_json(path.read_text(), str(path))
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """What a transformer was adapted with."""
+
+    policy: ResolutionPolicy
+    """Of `urae.adapt`; parts may change the one that is followed."""
+    names: tuple[str, ...] = ()
+    """Of adapters that the policy belongs with; a forward without them warns."""
+    names_4k: tuple[str, ...] = ()
+    """Of them, those for the largest pictures."""
+    sources: tuple[str, ...] = ()
+    is_full_beneath: bool = False
+    """Whether what the 4K ones lie over learnt with full attention."""
+
+    @property
+    def is_only_4k(self) -> bool:
+        """Tell whether its adapters are for the largest pictures, without one for half of them."""
+        return bool(self.names) and len(self.names_4k) == len(self.names)
+
+
 class ResolutionPositions(nn.Module):
     """A FLUX position module that follows a resolution policy.
 
@@ -170,33 +190,25 @@ class ResolutionPositions(nn.Module):
         stock: The module that it stands for.
         policy: What to follow.
         local: What makes attention local, if anything does.
+        adapted: What the policy belongs with.
     """
 
     def __init__(
-        self, stock: Any, policy: ResolutionPolicy, local: LocalForward | None = None
+        self, stock: Any, policy: ResolutionPolicy, local: LocalForward | None, adapted: Adaptation
     ) -> None:
         super().__init__()
         self.stock = stock
         self.policy = policy
         self.rope = type(stock)(theta=stock.theta, axes_dim=stock.axes_dim)
-        self.adapter_names: tuple[str, ...] = ()
-        self.adapters_4k: tuple[str, ...] = ()  # of them, those for the largest pictures
-        self.is_resting = False  # whether some are left out for now on purpose
-        self.is_full_beneath = False  # whether what the 4K ones lie over learnt with full attention
-        self.adapter_sources: tuple[str, ...] = ()
+        self.adapted = adapted
+        self.is_resting = False  # whether some adapters are left out for now on purpose
         self.local = local
         self.hooks: list[RemovableHandle] = []
-        self.adapted_policy = policy  # of `urae.adapt`; parts may change the one that is followed
         self.sequence_length = self.num_image_tokens = 0  # of the forward at hand
         self._counted_ids: Tensor | None = None
         self._num_own_tokens = 0
         self.num_local_keys: float | None = None  # that an image token sees, if not all
         self._warned_about: tuple[str, ...] = ()
-
-    @property
-    def is_only_4k(self) -> bool:
-        """Tell whether its adapters are for the largest pictures, without one for half of them."""
-        return bool(self.adapter_names) and len(self.adapters_4k) == len(self.adapter_names)
 
     def rest(self, is_resting: bool, *, is_fused: bool = False) -> None:
         """Tell whether adapters are left out for now; what is left attends as it has learnt to.
@@ -206,7 +218,7 @@ class ResolutionPositions(nn.Module):
             is_fused: Whether they act all the same, being fused into the base.
         """
         self.is_resting = is_resting
-        learnt = self.is_full_beneath and self.adapted_policy.attention == "local"
+        learnt = self.adapted.is_full_beneath and self.adapted.policy.attention == "local"
         if learnt and self.local is not None:
             self.local.is_on = is_fused or not is_resting
 
@@ -260,10 +272,11 @@ class ResolutionPositions(nn.Module):
         return self._num_own_tokens
 
     def _warn_of_inactive(self, module: Any) -> None:
-        if not self.adapter_names or self.is_resting:
+        names = self.adapted.names
+        if not names or self.is_resting:
             return
         active = _active_adapters(module)
-        inactive = tuple(name for name in self.adapter_names if name not in active)
+        inactive = tuple(name for name in names if name not in active)
         gone = [name for name in inactive if name not in peft_configs(module)]
         if gone and inactive != self._warned_about:
             warnings.warn(
@@ -275,7 +288,7 @@ class ResolutionPositions(nn.Module):
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "
                 "(loading another LoRA deactivates earlier ones, disable_lora all); call "
-                f"pipe.set_adapters({[*dict.fromkeys([*active, *self.adapter_names])]}), "
+                f"pipe.set_adapters({[*dict.fromkeys([*active, *names])]}), "
                 "pipe.enable_lora(), or urae.restore(pipe) to leave ultra-resolution",
                 stacklevel=2,
             )
@@ -299,22 +312,21 @@ def _active_adapters(module: Any) -> list[str]:
 
 
 def apply_policy(
-    module: nn.Module, policy: ResolutionPolicy, adapter_names: tuple[str, ...] = ()
+    module: nn.Module, policy: ResolutionPolicy, adapted: Adaptation | None = None
 ) -> ResolutionPositions:
     """Make a stock FLUX transformer or ControlNet follow a policy, in place of any earlier one.
 
     Args:
         module: Has a stock position module as `pos_embed`.
         policy: What to follow.
-        adapter_names: Adapters that the policy belongs with; a forward without them warns.
+        adapted: What the policy belongs with; None for no adapters.
     """
     remove_policy(module)
     # a ControlNet keeps full attention: the stock one hands no mask to its blocks
     local = None
     if policy.attention == "local" and isinstance(module, FluxTransformer2DModel):
         local = LocalForward(policy.native_side)
-    positions = ResolutionPositions(module.pos_embed, policy, local)
-    positions.adapter_names = adapter_names
+    positions = ResolutionPositions(module.pos_embed, policy, local, adapted or Adaptation(policy))
     prepare = positions.prepare_forward
     positions.hooks = [module.register_forward_pre_hook(prepare, with_kwargs=True)]
     if local is not None:
@@ -337,11 +349,7 @@ def change_policy(module: nn.Module, policy: ResolutionPolicy) -> ResolutionPosi
     """Let an adapted transformer follow another policy; its adapters stay what they are."""
     before = find_policy(module)
     assert before is not None
-    after = apply_policy(module, policy, before.adapter_names)
-    after.adapter_sources = before.adapter_sources
-    after.adapters_4k = before.adapters_4k
-    after.adapted_policy, after.is_full_beneath = before.adapted_policy, before.is_full_beneath
-    return after
+    return apply_policy(module, policy, before.adapted)
 
 
 def find_policy(module: nn.Module) -> ResolutionPositions | None:

@@ -237,7 +237,7 @@ def test_a_folders_name_says_that_its_adapter_is_for_4k(load_pipe, expected, tmp
     shutil.copy(source, folder / "pytorch_lora_weights.safetensors")
     for each in (folder, source):
         positions = find_policy(urae.adapt(load_pipe(), each).transformer)
-        assert positions.adapters_4k == positions.adapter_names == ("urae_4k",)
+        assert positions.adapted.names_4k == positions.adapted.names == ("urae_4k",)
 
 
 def test_controlnets_follow(load_pipe, expected):

@@ -25,7 +25,7 @@ def packaged(tmp_path, monkeypatch):
 def test_a_name_goes_where_a_file_goes(packaged, load_pipe):
     assert resolve_adapter("miniature-2k") == packaged["miniature-2k"]
     pipe = urae.adapt(load_pipe(), ["miniature-2k", "miniature-4k"])
-    assert find_policy(pipe.transformer).adapter_names == ("urae_2k", "urae_4k")
+    assert find_policy(pipe.transformer).adapted.names == ("urae_2k", "urae_4k")
     assert read_adapter("miniature-4k").path == packaged["miniature-4k"]
 
 

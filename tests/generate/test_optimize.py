@@ -351,7 +351,7 @@ def test_local_attention_is_that_of_the_policy(adapted, sample):
     assert not torch.equal(wanted, full)
     apply(pipe, "local-attention")
     assert torch.equal(sample(pipe, 512, 512), wanted)
-    assert find_policy(pipe.transformer).adapter_sources
+    assert find_policy(pipe.transformer).adapted.sources
     urae.optimize(pipe, speed=None)
     assert torch.equal(sample(pipe, 512, 512), full)
     assert find_policy(pipe.transformer).policy == policy

@@ -15,6 +15,7 @@ from urae.adapters.initial import check_order, compute_updates
 from urae.backbones.devices import pick_device
 from urae.backbones.weights import open_original_weights
 from urae.resolution import (
+    Adaptation,
     ResolutionPolicy,
     apply_policy,
     find_policy,
@@ -88,13 +89,15 @@ def adapt(
         device=pick_device(),
     )
     _replace_adapters(pipe, transformer, dict(zip(names, updates, strict=True)))
-    positions = apply_policy(transformer, policy, tuple(names))
-    positions.adapter_sources = tuple(str(source) for source in sources)
-    positions.adapters_4k = tuple(
-        name for name, file in zip(names, files, strict=True) if is_4k(file)
-    )
     beneath = choose_policy(None, [file for file in files if not is_4k(file)], path_of(pipe))
-    positions.is_full_beneath = beneath.attention == "full"
+    adapted = Adaptation(
+        policy,
+        tuple(names),
+        tuple(name for name, file in zip(names, files, strict=True) if is_4k(file)),
+        tuple(map(str, sources)),
+        is_full_beneath=beneath.attention == "full",
+    )
+    apply_policy(transformer, policy, adapted)
     _set_policy(pipe, policy)
     _owners[transformer] = ref(pipe)
     logger.info("adapted with %s, %s", names or "no adapter", policy)
@@ -136,7 +139,7 @@ def restore(pipe: Pipe) -> Pipe:
     undo(transformer)
     if (positions := find_policy(transformer)) is not None:
         _check_attachable(transformer)
-        detach(transformer, positions.adapter_names)
+        detach(transformer, positions.adapted.names)
         remove_policy(transformer)
         _owners.pop(transformer, None)
     for controlnet in _controlnets_of(pipe):
@@ -188,13 +191,14 @@ def _find_inherited(
     positions, owner = find_policy(transformer), _owners.get(transformer, lambda: None)()
     if positions is None or owner is pipe:
         return None
-    same_sources = not sources or tuple(map(str, sources)) == positions.adapter_sources
-    if same_sources and policy in (None, positions.adapted_policy):
-        return positions.adapted_policy
+    adapted = positions.adapted
+    same_sources = not sources or tuple(map(str, sources)) == adapted.sources
+    if same_sources and policy in (None, adapted.policy):
+        return adapted.policy
     if owner is not None:
         raise ValueError(
             "this pipe's transformer is adapted already, through another pipe and differently "
-            f"({list(positions.adapter_sources) or 'no adapters'}, {positions.adapted_policy}); "
+            f"({list(adapted.sources) or 'no adapters'}, {adapted.policy}); "
             "urae.restore(pipe) first"
         )
     return None
@@ -219,7 +223,7 @@ def _replace_adapters(pipe: Any, transformer: nn.Module, updates: Mapping[str, U
 def _own_names(transformer: nn.Module) -> tuple[str, ...]:
     positions = find_policy(transformer)
     present = peft_configs(transformer)
-    return () if positions is None else tuple(n for n in positions.adapter_names if n in present)
+    return () if positions is None else tuple(n for n in positions.adapted.names if n in present)
 
 
 def _check_files(

@@ -97,7 +97,7 @@ def optimize(pipe: Pipe, *, speed: Speed | None = "exact", parts: Sequence[str] 
     known: dict[PartName, str] = {}
     if positions is None:
         known["local-attention"] = "the pipeline is not adapted"
-    elif positions.is_only_4k:
+    elif positions.adapted.is_only_4k:
         known["progressive"] = ONLY_4K
     if positions is not None and positions.policy.attention == "local":
         known["local-attention"] = TRAINED_LOCALLY

@@ -164,10 +164,10 @@ class Progressive:
         positions = find_policy(transformer)
         if positions is None:
             return
-        names, larger = positions.adapter_names, positions.adapters_4k
+        names, larger = positions.adapted.names, positions.adapted.names_4k
         if tokens <= positions.policy.native_sequence_length:
             larger = names
-        elif positions.is_only_4k:
+        elif positions.adapted.is_only_4k:
             larger = ()
         self._rest = Rest(transformer, larger)
         positions.rest(bool(larger), is_fused=self._rest.has_fused)
