@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from bench import Bench, run_urae
-from measure import describe_machine, find_commit
+from measure import describe_run
 from report import table
 
 from urae.adapters.packaged import pick_adapters
@@ -59,8 +59,7 @@ def main() -> None:
                 print(*rows[-1], flush=True)
     header = ["picture", "model", "steps", "s", "sampling, s", "decoding, s", "longest, s"]
     print("\n".join(table(header, rows)))
-    versions = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
-    print(f"\n{versions}; commit {find_commit()}")
+    print(f"\n{describe_run()}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
-from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwatch, synchronize
+from measure import describe_run, peak_gib, reset_peak, stopwatch, synchronize
 from report import table
 from torch import Tensor
 
@@ -212,8 +212,7 @@ def main() -> None:
             rows += measure_forward(transformer, side, policy, text, repeats)
         header = ["one forward", "attention", "s", "peak with weights, GiB"]
         print("\n".join(table(header, rows)) + "\n")
-    versions = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
-    print(f"{versions}; commit {find_commit()}; {like.dtype}")
+    print(f"{describe_run()}; {like.dtype}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from local_attention import FLUX, TINY, differentiate, draw_heads, time_median
-from measure import describe_machine, find_commit, synchronize
+from measure import describe_run, synchronize
 from report import table
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -188,8 +188,7 @@ def main() -> None:
         rows = measure_variants(pattern, config, like, repeats)
         header = ["one layer", "forward, ms", "GiB", "forward and backward, ms", "GiB"]
         print("\n".join(table(header, rows)) + "\n")
-    versions = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
-    print(f"{versions}; commit {find_commit()}; {like.dtype}")
+    print(f"{describe_run()}; {like.dtype}")
 
 
 if __name__ == "__main__":

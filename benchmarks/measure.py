@@ -2,16 +2,12 @@
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def synchronize() -> None:
@@ -71,14 +67,16 @@ def find_version(package: str) -> str:
 
 
 def find_commit() -> str:
-    """Return the checkout's commit, marked if files differ from it.
+    """Return the commit that urae runs from, marked if files differ from it.
 
     The environment variable URAE_BENCHMARK_COMMIT names it where there is no checkout to ask.
     """
-    if named := os.environ.get("URAE_BENCHMARK_COMMIT"):
-        return named
-    run = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    from urae.train.record import find_commit as find_of_clone
+
+    return os.environ.get("URAE_BENCHMARK_COMMIT") or find_of_clone() or "unknown"
+
+
+def describe_run() -> str:
+    """Write machine, versions and commit on a line."""
+    versions = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
+    return f"{versions}; commit {find_commit()}"

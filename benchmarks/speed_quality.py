@@ -18,7 +18,6 @@ with a candidate each and --beside, which wait for exact pictures that are not t
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import time
 from collections import deque
@@ -35,13 +34,13 @@ from report import table
 from torch import Tensor
 
 import urae
-from urae.backbones.devices import pick_device, pick_dtype
-from urae.backbones.flux import load_pipeline
+from urae.backbones.devices import pick_device
 from urae.evaluate.spectrum import compare_spectra, radial_spectrum
 from urae.generate.parts import BARS, resolve_parts
 from urae.miniature.check import check_scene
 from urae.miniature.photograph import decode_picture, encode_picture
-from urae.miniature.score import default_sampling, draw_scenes, held_out_scenes
+from urae.miniature.processes import start_processes
+from urae.miniature.score import default_sampling, draw_scenes, held_out_scenes, load_scored
 from urae.miniature.world import Scene
 from urae.storage import write_atomic
 
@@ -361,8 +360,7 @@ def main() -> None:
     device = pick_device()
     on_gpu = device.type == "cuda"
     names = list(list_candidates(arguments.candidates, on_gpu, beside=arguments.beside))
-    pipe = load_pipeline(arguments.model, dtype=pick_dtype(device)).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_scored(model=arguments.model)
     urae.adapt(pipe, arguments.adapter)
     steps, guidance_scale = default_sampling(pipe)
     study = Study(
@@ -380,10 +378,7 @@ def main() -> None:
     )
     study.read_exact()  # refused now rather than after the pictures
     study.output.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")  # not forked: this process may hold a GPU
-    with ProcessPoolExecutor(
-        arguments.workers, context, torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with start_processes(arguments.workers) as pool:
         for name in names:
             measure(pipe, study, name, pool)
             print(write_results(study), flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from bench import ROOT, Bench, find_attention, random_inputs, time_forwards, torchrun
+from forward import load
 
 sys.path.insert(0, str(ROOT))
 
@@ -44,14 +45,13 @@ def main() -> None:
     """Measure in one of two processes; the first writes the figures."""
     import urae
     from urae.backbones.context_parallel import build_mesh, context_parallel
-    from urae.backbones.flux import TEXT_COMPONENTS, load_pipeline, predict_velocity
+    from urae.backbones.flux import predict_velocity
     from urae.backbones.ranks import join_ranks
 
     shape, output, work, figures = sys.argv[1:]
     bench = Bench(shape, Path(output), Path(work))
     with join_ranks(bench.device) as ranks:
-        pipe = load_pipeline(str(bench.base), dtype=bench.dtype, without=("vae", *TEXT_COMPONENTS))
-        pipe.transformer.to(ranks.device)
+        pipe = load(bench)
         urae.adapt(pipe, bench.lora)
         mesh = build_mesh(2, ranks.device)
         found: dict[str, Any] = {}

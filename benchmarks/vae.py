@@ -10,7 +10,7 @@ import statistics
 
 import torch
 from diffusers import AutoencoderKL
-from measure import describe_machine, find_commit, peak_gib, reset_peak, stopwatch, synchronize
+from measure import describe_run, peak_gib, reset_peak, stopwatch, synchronize
 from report import table
 from torch import Tensor
 
@@ -103,8 +103,7 @@ def main() -> None:
                 rows.append([f"{job} {side} x {side}", way, *figures, compare(found, whole)])
     header = ["VAE", "way", "s", "first run, s", "work", "planned, GiB", "peak with weights, GiB"]
     print("\n".join(table([*header, "difference"], rows)))
-    versions = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
-    print(f"\n{versions}; commit {find_commit()}; {vae.dtype}")
+    print(f"\n{describe_run()}; {vae.dtype}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Inline:
 
 @pytest.fixture
 def run(bases, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed_quality, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(speed_quality, "start_processes", Inline)
 
     def measure(*candidates, captions=2, adapter="dev_2k_lora", output=tmp_path, more=()):
         monkeypatch.setattr(
