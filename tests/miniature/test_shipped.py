@@ -189,10 +189,10 @@ def test_a_short_run_beyond_native_size_learns(tmp_path):
         data_dir=data,
         output_dir=tmp_path / "run",
         resolution=384,
-        steps=24,
+        steps=8,
         num_validation=5,
         gradient_checkpointing="off",
-        optimizer=OptimizerConfig(name="adamw", lr=2e-3),
+        optimizer=OptimizerConfig(name="adamw", lr=5e-3),
     )
     train(config)
     with (config.output_dir / "validation.csv").open(newline="") as file:
