@@ -98,7 +98,8 @@ def test_beyond_native_size_the_default_is_adapted(urae, monkeypatch, options, a
         monkeypatch.setitem(PACKAGED_ADAPTERS, name, Path(file))
     _, told = urae("generate", "a red circle", *options)
     assert (configs[0].model, configs[0].adapters) == ("miniature-dev", adapters)
-    line = f"with {' and '.join(adapters)}, beyond 256 x 256; without: --model miniature-dev\n"
+    used = " and ".join(adapters)
+    line = f"using {used} beyond 256 x 256; to leave adapters out, give --model miniature-dev\n"
     assert (line in told) == (adapters[:1] == ("miniature-2k",))
     assert told.count("\n") == 1 + (line in told)
 
@@ -110,11 +111,11 @@ def test_ctrl_c_says_where_the_pictures_are(urae, monkeypatch, tmp_path):
     monkeypatch.setattr("urae.generate.generate", generate)
     code, told = urae("generate", "a red circle", "--output", "some")
     assert code == 130
-    assert "stopped; none is done" in told
+    assert "stopped; no picture is finished" in told
     (tmp_path / "some").mkdir()
     code, told = urae("generate", "a red circle", "--output", "some")
     assert code == 130
-    assert "stopped; pictures that are done are in some" in told
+    assert "stopped; finished pictures are in some" in told
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_ctrl_c_says_where_the_pictures_are(urae, monkeypatch, tmp_path):
 def test_a_prompt_that_the_miniature_cannot_draw(urae, monkeypatch, prompt, options, is_told):
     monkeypatch.setattr("urae.generate.generate", lambda *_, **__: [])
     _, told = urae("generate", prompt, *options)
-    wanted = "miniature-dev knows only scenes of its grammar, and will draw another: caption"
+    wanted = "miniature-dev only knows scenes of its grammar and will draw a different one: caption"
     assert (wanted in told) == is_told
 
 
@@ -213,7 +214,7 @@ def test_what_is_skipped_is_named(urae, tmp_path):
     small = ("--resolution", 192, "--max-sequence-length", 48)
     code, told = urae("cache", "data", "--model", GOLDEN / "base_dev", *small)
     assert code == 0
-    assert "  scan.tiff: .tiff is not read" in told
+    assert "  scan.tiff: .tiff cannot be read" in told
     assert "  none.png is not a JPEG" in told
 
 

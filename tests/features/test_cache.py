@@ -621,6 +621,6 @@ def test_names_outside_ascii_and_utf8(folder, settings):
         shutil.copy(folder / f"image_1{suffix}", folder / os.fsdecode(b"raw\xff" + suffix.encode()))
     report = cache(settings(folder))
     assert report.latents.encoded == NUM_IMAGES
-    assert [(s.file, s.reason) for s in report.skipped] == [("raw\\xff.jpg", "unfit file name")]
+    assert [(s.file, s.reason) for s in report.skipped] == [("raw\\xff.jpg", "unusable file name")]
     assert (folder / "Grüße_prompt_embed.safetensors").exists()
     assert cache(settings(folder)).latents.unchanged == NUM_IMAGES

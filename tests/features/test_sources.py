@@ -38,9 +38,9 @@ def test_every_text_column_is_a_caption(tmp_path):
         ("[1]", ["unreadable caption"]),
         ({}, ["missing caption"]),
         ({"prompt": " "}, ["empty caption", "missing caption"]),
-        ({"prompt": 3}, ["caption not a text", "missing caption"]),
-        ({"prompt": None, "generated_prompt": "g"}, ["caption not a text"]),
-        ({"../prompt": "p", "prompt": "p"}, ["column unfit for a file name"]),
+        ({"prompt": 3}, ["caption is not text", "missing caption"]),
+        ({"prompt": None, "generated_prompt": "g"}, ["caption is not text"]),
+        ({"../prompt": "p", "prompt": "p"}, ["column not usable in a file name"]),
         ({"prompt": "\ud83d", "generated_prompt": "g"}, ["unreadable caption"]),
     ],
 )

@@ -176,7 +176,7 @@ def test_the_table(monkeypatch, columns):
         "28 steps of 3,908 TFLOP",
         "resident: 19 s before the first step",
         "6.46 s a step",
-        "blocks compiled",
+        "with compiled blocks",
     ):
         assert text in told
     assert told.endswith("--memory auto would take streamed")

@@ -80,9 +80,7 @@ def test_the_command_says_what_was_scored(lora, tmp_path, monkeypatch, cli):
     found = json.loads(output.read_text())
     assert (found["model"], found["adapters"], found["share"]) == ("miniature-dev", [lora], 1.0)
     assert (found["side"], found["num_seeds"], found["count"]) == (512, 3, 500)
-    assert (
-        "512 x 512, 24 steps: in 100.0% of 500 pictures all of the caption holds" in outcome.stdout
-    )
+    assert "512 x 512, 24 steps: 100.0% of 500 pictures match the whole caption" in outcome.stdout
     (config,) = configs
     assert (config.side, config.steps, config.guidance_scale) == (512, 24, 3.5)
     assert cli("miniature", "score", "--first", 500).exit_code == 0

@@ -91,7 +91,10 @@ def test_the_last_line_says_that_nothing_was_written(monkeypatch, tmp_path):
     outcome = CliRunner().invoke(app, command)
     assert outcome.exit_code == 0
     said = " ".join(outcome.output.split())
-    assert "0 of 4 runs, nothing written to out: no run is done yet; the same command goes" in said
+    assert (
+        "0 of 4 runs, nothing written to out: no run is done yet; the same command continues"
+        in said
+    )
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "mps"])

@@ -143,7 +143,9 @@ def test_the_next_command_has_what_the_run_needs(finish):
 
 
 def test_what_stops_at_once_says_so(finish):
-    assert finish(KeyboardInterrupt).startswith("stopped at once without saving; --resume goes on")
+    assert finish(KeyboardInterrupt).startswith(
+        "stopped at once without saving; --resume continues"
+    )
 
 
 def test_durations():

@@ -213,7 +213,7 @@ def test_what_may_surprise_is_told_with_the_picture(config):
     _, line, _ = Jobs(config).make(strange, lambda *_, **__: None)
     first, scene, cut = line.split("\n\n")
     assert first.startswith("1 picture in ")
-    assert scene.startswith(r"miniature\-dev knows only scenes of its grammar, and will draw anoth")
+    assert scene.startswith(r"miniature\-dev only knows scenes of its grammar and will draw a diff")
     assert r"\<b\>lighthouse\<\/b\> \*at\* \_dawn\_ — “sea”" in scene
     assert "is read to the 64th: the rest of it counts for nothing" in cut
 

@@ -230,7 +230,7 @@ def _read_lora(
         if (names := split_key(path, key)) is None:
             raise ValueError(
                 f"{path}: key {key!r} is not a low-rank factor of the transformer; load such a "
-                "file with pipe.load_lora_weights beside the adapters of urae"
+                "file with pipe.load_lora_weights alongside urae's adapters"
             )
         factors.append((*names, tensor))
     layers = _pair_factors(path, factors)

@@ -29,18 +29,22 @@ def cache_command(
     data_dir: Annotated[Path, typer.Argument(help="Folder of images with captions (.json, .txt).")],
     model: Annotated[
         str,
-        typer.Option(help=f"Base: {MODELS}."),
+        typer.Option(help=f"Base model: {MODELS}."),
     ],
     resolution: Annotated[
-        int, typer.Option(help="Side of the square whose tokens are the budget of a picture.")
+        int,
+        typer.Option(
+            help="Training resolution: pictures of any shape get as many tokens as a square of "
+            "this side."
+        ),
     ] = 2048,
     max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens [dim](dev 512, schnell 256)[/].")
+        int | None, typer.Option(help="Number of text tokens [dim](dev 512, schnell 256)[/].")
     ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Make features again that the reference implementation wrote."
+            "--overwrite", help="Also re-encode features written by the reference implementation."
         ),
     ] = False,
     verbose: Verbose = False,
@@ -101,11 +105,14 @@ def _tell(report: "CacheReport", whole: Path) -> None:
     console.print(table)
     if len(report.columns) > 1:
         columns = ", ".join(f"{name} {count}" for name, count in report.columns.items())
-        console.print("captions that train, by column:", Text(columns))
+        console.print("captions used for training, by column:", Text(columns))
     for names, text in (
-        (report.cut, "captions are longer than the text length and cut there"),
-        (report.removed, "files removed whose picture or caption no longer holds"),
-        (report.pictureless, "features stay and train whose picture is gone"),
+        (report.cut, "captions are longer than the text length and are cut there"),
+        (
+            report.removed,
+            "feature files removed because their picture or caption can no longer be used",
+        ),
+        (report.pictureless, "features kept and still trained on although their picture is gone"),
     ):
         if names:
             console.print(f"[yellow]{len(names)}[/] {text}:", Text(f"{names[0]} (all in {whole})"))

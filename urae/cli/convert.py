@@ -20,17 +20,21 @@ class Format(StrEnum):
 def convert_command(
     adapters: Annotated[
         list[str],
-        typer.Argument(help="In order: a raw minor adapter comes after its 2K LoRA."),
+        typer.Argument(help="Adapters in order; a raw minor adapter comes after its 2K LoRA."),
     ],
     output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Base, for a minor adapter of the reference or of another base."),
+        typer.Option(
+            help="Base model; needed for a minor adapter of the reference or of another base."
+        ),
     ] = None,
     format: Annotated[
         Format, typer.Option(help="Key format: diffusers, or kohya for kohya and ComfyUI.")
     ] = Format.diffusers,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Write one plain LoRA that does what the given adapters do together."""

@@ -36,7 +36,7 @@ class Memory(StrEnum):
     four_bit = "4bit"
 
 
-TIERS = f"{', '.join(Memory)}; the last two approximate"
+TIERS = f"{', '.join(Memory)}; the last two are approximate"
 """Named in the help's text: as a type, typer breaks the list anywhere in a narrow column."""
 
 
@@ -64,62 +64,70 @@ def generate_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"{MODELS} [dim](miniature-dev, beyond its own size with the adapters that come "
-            "for it)[/]."
+            help=f"Base model: {MODELS} [dim](miniature-dev, with its own adapters beyond its "
+            "native size)[/]."
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            help="1k, 2k, 4k (once, twice, four times the model's own side), a side, or "
+            help="1k, 2k, 4k (one, two or four times the model's native side), a side, or "
             "WIDTHxHEIGHT; multiples of 16 [dim](1k: FLUX.1 1024, the miniature 256)[/]."
         ),
     ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Ultra-resolution adapter: {_ADAPTERS}; repeat in order: 2K LoRA, then 4K minor."
+            help=f"Ultra-resolution adapter: {_ADAPTERS}; repeat in order, 2K LoRA first, then 4K "
+            "minor."
         ),
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="Another LoRA, FILE or FILE:WEIGHT; repeatable.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with a prompt a line, in place of PROMPT.")
+        Path | None, typer.Option(help="Text file with one prompt per line, instead of PROMPT.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")
+        int | None, typer.Option(help="Number of denoising steps [dim](dev 28, schnell 4)[/].")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Distilled guidance [dim](dev 3.5, schnell 0)[/].")
     ] = None,
     max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens [dim](dev 512, schnell 256)[/].")
+        int | None, typer.Option(help="Number of text tokens [dim](dev 512, schnell 256)[/].")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Drawn if not given.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Random if not given.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     memory: Annotated[
-        Memory, typer.Option(metavar="tier", help=f"Where weights live: {TIERS}.")
+        Memory, typer.Option(metavar="tier", help=f"Where the weights are kept: {TIERS}.")
     ] = Memory.auto,
     speed: Annotated[
         Speed,
-        typer.Option(help="fast and turbo approximate, as far as was measured on the miniature."),
+        typer.Option(
+            help="fast and turbo trade a little quality for speed; the loss was measured on the "
+            "miniature."
+        ),
     ] = Speed.exact,
     part: Annotated[
         list[str] | None,
-        typer.Option(help=f"Something that makes it faster, NAME or NAME=STRENGTH: {_PARTS}."),
+        typer.Option(help=f"A speed-up, NAME or NAME=STRENGTH: {_PARTS}."),
     ] = None,
     gpus: Annotated[
         int | None,
         typer.Option(
-            min=1, help="GPUs of this host [dim](1; under torchrun as many as it starts)[/]."
+            min=1,
+            help="Number of GPUs of this host to use [dim](1; under torchrun, as many as it "
+            "starts)[/].",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep pictures that are there, make the others.")
+        bool, typer.Option("--resume", help="Keep existing pictures and make the others.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing pictures.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Generate pictures; each PNG holds its prompt, seed, adapters, policy and versions."""
@@ -185,7 +193,11 @@ def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
     except KeyboardInterrupt:
         if is_first_rank():
             made = config.output_dir.is_dir()  # for the first picture
-            text = f"pictures that are done are in {config.output_dir}" if made else "none is done"
+            text = (
+                f"finished pictures are in {config.output_dir}"
+                if made
+                else "no picture is finished"
+            )
             text += "; --resume makes the others" if config.seed is not None else ""
             console.print("[yellow]stopped;[/]", Text(text))
         raise
@@ -199,7 +211,10 @@ def _tell_of_the_miniature(
     from urae.miniature.grammar import foresee_another_scene
 
     if own:
-        text = f"with {' and '.join(own)}, beyond {native_side} x {native_side}; without: --model"
+        text = (
+            f"using {' and '.join(own)} beyond {native_side} x {native_side}; to leave adapters "
+            "out, give --model"
+        )
         console.print(Text(f"{text} {BASE}"), soft_wrap=True)
     surprise = foresee_another_scene(config.model, config.prompts)
     if config.model in PACKAGED and surprise:

@@ -112,9 +112,9 @@ def _explain(failures: Iterable["ProcessFailure"]) -> ValueError | ChildProcessE
     if _LOST in first.error_file_data:
         message = str(first.error_file_data[_MESSAGE])
         return ValueError(message) if first.exitcode == 2 else ChildProcessError(message)
-    how = f"ended with exit code {first.exitcode}; see its own lines above"
+    how = f"ended with exit code {first.exitcode}; see its own output above"
     if first.exitcode < 0:
-        how = f"was killed by {first.signal_name()}; if nobody did so, host memory has run out"
+        how = f"was killed by {first.signal_name()}; if nobody did that, the host ran out of memory"
     return ChildProcessError(
         f"the process of GPU {first.local_rank} (pid {first.pid}) {how}; all have ended, pictures "
         "that were written are kept"

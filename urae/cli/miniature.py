@@ -53,16 +53,19 @@ _WORK = Path("runs/miniature")
 
 @miniature_app.command("train")
 def train_command(
-    stage: Annotated[Stage, typer.Argument(help="What to train; earlier stages must be done.")],
+    stage: Annotated[
+        Stage, typer.Argument(help="Stage to train; earlier stages must be finished.")
+    ],
     work: Work = _WORK,
-    recipe: Annotated[Path, typer.Option(help="TOML file of all stages.")] = Path(
+    recipe: Annotated[Path, typer.Option(help="TOML recipe of all stages.")] = Path(
         "recipes/miniature/stages.toml"
     ),
     max_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Stop after these; the same command goes on.")
+        float,
+        typer.Option(min=0.01, help="Stop after this many minutes; the same command continues."),
     ] = math.inf,
     commit: Annotated[
-        str | None, typer.Option(help="Of this code, for the file's metadata; else git is asked.")
+        str | None, typer.Option(help="Commit to record in the file; asked from git by default.")
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -77,7 +80,7 @@ def train_command(
     if not is_first_rank():
         return
     if path is None:
-        console.print("[yellow]stopped:[/] run the same command to go on")
+        console.print("[yellow]stopped:[/] run the same command to continue")
     else:
         console.print("[green]done:[/]", Text(str(path)))
 
@@ -85,14 +88,17 @@ def train_command(
 @miniature_app.command("data")
 def data_command(
     source: Annotated[
-        Source, typer.Argument(help="Renders, the analogue of photographs, or the teacher's.")
+        Source,
+        typer.Argument(help="Renders, the analogue of photographs, or the teacher's pictures."),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder for `urae cache`; pictures there stay.")],
-    side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 512,
-    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 3000,
-    seed: Annotated[int, typer.Option(min=1, help="Of the set of scenes.")] = 1,
+    output: Annotated[
+        Path, typer.Argument(help="Folder for `urae cache`; existing pictures are kept.")
+    ],
+    side: Annotated[int, typer.Option(help="Side of the square pictures in pixels.")] = 512,
+    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 3000,
+    seed: Annotated[int, typer.Option(min=1, help="Seed of the scenes.")] = 1,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that render [dim](one a CPU core)[/].")
+        int | None, typer.Option(min=1, help="Rendering processes [dim](one per CPU core)[/].")
     ] = None,
     work: Work = _WORK,
     verbose: Verbose = False,
@@ -129,25 +135,30 @@ def score_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="In place of a stage [dim](miniature-dev)[/]; any that `urae generate` takes."
+            help="Model to score instead of a stage [dim](miniature-dev)[/]; any that `urae "
+            "generate` takes."
         ),
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Of the model; repeat in order: 2K LoRA, then 4K.")
+        list[str] | None,
+        typer.Option(help="Adapter for the model; repeat in order: 2K LoRA, then 4K."),
     ] = None,
-    side: Annotated[int, typer.Option(help="Of the square pictures in pixels.")] = 256,
-    captions: Annotated[int, typer.Option(min=1, help="Held-out captions.")] = 500,
+    side: Annotated[int, typer.Option(help="Side of the square pictures in pixels.")] = 256,
+    captions: Annotated[int, typer.Option(min=1, help="Number of held-out captions.")] = 500,
     first: Annotated[
-        int, typer.Option(min=0, help="Number of the first; choose settings on others.")
+        int,
+        typer.Option(min=0, help="Index of the first caption; choose settings on other captions."),
     ] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per caption.")] = 3,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps [dim](24, schnell 4)[/].")
+        int | None, typer.Option(min=1, help="Number of denoising steps [dim](24, schnell 4)[/].")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale [dim](3.5, schnell 0)[/].")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that check pictures.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of processes that check pictures.")
+    ] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -184,8 +195,8 @@ def score_command(
     whole = f"{name or model or BASE}{' with ' if adapters else ''}{' and '.join(adapters)}"
     interval = f"{found['low']:.1%} to {found['high']:.1%}"
     typer.echo(
-        f"{whole}, {side} x {side}, {steps} steps: in {found['share']:.1%} of {found['count']:.0f} "
-        f"pictures all of the caption holds (95%: {interval})"
+        f"{whole}, {side} x {side}, {steps} steps: {found['share']:.1%} of {found['count']:.0f} "
+        f"pictures match the whole caption (95%: {interval})"
     )
     parts = [part for part in found if part not in ("share", "low", "high", "count")]
     typer.echo(", ".join(f"{part} {found[part]:.1%}" for part in parts))
@@ -202,7 +213,7 @@ def _make_place(output: Path) -> None:
 
 @miniature_app.command("export")
 def export_command(
-    output: Annotated[Path, typer.Argument(help="Folder for miniature-dev, miniature-schnell.")],
+    output: Annotated[Path, typer.Argument(help="Folder for miniature-dev and miniature-schnell.")],
     work: Work = _WORK,
     verbose: Verbose = False,
 ) -> None:
@@ -216,11 +227,15 @@ def export_command(
 @miniature_app.command("export-adapters")
 def export_adapters_command(
     runs: Annotated[
-        list[Path], typer.Argument(help="Finished: that of the 2K LoRA, then the 4K one over it.")
+        list[Path],
+        typer.Argument(
+            help="Folders of finished runs: that of the 2K LoRA, then the 4K one over it."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapters and their model card.")],
     commit: Annotated[
-        str | None, typer.Option(help="Of the code that trained them, where a run does not say it.")
+        str | None,
+        typer.Option(help="Commit of the code that trained them, if a run does not record it."),
     ] = None,
     verbose: Verbose = False,
 ) -> None:

@@ -10,9 +10,9 @@ from urae.cli.terminal import Verbose, build_progress, console, format_size
 
 
 def pack_command(
-    data_dir: Annotated[Path, typer.Argument(help="Folder with the features of `urae cache`.")],
+    data_dir: Annotated[Path, typer.Argument(help="Folder with the features from `urae cache`.")],
     output: Annotated[Path, typer.Option(help="Folder for the shards and their index.")],
-    shard_gib: Annotated[float, typer.Option(help="Most that a shard holds, in GiB.")] = 1.0,
+    shard_gib: Annotated[float, typer.Option(help="Largest size of a shard in GiB.")] = 1.0,
     verbose: Verbose = False,
 ) -> None:
     """Pack features into shards, for a bucket or a hub; a second run does nothing.

@@ -32,7 +32,7 @@ class Bits(StrEnum):
 
 
 Gpu = Annotated[
-    str | None, typer.Option(help="Memory of the GPU, as 24GiB [dim](this machine's)[/].")
+    str | None, typer.Option(help="Memory of the GPU, such as 24GiB [dim](this machine's)[/].")
 ]
 
 _UNKNOWN = "-"
@@ -42,7 +42,7 @@ _PARTS = {
     "adapter": "adapters and the optimizer's state",
     "gradients": "gradients",
     "kept": "kept for the backward pass",
-    "block": "the block that is gone back through",
+    "block": "the block in the backward pass",
     "loss": "inputs, output and loss",
 }
 """What the terms of a training step's peak are, in words."""
@@ -57,9 +57,9 @@ def plan() -> None:
 
 @plan_app.command("generate")
 def generate_command(
-    model: Annotated[str, typer.Option(help=f"{MODELS}.")] = "flux-dev",
+    model: Annotated[str, typer.Option(help=f"Base model: {MODELS}.")] = "flux-dev",
     size: Annotated[
-        str, typer.Option(help="1k (the model's own), 2k, 4k, a side, or WIDTHxHEIGHT.")
+        str, typer.Option(help="1k (the model's native side), 2k, 4k, a side, or WIDTHxHEIGHT.")
     ] = "1k",
     gpu: Gpu = None,
     adapter: Annotated[
@@ -69,19 +69,21 @@ def generate_command(
         list[str] | None, typer.Option(help="Another LoRA, FILE or FILE:WEIGHT; repeatable.")
     ] = None,
     memory: Annotated[
-        Memory, typer.Option(metavar="tier", help=f"{TIERS}; auto: all it chooses from.")
+        Memory, typer.Option(metavar="tier", help=f"{TIERS}; auto shows all it chooses from.")
     ] = Memory.auto,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps [dim](dev 28, schnell 4)[/].")
+        int | None, typer.Option(help="Number of denoising steps [dim](dev 28, schnell 4)[/].")
     ] = None,
     max_sequence_length: Annotated[
-        int | None, typer.Option(help="Text tokens [dim](dev 512, schnell 256)[/].")
+        int | None, typer.Option(help="Number of text tokens [dim](dev 512, schnell 256)[/].")
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures in all.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, help="Number of pictures in all.")] = 1,
     part: Annotated[
-        Bits | None, typer.Option(help="What quantises the weights in place, if anything does.")
+        Bits | None, typer.Option(help="Part that quantises the weights in place, if any.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the pictures together.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Number of GPUs that make the pictures together.")
+    ] = 1,
     verbose: Verbose = False,
 ) -> None:
     """Print what `urae generate` would take in GPU and host memory and time, tier by tier."""
@@ -113,7 +115,7 @@ def generate_command(
         if found.host_bytes is None and chosen.host_bytes:
             each = f", {format_size(chosen.host_bytes)} for each GPU" if gpus > 1 else ""
             wanted = format_size(gpus * chosen.host_bytes)
-            typer.echo(f"{chosen.tier} wants {wanted} free on the host{each}")
+            typer.echo(f"{chosen.tier} needs {wanted} free on the host{each}")
         typer.echo(_say_choice(memory.value, chosen.tier))
     else:
         room = _say_room(found.gpu_bytes, found.host_bytes)
@@ -148,14 +150,14 @@ def _show(plan: "Plan", title: str) -> None:
         )
     output.print(f"operations by count: {plan.steps} steps of {_flop(plan.operations)}")
     if plan.seconds:
-        output.print("on an H200, by rates that were measured there, without loading and encoding:")
+        output.print("on an H200, by rates measured there, without loading and encoding:")
     for tier, time in plan.seconds.items():
         output.print(
             f"  {tier}: {time.first:.0f} s before the first step, {time.step:.2f} s a step, "
             f"{time.decode:.1f} s to decode"
         )
     if plan.compiled:
-        output.print("blocks compiled, where Triton and a C compiler are there")
+        output.print("with compiled blocks, if Triton and a C compiler are installed")
 
 
 @plan_app.command(
@@ -163,11 +165,13 @@ def _show(plan: "Plan", title: str) -> None:
 )
 def train_command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML recipe, such as recipes/flux_dev_2k_lora.toml.")
+    ],
     data: Data = None,
     gpu: Gpu = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Then take three steps of the largest batch.")
+        bool, typer.Option("--probe", help="Also run three steps with the largest batch.")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -246,7 +250,7 @@ def _show_ways(plan: "TrainPlan", config: "TrainConfig") -> None:
         "GPU": [format_size(getattr(plan.chosen, term)) for term in TERMS],
     }
     output.print()
-    output.print(_build_table("the peak, by what it is made of", columns))
+    output.print(_build_table("the peak, by component", columns))
     output.print()
     output.print(f"{_say_choice(config.memory, tier)}, gradient checkpointing {checkpointing}")
 

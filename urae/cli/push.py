@@ -14,14 +14,18 @@ def push_command(
     repo: Annotated[str, typer.Argument(help="owner/name on the hub.")],
     license: Annotated[
         str | None,
-        typer.Option(help="Of the base, as the hub spells it, where it is not known."),
+        typer.Option(
+            help="Licence of the base model as the hub spells it; needed only if it is unknown."
+        ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only its owner sees it.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository visible only to its owner.")
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Upload into a repository that exists.")
+        bool, typer.Option("--overwrite", help="Upload into an existing repository.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write the folder, upload nothing.")
+        bool, typer.Option("--dry-run", help="Write the folder without uploading it.")
     ] = False,
     verbose: Verbose = False,
 ) -> None:

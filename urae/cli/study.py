@@ -38,12 +38,21 @@ def study_command(
     output: Annotated[Path, typer.Option(help="Folder for table, plot and text.")] = Path(
         "docs/study"
     ),
-    model: Annotated[str, typer.Option(help="The guided base.")] = "miniature-dev",
-    schnell: Annotated[str, typer.Option(help="Four-step base of f.")] = "miniature-schnell",
-    adapter: Annotated[str, typer.Option(help="2K LoRA under the 4K stage of c.")] = "miniature-2k",
-    workers: Annotated[int, typer.Option(min=1, help="Processes; several share a GPU well.")] = 1,
+    model: Annotated[str, typer.Option(help="Guided base model.")] = "miniature-dev",
+    schnell: Annotated[
+        str, typer.Option(help="Four-step base of question f.")
+    ] = "miniature-schnell",
+    adapter: Annotated[
+        str, typer.Option(help="2K LoRA under the 4K stage of question c.")
+    ] = "miniature-2k",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of processes; several can share a GPU.")
+    ] = 1,
     max_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Begin nothing after these; the same command goes on.")
+        float,
+        typer.Option(
+            min=0.01, help="Start nothing new after this many minutes; the same command continues."
+        ),
     ] = math.inf,
     verbose: Verbose = False,
 ) -> None:
@@ -79,4 +88,4 @@ def study_command(
     if result.done == result.total:
         console.print("[green]done:[/]", Text(text), soft_wrap=True)
     else:
-        console.print("[yellow]stopped:[/]", Text(f"{text}; the same command goes on"))
+        console.print("[yellow]stopped:[/]", Text(f"{text}; the same command continues"))

@@ -62,7 +62,9 @@ def quiet_progress_bars() -> None:
 
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", callback=set_up_logging, help="Say more, show tracebacks."),
+    typer.Option(
+        "--verbose", "-v", callback=set_up_logging, help="Show more messages and tracebacks."
+    ),
 ]
 
 

@@ -39,8 +39,8 @@ _PANEL_WIDTH = 80
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Features of `urae cache`: a folder, or a folder or URL of shards; none where the "
-        "recipe names some."
+        help="Features from `urae cache`: a folder, or a folder or URL of shards; leave it out "
+        "if the recipe names some."
     ),
 ]
 
@@ -164,18 +164,22 @@ def _list_fields(wanted: bool) -> None:
 
 def train_command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, as recipes/flux_dev_2k_lora.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML recipe, such as recipes/flux_dev_2k_lora.toml.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, loss and adapter.")],
     data: Data = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
+        bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")
     ] = False,
     fields: Annotated[
         bool,
-        typer.Option("--fields", callback=_list_fields, is_eager=True, help="List all fields."),
+        typer.Option(
+            "--fields", callback=_list_fields, is_eager=True, help="List all recipe fields."
+        ),
     ] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -188,7 +192,7 @@ def train_command(
         config, display, result = _run(recipe, context.args, own)
     except KeyboardInterrupt:
         if is_first_rank():
-            text = "without saving; --resume goes on from the last checkpoint, if there is one"
+            text = "without saving; --resume continues from the last checkpoint, if there is one"
             console.print("[yellow]stopped at once[/]", Text(text), soft_wrap=True)
         raise
     if not is_first_rank():
@@ -203,7 +207,10 @@ def train_command(
         text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
         console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"), soft_wrap=True)
         if _holds_adapter(config.output_dir):
-            text = f"{config.output_dir} itself holds the adapter of when it was done before"
+            text = (
+                f"{config.output_dir} itself still holds the adapter from when the run was "
+                "finished before"
+            )
             console.print(Text(text, style="dim"), soft_wrap=True)
 
 

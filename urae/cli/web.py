@@ -12,17 +12,21 @@ from urae.cli.terminal import Verbose, console, quiet_progress_bars
 
 
 def web_command(
-    model: Annotated[str, typer.Option(help=f"Chosen when the page opens: {MODELS}.")] = BASE,
+    model: Annotated[
+        str, typer.Option(help=f"Model selected when the page opens: {MODELS}.")
+    ] = BASE,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="To listen on.")] = 7860,
-    browser: Annotated[bool, typer.Option(help="Open the page when it is ready.")] = True,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    browser: Annotated[
+        bool, typer.Option(help="Open the page in a browser when it is ready.")
+    ] = True,
     memory: Annotated[
-        Memory, typer.Option(metavar="tier", help=f"Where weights live: {TIERS}.")
+        Memory, typer.Option(metavar="tier", help=f"Where the weights are kept: {TIERS}.")
     ] = Memory.auto,
-    speed: Annotated[Speed, typer.Option(help="As of `urae generate`.")] = Speed.exact,
+    speed: Annotated[Speed, typer.Option(help="Same as in `urae generate`.")] = Speed.exact,
     verbose: Verbose = False,
 ) -> None:
     """Serve a page on this machine that generates pictures; Ctrl-C ends it."""

@@ -94,7 +94,7 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
         raise ValueError(f"data folder {data_dir} has no image, it holds {found}; {_EXPECTED}")
 
     skips = [
-        Skip(file.name, "unsupported format", f"{file.suffix} is not read; convert it to .png")
+        Skip(file.name, "unsupported format", f"{file.suffix} cannot be read; convert it to .png")
         for file in files
         if file.suffix.lower() in OTHER_SUFFIXES
     ]
@@ -102,7 +102,7 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
     for image in images:
         if _SURROGATE.search(image.name):  # safetensors opens no such path
             name = os.fsencode(image.name).decode(errors="backslashreplace")
-            skips.append(Skip(name, "unfit file name", "it is not valid UTF-8; rename the file"))
+            skips.append(Skip(name, "unusable file name", "it is not valid UTF-8; rename the file"))
             continue
         captions, faults = read_captions(image)
         skips += faults
@@ -118,7 +118,7 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
             continue
         sources.append(source)
     skips += [
-        Skip(file.name, "captions not read", "write each into <name>.txt beside its picture")
+        Skip(file.name, "captions not read", "put each into <name>.txt beside its picture")
         for file in files
         if file.name in _TABLES or file.suffix.lower() == ".caption"
     ]
@@ -170,11 +170,11 @@ def read_captions(image: Path) -> tuple[dict[str, str], list[Skip]]:
 
 def _find_fault(column: str, caption: object) -> str | None:
     if not isinstance(caption, str):
-        return "caption not a text"
+        return "caption is not text"
     if not caption.strip():
         return "empty caption"
     if not _COLUMN.fullmatch(column):
-        return "column unfit for a file name"
+        return "column not usable in a file name"
     if _SURROGATE.search(column + caption):
         return "unreadable caption"
     return None

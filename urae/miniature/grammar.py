@@ -84,7 +84,9 @@ def foresee_another_scene(model: str, prompts: Sequence[str]) -> str | None:
         try:
             parse_caption(prompt)
         except ValueError as reason:
-            return f"{model} knows only scenes of its grammar, and will draw another: {reason}"
+            return (
+                f"{model} only knows scenes of its grammar and will draw a different one: {reason}"
+            )
     return None
 
 

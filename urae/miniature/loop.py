@@ -336,5 +336,5 @@ def _load_state(
         schedule.load_state_dict(state["schedule"])
     except _OTHER as error:
         raise _damaged(run.state_file(stage)) from error
-    logger.info("going on from step %d", step)
+    logger.info("continuing from step %d", step)
     return step

@@ -36,7 +36,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OPTIONS = ("data_dir", "output_dir", "resume", "overwrite")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 _HEADER = """\
-# A recipe: `urae train` takes it like any other, and leaves [record] out.
+# A recipe: `urae train` reads it like any other and ignores [record].
 # Fields that are not here are absent (none).
 """
 _RECORD_COMMENT = "What the run was made from; no part of the recipe."

@@ -73,7 +73,7 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
             on_ready(address)
         Event().wait()
     except KeyboardInterrupt:
-        logger.info("the page ends")
+        logger.info("the page is closed")
     finally:
         jobs.close()
         page.close(verbose=False)
@@ -188,14 +188,14 @@ def _lay_out_fields(gr: Any, model: str) -> list[Any]:
         gr.Dropdown(
             [AUTOMATIC, *PACKAGED_ADAPTERS], value=[AUTOMATIC], multiselect=True,
             allow_custom_value=True, label="Adapters",
-            info="in order; files, folders, owner/repo/file. Empty: none",
+            info="in order: files, folders or owner/repo/file; none if left empty",
         ),
     ]  # fmt: skip
-    own = "the model's own where empty"
+    own = "model default if left empty"
     with gr.Accordion("More", open=False):
         return [
             *fields,
-            gr.Textbox(label="Seed", info="drawn where empty"),  # an empty Number is sent as 0
+            gr.Textbox(label="Seed", info="random if left empty"),  # an empty Number is sent as 0
             gr.Number(label="Pictures", precision=0, value=1, minimum=1, maximum=16),
             gr.Textbox(label="Steps", info=own),
             gr.Textbox(label="Guidance", info=own),
