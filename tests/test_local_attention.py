@@ -200,7 +200,7 @@ def test_grids_are_found_in_position_ids():
         ids[:-1],
         torch.rand(24, 3),
     ):
-        with pytest.raises(ValueError, match="needs the tokens of one picture, rows first"):
+        with pytest.raises(ValueError, match="needs the tokens of one picture in row order"):
             find_grid(other)
 
 
@@ -326,17 +326,17 @@ def test_ids_in_half_precision_and_the_callers_own_arguments(transformer, rel):
 def test_what_excludes_it_is_refused(transformer):
     apply_policy(transformer, LOCAL)
     inputs = draw_inputs(16, 16)
-    with pytest.raises(ValueError, match="brings an attention_mask of its own"):
+    with pytest.raises(ValueError, match="sets its own attention_mask"):
         transformer(**inputs, joint_attention_kwargs={"attention_mask": None})
     with pytest.raises(ValueError, match="needs the tokens of one picture"):
         transformer(**{**inputs, "img_ids": torch.cat([build_image_ids(16, 8)] * 2)})
     processors = list(transformer.attn_processors.values())
     processors[0]._attention_backend = "_native_math"
-    with pytest.raises(ValueError, match="one for all blocks, not None, _native_math"):
+    with pytest.raises(ValueError, match="flex for all blocks, not None, _native_math"):
         transformer(**inputs)
     processors[0]._attention_backend = None
     transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
-    with pytest.raises(ValueError, match="does not go with context parallelism"):
+    with pytest.raises(ValueError, match="cannot be combined with context parallelism"):
         transformer(**inputs)
 
 

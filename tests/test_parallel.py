@@ -141,7 +141,7 @@ def refuse_backend(ranks) -> None:
     mesh = build_mesh(2, ranks.device)
     transformer.set_attention_backend("_native_math")
     with (
-        pytest.raises(ValueError, match="_native_math does not go with several GPUs on one"),
+        pytest.raises(ValueError, match="_native_math cannot be combined with several GPUs on one"),
         context_parallel(transformer, mesh),
     ):
         pass
@@ -151,7 +151,9 @@ def refuse_backend(ranks) -> None:
     inputs["hidden_states"] = torch.randn(1, 1024, 64)
     inputs["img_ids"] = build_image_ids(32, 32)
     with (
-        pytest.raises(ValueError, match="local attention does not go with context parallelism"),
+        pytest.raises(
+            ValueError, match="local attention cannot be combined with context parallelism"
+        ),
         context_parallel(transformer, mesh),
     ):
         transformer(**inputs)

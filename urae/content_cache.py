@@ -72,8 +72,8 @@ class ContentCache:
         except OSError as error:
             self._writable = False
             logger.warning(
-                "cannot write to cache folder %s (%s); results are not kept, "
-                "set URAE_CACHE_DIR to a writable folder to keep them",
+                "cannot write to cache folder %s (%s); results are not kept; set URAE_CACHE_DIR "
+                "to a writable folder to keep them",
                 self.cache_dir,
                 error,
             )

@@ -129,7 +129,9 @@ def parse_size(text: str, native_side: int = 1024) -> tuple[int, int]:
     named = _NAMED_SIZES.get(text.lower())
     parts = [str(named * native_side)] if named else text.lower().split("x")
     if not 1 <= len(parts) <= 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"size {text!r} is not 1k, 2k, 4k, a side, or WIDTHxHEIGHT as 3840x2160")
+        raise ValueError(
+            f"size {text!r} is not 1k, 2k, 4k, a side, or WIDTHxHEIGHT such as 3840x2160"
+        )
     width, height = int(parts[0]), int(parts[-1])
     check_size(height, width)
     return height, width

@@ -185,8 +185,9 @@ def find_grid(image_ids: Float[Tensor, "*b tokens 3"]) -> tuple[int, int]:
     grid = build_image_ids(rows, columns, ids.device)
     if ids.shape != grid.shape or not torch.equal(ids, grid):
         raise ValueError(
-            f"local attention needs the tokens of one picture, rows first; these {len(ids)} "
-            f"position ids are not (reference pictures, as Kontext's, are not supported); {_REMEDY}"
+            f"local attention needs the tokens of one picture in row order; these {len(ids)} "
+            "position ids do not form one (reference pictures, such as Kontext's, are not "
+            f"supported); {_REMEDY}"
         )
     return rows, columns
 
@@ -292,8 +293,8 @@ class LocalForward:
         if len(processors) < len(module.attn_processors):
             kinds = {type(each).__name__ for each in module.attn_processors.values()}
             raise ValueError(
-                f"local attention needs diffusers' own attention processors, not "
-                f"{', '.join(sorted(kinds))}, which take no backend; {_REMEDY}"
+                "local attention needs diffusers' own attention processors, not "
+                f"{', '.join(sorted(kinds))}, which accept no attention backend; {_REMEDY}"
             )
         backends = {processor._attention_backend for processor in processors}
         on_gpu = device.type == "cuda"
@@ -306,8 +307,8 @@ class LocalForward:
         if len(backends) > 1 or (on_gpu and backends != {AttentionBackendName.FLEX}):
             names = ", ".join(sorted(str(getattr(each, "value", each)) for each in backends))
             raise ValueError(
-                f"local attention needs the attention backend flex on a GPU, one for all blocks, "
-                f"not {names}; call transformer.reset_attention_backend(), or {_REMEDY}"
+                "on a GPU, local attention needs the attention backend flex for all blocks, not "
+                f"{names}; call transformer.reset_attention_backend(), or {_REMEDY}"
             )
         return AttentionBackendName(backends.pop())
 
@@ -347,11 +348,11 @@ def _check_possible(module: Any, arguments: dict[str, Any]) -> None:
     parallel = getattr(module, "_parallel_config", None)
     if parallel is not None and parallel.context_parallel_config is not None:
         raise ValueError(
-            "local attention does not go with context parallelism: each rank holds a part of the "
-            f"keys; {_REMEDY}"
+            "local attention cannot be combined with context parallelism, where each rank holds "
+            f"only a part of the keys; {_REMEDY}"
         )
     if "attention_mask" in (arguments.get("joint_attention_kwargs") or {}):
         raise ValueError(
-            "local attention brings an attention_mask of its own; leave it out of "
+            "local attention sets its own attention_mask; leave yours out of "
             f"joint_attention_kwargs, or {_REMEDY}"
         )

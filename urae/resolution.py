@@ -287,7 +287,8 @@ class ResolutionPositions(nn.Module):
         elif inactive and inactive != self._warned_about:
             warnings.warn(
                 f"the resolution policy is on but its adapter {', '.join(inactive)} is not active "
-                "(loading another LoRA deactivates earlier ones, disable_lora all); call "
+                "(loading another LoRA deactivates earlier ones, and disable_lora deactivates "
+                "all); call "
                 f"pipe.set_adapters({[*dict.fromkeys([*active, *names])]}), "
                 "pipe.enable_lora(), or urae.restore(pipe) to leave ultra-resolution",
                 stacklevel=2,

@@ -31,7 +31,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for key, tensor in tensors.items():
         values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 has no isfinite
         if not torch.isfinite(values).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; the file is of no use")
+            raise ValueError(
+                f"{path}: {key} holds NaN or infinity; the file is unusable; download or create "
+                "it again"
+            )
     return tensors, metadata
 
 
@@ -62,7 +65,7 @@ def _open_whole(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy or download it again"
+            f"{path} is not a complete safetensors file ({error}); copy or download it again"
         ) from error
 
 
@@ -82,12 +85,12 @@ def check_folder(folder: Path) -> None:
     place = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
     if not place.is_dir():
         raise FileExistsError(
-            f"output {folder} cannot be a folder: {place} is a file; name another with --output"
+            f"output {folder} cannot be a folder: {place} is a file; choose another with --output"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"output {folder} cannot be written: no permission in {place}; name another folder "
-            "with --output"
+            f"output {folder} cannot be written to: no permission in {place}; choose another "
+            "folder with --output"
         )
 
 
@@ -158,8 +161,8 @@ def open_atomic(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
             raise
         raise OSError(
             error.errno,
-            f"no space left for {num_bytes / 2**20:.1f} MiB; what was written before is whole: "
-            "free some space and go on (with --resume where there is one)",
+            f"no space left for {num_bytes / 2**20:.1f} MiB; files written earlier are complete: "
+            "free some space and continue (with --resume if the command has it)",
             str(path),
         ) from error
     finally:

@@ -38,8 +38,8 @@ def undo(model: nn.Module) -> None:
         return
     if _list_offloaded(model) - getattr(model, _OFFLOADED):
         raise ValueError(
-            "the transformer's layers were offloaded after urae.optimize, around what is to be "
-            "undone; call pipe.remove_all_hooks() and try again, or load the pipeline anew"
+            "the transformer's layers were offloaded after urae.optimize, so its changes cannot "
+            "be undone; call pipe.remove_all_hooks() and try again, or reload the pipeline"
         )
     stack: ExitStack = getattr(model, _UNDO)
     delattr(model, _UNDO)

@@ -212,7 +212,7 @@ def test_damaged_joined_matrices_are_refused(damage, tmp_path):
     shapes = {"lora_up": (7 * 32, 4), "lora_down": (4, 32)} | damage
     tensors = {f"{key}.{side}.weight": torch.ones(shape) for side, shape in shapes.items()}
     save_file(tensors, tmp_path / "k.safetensors")
-    with pytest.raises(ValueError, match="is no LoRA that diffusers can read"):
+    with pytest.raises(ValueError, match="is not a LoRA that diffusers can read"):
         read_adapter(tmp_path / "k.safetensors")
 
 
@@ -239,8 +239,8 @@ def test_a_minor_adapter_after_another_than_its_own_is_told(tmp_path, expected, 
         return caplog.text
 
     assert convert_after(lora) == ""
-    assert f"stands after {other}" in convert_after(other)
-    assert "2 adapters stand before minor adapter" in convert_after(other, lora)
+    assert f"is placed after {other}" in convert_after(other)
+    assert "2 adapters come before minor adapter" in convert_after(other, lora)
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_solved(expected, tmp_path, monkeypatch):

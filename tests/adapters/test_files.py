@@ -83,7 +83,7 @@ def test_pefts_own_files(tmp_path):
 
 def test_keys_that_diffusers_chokes_on(tmp_path):
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"a.safetensors is no LoRA that diffusers can read"):
+    with pytest.raises(ValueError, match=r"a.safetensors is not a LoRA that diffusers can read"):
         read_adapter(tmp_path / "a.safetensors")
 
 
@@ -95,24 +95,24 @@ def kohya_names(tensors):
 
 DORA_SCALE = {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(64, 1)}
 LOKR = "lora_unet_double_blocks_0_img_attn_proj.lokr_w1"
-NO_LAYER = "layout of its keys is not known"
+NO_LAYER = "its keys have an unknown layout"
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (kohya_names(lora()) | DORA_SCALE, r"a\.safetensors is a DoRA in kohya's keys"),
-        ({LOKR: torch.ones(2, 2)}, r"is a LoKr, LoHa or OFT of LyCORIS"),
-        ({f"{LOKR[:-7]}hada_w1_a": torch.ones(2, 2)}, r"is a LoKr, LoHa or OFT of LyCORIS"),
+        (kohya_names(lora()) | DORA_SCALE, r"a\.safetensors is a DoRA with kohya's keys"),
+        ({LOKR: torch.ones(2, 2)}, r"is a LyCORIS LoKr, LoHa or OFT"),
+        ({f"{LOKR[:-7]}hada_w1_a": torch.ones(2, 2)}, r"is a LyCORIS LoKr, LoHa or OFT"),
         ({f"transformer.{NAME}.lokr_w1": torch.ones(2, 2), f"transformer.{NAME}.alpha":
-            torch.ones(())}, r"is a LoKr, LoHa or OFT of LyCORIS"),
+            torch.ones(())}, r"is a LyCORIS LoKr, LoHa or OFT"),
         (lora(prefix="diffusion_model.double_blocks.0.img_attn.qkv"), NO_LAYER),
         (lora(prefix="transformer.transformer_blocks.0"), NO_LAYER),
         ({"lora_transformer_transformer_blocks_0_ff_net_0_proj.lora_down.weight": torch.ones(3, 8),
           "lora_transformer_transformer_blocks_0_ff_net_0_proj.lora_up.weight": torch.ones(8, 3),
           "lora_transformer_transformer_blocks_0_ff_net_0_proj.alpha": torch.ones(())}, NO_LAYER),
         ({"lora_unet_down_blocks_0.lora_down.weight": torch.ones(3, 8)},
-         r"diffusers can read \(ValueError: Incompatible keys detected\); it is damaged, or the l"),
+         r"diffusers can read \(ValueError: Incompatible keys detected\); it is damaged, or its "),
     ],
 )  # fmt: skip
 def test_layouts_that_are_not_read(tmp_path, load_pipe, tensors, message):
@@ -127,12 +127,13 @@ def test_layouts_that_are_not_read(tmp_path, load_pipe, tensors, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({f"transformer.{NAME}.lokr_w1": torch.ones(2, 2)}, "is a lokr adapter, which acts alone"),
+        ({f"transformer.{NAME}.lokr_w1": torch.ones(2, 2)},
+         "is a lokr adapter, which cannot be combined"),
         ({f"base_model.model.{NAME}.lora_magnitude_vector": torch.ones(2)}, "is a dora adapter"),
         ({"note": torch.ones(2)}, NO_LAYER),
         ({}, "holds no adapter weights"),
         ({f"lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{side}.weight":
-            torch.ones(2, 2) for side in ("down", "up")}, "its factors of the text encoder, such"),
+            torch.ones(2, 2) for side in ("down", "up")}, "its factors for the text encoder, such"),
     ],
 )  # fmt: skip
 def test_loras_that_diffusers_would_not_attach(tmp_path, load_pipe, tensors, message):
@@ -208,7 +209,7 @@ def test_damaged_file(tmp_path, kind):
     path = tmp_path / "a.safetensors"
     save_file(lora(), path)
     damage(path, kind)
-    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a complete safetensors file"):
         read_adapter(path)
 
 
@@ -232,9 +233,9 @@ def test_pickles_are_refused(tmp_path, suffix):
     ("tensors", "message"),
     [
         ({}, "holds no adapter weights"),
-        ({f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}, "one factor of two"),
+        ({f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}, "only one of its two factors"),
         (lora(0), "share a rank of 1 or more"),
-        ({k: t.to(torch.int8) for k, t in lora().items()}, "is of torch.int8, not of floating"),
+        ({k: t.to(torch.int8) for k, t in lora().items()}, "is of type torch.int8, not floating"),
         (lora(3, **{f"transformer.{NAME}.lora_A.weight": torch.ones(2, 8)}), "share a rank"),
         (lora(3, **{"text_encoder.x.lora_A.weight": torch.ones(2, 8)}), "load_lora_weights"),
         (lora(3, **{f"transformer.{NAME}.bias": torch.ones(2)}), "not a low-rank factor"),

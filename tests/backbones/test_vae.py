@@ -261,7 +261,7 @@ def test_flux_at_4096(flux, plan, stock_gib, within):
 @pytest.mark.parametrize("name", ["encode", "decode"])
 def test_too_little_memory_says_how_much_it_takes(name):
     job = Job(build(**BUILDS["quant"]), name, 496, 432)
-    message = rf"{name[:-1]}ing 432 x 496 pixels takes at least 0\.\d\d GiB .* than the 0\.00 GiB"
+    message = rf"{name[:-1]}ing 432 x 496 pixels needs at least 0\.\d\d GiB .* than the 0\.00 GiB"
     with pytest.raises(MemoryError, match=message) as caught:
         job.run(1000)
     least = float(str(caught.value).split("at least ")[1].split()[0])

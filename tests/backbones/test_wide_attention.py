@@ -56,5 +56,5 @@ def test_the_plan_of_a_gpu_has_them():
     assert find_attention(7).peak_bytes / 2**30 == 6 * 0.25 + 1  # six maps
     assert find_attention(7).stripes == 1
     assert find_attention(7, num_ranks=2).stripes == 2  # which share it
-    with pytest.raises(MemoryError, match=r"takes at least 1\.28"):
+    with pytest.raises(MemoryError, match=r"needs at least 1\.28"):
         find_attention(1.2)

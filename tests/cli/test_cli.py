@@ -159,9 +159,15 @@ def test_fields_of_a_recipe():
         (("generate", "x", "--size", "1000x1000"), "height 1000 is not a positive multiple of 16"),
         (("generate",), "give either a prompt or --prompts FILE"),
         (("generate", "x", "--model", "{dev}", "--memory", "4bit"), "4bit needs a CUDA device"),
-        (("plan", "generate"), "no CUDA device; name the memory of the one to plan for: --gpu 24"),
+        (
+            ("plan", "generate"),
+            "no CUDA device; give the memory of the GPU to plan for, as in --gpu 24",
+        ),
         (("plan", "generate", "--gpu", "1GiB"), "nothing fits with --memory auto: 1.0 GiB GPU, "),
-        (("plan", "generate", "--gpu", "much"), "memory 'much' is not an amount as 24GiB or 24GB"),
+        (
+            ("plan", "generate", "--gpu", "much"),
+            "memory 'much' is not an amount such as 24GiB or 24GB",
+        ),
         (("generate", "x", "--adapter", "no.safetensors", "--model", "{dev}"), "neither an exist"),
         (("convert", "x.ckpt", "--output", "y.safetensors"), "x.ckpt is a pickle"),
         (("generate", "x", "--model", "flux-dex"), "model 'flux-dex' is neither a local path"),
@@ -190,7 +196,7 @@ def test_a_model_folder_that_is_not_whole(urae, tmp_path):
     folder = shutil.copytree(GOLDEN / "base_dev", tmp_path / "model", ignore=leave_out)
     code, errors = urae("generate", "x", "--model", folder, "--output", tmp_path / "out")
     assert code == 2
-    assert "not whole: vae is missing" in errors
+    assert "incomplete: vae is missing" in errors
     assert errors.count("\n") == 1
 
 
@@ -228,7 +234,7 @@ def test_a_mistyped_attention_is_named(urae, monkeypatch):
     monkeypatch.setattr("urae.cli.generate._read_prompts", fail)
     code, errors = urae("generate", "a red circle")
     assert code == 2
-    assert "DIFFUSERS_ATTN_BACKEND=fast is no attention of diffusers" in errors
+    assert "DIFFUSERS_ATTN_BACKEND=fast is not an attention backend of diffusers" in errors
 
 
 def test_nothing_to_train_on_is_an_error(urae, tmp_path):
@@ -254,7 +260,7 @@ def test_unknown_options_of_a_recipe(urae):
         (("--steps", 3, "{recipe}"), "the recipe comes first"),
         (
             ("{recipe}", "--data-dir", "x"),
-            "data_dir is no field to override; it is given as --data",
+            "data_dir is not a field to override; give it as --data",
         ),
     ],
 )

@@ -30,7 +30,7 @@ def run_main(monkeypatch, *arguments: str) -> object:
 def test_more_gpus_than_there_are(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert run_main(monkeypatch, "generate", "a", "--gpus", "4") == 2
-    message = "4 GPUs are asked for and this host has 2; give --gpus 2"
+    message = "4 GPUs were requested, but this host has 2; give --gpus 2"
     assert message in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "a", "--gpus", "0") == 2
 
@@ -39,14 +39,16 @@ def test_no_gpu_at_all(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for gpus in ("1", "2"):
         assert run_main(monkeypatch, "generate", "a", "--gpus", gpus) == 2
-        message = f"--gpus {gpus} needs CUDA GPUs and this host has none; leave it out"
+        message = f"--gpus {gpus} needs CUDA GPUs, but this host has none; leave it out"
         assert message in capsys.readouterr().err
 
 
 def test_under_torchrun_its_processes_count(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert run_main(monkeypatch, "generate", "a", "--gpus", "4") == 2
-    assert "--gpus 4 does not go with the 2 processes that torchrun" in capsys.readouterr().err
+    assert (
+        "--gpus 4 cannot be combined with the 2 processes that torchrun" in capsys.readouterr().err
+    )
     started = []
     monkeypatch.setattr("urae.cli.generate.launch", lambda *_: started.append(1))
     monkeypatch.setattr("urae.generate.generate", lambda *_, **__: [])
@@ -138,7 +140,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 def test_two_processes_speak_as_one(tmp_path):
     for code, error in (
         (0, "done: 1 picture in outputs"),
-        (2, "1 of 1 pictures do); make the others with"),
+        (2, "1 of 1 pictures exist); make the others with"),
     ):
         job = start(tmp_path, "a", "--size", "128x96", "--steps", "1")
         out, err = job.communicate(timeout=120)

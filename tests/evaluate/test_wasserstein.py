@@ -85,7 +85,7 @@ def test_flat_pictures_have_no_detail():
 
 
 def test_sets_that_cannot_be_compared():
-    with pytest.raises(ValueError, match="give as many of each, of one size"):
+    with pytest.raises(ValueError, match="the same number of each, all of one size"):
         distance(PICTURES, OTHERS[:-1])
     with pytest.raises(ValueError, match="8 x 96 have no level of 16 pixels"):
         distance(PICTURES[:, :, :8], OTHERS[:, :, :8])

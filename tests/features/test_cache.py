@@ -391,7 +391,7 @@ def test_a_storage_that_fails_for_a_moment_costs_no_features(cached_copy, settin
 
     with monkeypatch.context() as patch:
         patch.setattr("urae.features.store.safe_open", fail)
-        with pytest.raises(OSError, match=r"cannot be read \(Stale file handle\); see to it"):
+        with pytest.raises(OSError, match=r"cannot be read \(Stale file handle\); check that"):
             cache(settings(cached_copy))
     assert features_of(cached_copy) == before
 
@@ -485,7 +485,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fill)
-        with pytest.raises(OSError, match=r"no space left for .* free some space and go on"):
+        with pytest.raises(OSError, match=r"no space left for .* free some space and continue"):
             cache(settings(folder))
     assert len(features_of(folder)) == 10
     assert not list(folder.glob(".*.tmp"))

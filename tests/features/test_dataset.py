@@ -44,9 +44,12 @@ def test_the_references_cache_is_read(train_data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latent_channels": 4}, r"image_0_latent_code.*channels of mean is 16, this run wants 4"),
-        ({"t5_dim": 4096}, r"image_0_\w+_embed.*T5's embeddings is 32, this run wants 4096"),
-        ({"clip_dim": 768}, r"image_0_\w+_embed.*CLIP's embedding is 24, this run wants 768"),
+        (
+            {"latent_channels": 4},
+            r"image_0_latent_code.*channels of mean is 16, but this run needs 4",
+        ),
+        ({"t5_dim": 4096}, r"image_0_\w+_embed.*T5's embeddings is 32, but this run needs 4096"),
+        ({"clip_dim": 768}, r"image_0_\w+_embed.*CLIP's embedding is 24, but this run needs 768"),
     ],
 )
 def test_shapes_must_fit_the_model(train_data, change, message):
@@ -58,13 +61,15 @@ def test_our_cache_must_fit_model_and_resolution(cached, base_dev):
     samples, prints = list_samples(cached), fingerprint_encoders(Path(base_dev))
     check_cache(samples, **DIMS, resolution=192, fingerprints=prints)
     check_cache(samples, **DIMS)
-    with pytest.raises(ValueError, match=r"image_0_latent.*resolution is 192, this run wants 256"):
+    with pytest.raises(
+        ValueError, match=r"image_0_latent.*resolution is 192, but this run needs 256"
+    ):
         check_cache(samples, **DIMS, resolution=256)
     other = Fingerprints("other", prints.text_encoders)
-    with pytest.raises(ValueError, match=f"VAE is {prints.vae}, this run wants other"):
+    with pytest.raises(ValueError, match=f"VAE is {prints.vae}, but this run needs other"):
         check_cache(samples, **DIMS, fingerprints=other)
     other = Fingerprints(prints.vae, "other")
-    with pytest.raises(ValueError, match=r"image_0_\w+_embed.*text encoders is .* wants other"):
+    with pytest.raises(ValueError, match=r"image_0_\w+_embed.*text encoders is .* needs other"):
         check_cache(samples, **DIMS, fingerprints=other)
 
 
@@ -76,7 +81,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, cached_copy):
     with pytest.raises(ValueError, match=r"image_2_latent_code\S+ has no prompt embeddings"):
         list_samples(cached_copy)
     save_file({"wrong": torch.zeros(2)}, cached_copy / "image_0_latent_code.safetensors")
-    with pytest.raises(ValueError, match=r"image_0_latent_code\S+ has no 'mean' of 3 axes"):
+    with pytest.raises(ValueError, match=r"image_0_latent_code\S+ has no 'mean' with 3 axes"):
         list_samples(cached_copy)
 
 
@@ -85,13 +90,13 @@ def test_a_cache_that_was_stopped_is_told(cached_copy, caplog):
     assert not caplog.text
     (cached_copy / "image_2_latent_code.safetensors").unlink()
     assert len(list_samples(cached_copy)) == len(whole) - 1
-    assert f"cached captions in {cached_copy} have no latents of a picture" in caplog.text
+    assert f"cached captions in {cached_copy} have no picture latents" in caplog.text
 
 
 def test_embeddings_of_one_length(cached_copy):
     path = cached_copy / "image_3_prompt_embed.safetensors"
     save_file(load_file(path) | {"caption_feature_t5": torch.zeros(16, 32)}, path)
-    with pytest.raises(ValueError, match="max_sequence_length is 16, this run wants 48"):
+    with pytest.raises(ValueError, match="max_sequence_length is 16, but this run needs 48"):
         check_cache(list_samples(cached_copy), **DIMS)
 
 
@@ -136,7 +141,7 @@ def test_weights_of_captions_that_are_not_there():
         for name, columns in (("one", ["prompt", "long"]), ("two", ["prompt"]))
     ]
     check_weights(samples, {"prompt": 1, "long": 0})
-    message = r"a column 'short', which no picture has; there are long, prompt"
+    message = r"a column 'short', which no picture has; available: long, prompt"
     with pytest.raises(ValueError, match=message):
         check_weights(samples, {"prompt": 1, "short": 1})
     message = r"two_latent_code.safetensors has no caption with a weight .* only prompt; give"

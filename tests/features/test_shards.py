@@ -104,7 +104,9 @@ def test_shards_must_fit_model_and_resolution(packed, base_dev):
     features, prints = open_features(packed, 1.0), fingerprint_encoders(Path(base_dev))
     options = {**DIMS, "resolution": 192, "fingerprints": prints}
     check_cache(features.samples, **options, empty_prompt=features.empty_prompt)
-    with pytest.raises(ValueError, match=r"image_0_latent\S+ in shard .*resolution is 192, this"):
+    with pytest.raises(
+        ValueError, match=r"image_0_latent\S+ in shard .*resolution is 192, but this"
+    ):
         check_cache(features.samples, **(options | {"resolution": 256}))
     with pytest.raises(ValueError, match=r"image_0_\w+_embed\S+ in shard \S+features-000000.*T5's"):
         check_cache(features.samples, **(options | {"t5_dim": 4096}))
@@ -124,17 +126,17 @@ def test_a_shard_cut_short_is_refused_at_once(shards, at):
     path = max(shards.glob("*.tar"), key=lambda path: path.name)
     data = path.read_bytes()
     path.write_bytes(data[:at])
-    with pytest.raises(ValueError, match=rf"shard \S+{path.name} has \d+ bytes where") as caught:
+    with pytest.raises(ValueError, match=rf"shard \S+{path.name} has \d+ bytes, but") as caught:
         open_features(shards, 1.0)
     sample = {0: "image_2", 700: "image_2", -3000: "image_3"}.get(at)  # the end is of no sample
-    assert sample is None or f"so sample {sample} is not whole; copy" in str(caught.value)
+    assert sample is None or f"so sample {sample} is incomplete; copy" in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "json"])
 def test_a_missing_file_is_named(shards, suffix):
     path = next(shards.glob(f"features-000001-*.{suffix}"))
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{path.name} is not there; bring the file back"):
+    with pytest.raises(FileNotFoundError, match=rf"{path.name} is missing; restore the file"):
         open_features(shards, 1.0)
 
 
@@ -165,9 +167,12 @@ def test_every_flipped_byte_of_an_index_is_found(shards):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "urae_shards.json is no index of shards (: Invalid JSON"),
-        ('{"version": "1"}', "urae_shards.json is no index of shards (shards: Field required)"),
-        ('{"version": "2", "shards": [], "empty_prompt": null}', "is of version 2, this urae rea"),
+        ("{", "urae_shards.json is not an index of shards (: Invalid JSON"),
+        ('{"version": "1"}', "urae_shards.json is not an index of shards (shards: Field required)"),
+        (
+            '{"version": "2", "shards": [], "empty_prompt": null}',
+            "has version 2, but this urae rea",
+        ),
     ],
 )
 def test_an_index_that_cannot_be_used(shards, text, message):
@@ -224,7 +229,7 @@ def test_a_failing_connection_is_tried_again(far, monkeypatch, caplog):
     with pytest.raises(ConnectionError, match=message):
         load_latents(samples[1])
     failures = iter([b"short"] * 4)
-    with pytest.raises(ValueError, match=r"image_1_latent\S+ in .* 5 bytes came where \d+ were"):
+    with pytest.raises(ValueError, match=r"image_1_latent\S+ in .* 5 bytes arrived, but \d+ were"):
         load_latents(samples[1])
 
 
@@ -280,7 +285,7 @@ def test_a_server_that_fails_is_not_said_to_have_lost_the_shard(server, caplog):
         folder.find_size("a.tar")
     caplog.clear()
     server += [RefusalError(404)]
-    with pytest.raises(FileNotFoundError, match=r"host/a.tar is not there"):
+    with pytest.raises(FileNotFoundError, match=r"host/a.tar is missing"):
         folder.find_size("a.tar")
     assert not caplog.text
 
@@ -290,9 +295,11 @@ def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, ca
     samples = open_features("http://host", 0.0).samples
     server += [60.0]
     load_latents(samples[0])
-    assert "cannot be read (TimeoutError: not done after 0.1 s); trying again" in caplog.text
+    assert "cannot be read (TimeoutError: not finished after 0.1 s); trying again" in caplog.text
     server += [60.0] * 4
-    with pytest.raises(ConnectionError, match=r"image_0_latent\S+ in .* not done after 0.1 s\)"):
+    with pytest.raises(
+        ConnectionError, match=r"image_0_latent\S+ in .* not finished after 0.1 s\)"
+    ):
         load_latents(samples[0])
 
 
@@ -301,7 +308,7 @@ def test_a_limit_of_the_library_is_not_taken_for_ours(server, caplog):
     server += [TimeoutError("Connection timeout to host http://host"), TimeoutError()]
     folder.read("urae_shards.json")
     assert "(TimeoutError: Connection timeout to host http://host); trying again" in caplog.text
-    assert "(TimeoutError: not done after " in caplog.text
+    assert "(TimeoutError: not finished after " in caplog.text
     assert "120" not in caplog.text
 
 
@@ -314,7 +321,9 @@ def test_a_read_ends_before_the_other_processes_give_up():
 def test_a_shard_that_vanishes_is_named_at_once(far, caplog):
     sample = open_features(far, 1.0).samples[0]
     fsspec.filesystem("memory").rm(f"/bucket/data/{sample.latent_file.shard}")
-    with pytest.raises(FileNotFoundError, match=r"image_0_latent\S+ in shard memory://\S+ is not"):
+    with pytest.raises(
+        FileNotFoundError, match=r"image_0_latent\S+ in shard memory://\S+ is missing"
+    ):
         load_latents(sample)
     assert not caplog.text
 
@@ -322,7 +331,7 @@ def test_a_shard_that_vanishes_is_named_at_once(far, caplog):
 def test_urls_that_cannot_be_opened(monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"data memory://nowhere has no urae_shards.json"):
         open_features("memory://nowhere", 1.0)
-    with pytest.raises(ValueError, match=r"data foo://a is not of a kind that fsspec knows"):
+    with pytest.raises(ValueError, match=r"data foo://a is not a kind of URL that fsspec knows"):
         open_features("foo://a", 1.0)
     with pytest.raises(ValueError, match=r"data https://host/a has a password in its URL"):
         open_features("https://me:secret@host/a", 1.0)

@@ -84,10 +84,10 @@ def test_other_formats_are_reported(tmp_path):
 def test_folders_without_work(tmp_path):
     with pytest.raises(ValueError, match=r"gone does not exist.*expected images \(\.avif"):
         find_sources(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"has no image, it holds nothing; expected"):
+    with pytest.raises(ValueError, match=r"has no images; it holds nothing; expected"):
         find_sources(tmp_path)
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ValueError, match=r"has no image, it holds 1 \.md; expected"):
+    with pytest.raises(ValueError, match=r"has no images; it holds 1 \.md; expected"):
         find_sources(tmp_path)
     add(tmp_path, "a.png")
     message = r"none of the 1 images .* has a caption \(first: a\.png: there is neither a\.json"
@@ -103,5 +103,7 @@ def test_names_that_collide(tmp_path):
     (tmp_path / "a.jpg").unlink()
     add(tmp_path, "a_b.png")
     (tmp_path / "a.json").write_text(json.dumps({"b_prompt": "p"}))
-    with pytest.raises(ValueError, match=r"column 'b_prompt' of a\.png would be read as that of"):
+    with pytest.raises(
+        ValueError, match=r"column 'b_prompt' of a\.png would be mistaken for that of"
+    ):
         find_sources(tmp_path)

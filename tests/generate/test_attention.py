@@ -162,7 +162,7 @@ def test_a_package_that_is_too_old_is_left_out_and_named_once(monkeypatch, caplo
     monkeypatch.setattr(attention, "find_spec", lambda name: name == "flash_attn" or None)
     for _ in range(2):
         assert "flash" not in attention.list_candidates()
-    assert caplog.text.count("flash_attn is installed and not used: Flash Attention backend") == 1
+    assert caplog.text.count("flash_attn is installed but not used: Flash Attention backend") == 1
     assert "`flash-attn>=2.6.3`" in caplog.text
 
 
@@ -204,7 +204,7 @@ def test_the_flash_attention_of_pypi_is_what_diffusers_calls(pypi):
 def test_one_of_another_torch_is_left_out_and_named(pypi, caplog):
     pypi()
     assert "_flash_3" not in attention.list_candidates()
-    assert "fa3-fwd is installed and not used: libcudart.so.13 is missing" in caplog.text
+    assert "fa3-fwd is installed but not used: libcudart.so.13 is missing" in caplog.text
 
 
 def test_sage_attention_is_named_as_an_approximation(monkeypatch, caplog):
@@ -220,7 +220,7 @@ def test_packages_that_are_missing_need_no_word(caplog):
 
 
 def test_a_backend_without_its_package_is_refused(load_pipe, monkeypatch):
-    message = r"Please install `flash-attn.* pip install it .* unset DIFFUSERS_ATTN_BACKEND"
+    message = r"Please install `flash-attn.* Install it with pip .* unset DIFFUSERS_ATTN_BACKEND"
     with pytest.raises(ModuleNotFoundError, match=message):
         backend("flash")
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.FLASH)
@@ -235,5 +235,7 @@ def test_a_backend_that_cannot_share_is_refused_without_weights(monkeypatch):
     monkeypatch.setattr(
         _AttentionBackendRegistry, "_active_backend", AttentionBackendName._NATIVE_MATH
     )
-    with pytest.raises(ValueError, match="_native_math does not go with several GPUs on one"):
+    with pytest.raises(
+        ValueError, match="_native_math cannot be combined with several GPUs on one"
+    ):
         check_backend_can_share()

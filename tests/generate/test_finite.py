@@ -30,7 +30,7 @@ def test_a_backend_that_fails_is_named_on_the_first_step(adapted, sample):
     steps = []
     message = (
         r"first step is not finite at 16 tokens, with attention _native_math in torch.float32 on "
-        r"cpu; try leave out taylorseer-cache=3; pipe.transformer.set_attention_backend"
+        r"cpu; try leaving out taylorseer-cache=3, pipe.transformer.set_attention_backend"
     )
     with pytest.raises(FloatingPointError, match=message):
         sample(pipe, 64, 64, callback_on_step_end=lambda *_: steps.append(1) or {})

@@ -105,7 +105,9 @@ def test_schnell_has_its_own_defaults(settings, bases):
 
 def test_guidance_is_refused_where_there_is_none(settings, bases, no_weights):
     schnell = str(bases["schnell"])
-    with pytest.raises(ValueError, match=r"guidance_scale 3.5 would do nothing, since .*schnell"):
+    with pytest.raises(
+        ValueError, match=r"guidance_scale 3.5 would have no effect, since .*schnell"
+    ):
         generate(settings(model=schnell, guidance_scale=3.5))
     with pytest.raises(AssertionError, match="weights were loaded"):  # nothing is wrong with 0
         generate(settings(model=schnell, guidance_scale=0.0))
@@ -193,7 +195,7 @@ def test_a_base_alone_is_left_alone_at_its_native_size(settings, bases, load_pip
 def test_an_output_that_cannot_be_a_folder(settings, no_weights, tmp_path):
     (tmp_path / "out").write_text("mine")
     for folder in ("out", "out/deeper/still"):
-        with pytest.raises(FileExistsError, match="/out is a file; name another with --output"):
+        with pytest.raises(FileExistsError, match="/out is a file; choose another with --output"):
             generate(settings(output_dir=tmp_path / folder))
 
 
@@ -222,7 +224,7 @@ def test_a_job_that_was_stopped_goes_on(settings, monkeypatch):
     before = [path.read_bytes() for path in paths]
     paths[1].unlink()
     with pytest.raises(
-        FileExistsError, match=r"2 of 3 pictures do\); make the others with --resume"
+        FileExistsError, match=r"2 of 3 pictures exist\); make the others with --resume"
     ):
         generate(config)
     made = []
@@ -246,7 +248,7 @@ def test_a_prompt_that_reads_as_json_is_text(settings, no_weights, prompt, tmp_p
     save_picture(picture.path, Image.new("RGB", (8, 8)), record)
     assert generate(config) == [picture.path]
     save_picture(picture.path, Image.new("RGB", (8, 8)), {**record, "steps": "two"})
-    with pytest.raises(FileExistsError, match="with steps two, this job has 2"):
+    with pytest.raises(FileExistsError, match="with steps two, but this job has 2"):
         generate(config)
 
 
@@ -255,7 +257,9 @@ def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_
     path.parent.mkdir()
     record = {"prompt": "a large red circle", "width": 64, "height": 128}
     save_picture(path, Image.new("RGB", (8, 8)), record)
-    with pytest.raises(FileExistsError, match="is there with height 128, this job has 96"):
+    with pytest.raises(
+        FileExistsError, match="already exists with height 128, but this job has 96"
+    ):
         generate(settings(resume=True))
     policy, other = ResolutionPolicy(), ResolutionPolicy(time_shift=3.0)
     whole = {**record, "height": 96, "model": settings().model, "adapters": [], "loras": []}
@@ -269,15 +273,17 @@ def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_
         ({"parts": ("constants",)}, "approximations"),
         ({"memory": "8bit"}, "memory resident"),
     ):
-        with pytest.raises(FileExistsError, match=f"is there with {told}"):
+        with pytest.raises(FileExistsError, match=f"already exists with {told}"):
             generate(replace(same, **change))
     path.write_bytes(b"mine")
-    with pytest.raises(ValueError, match="is no whole PNG"):
+    with pytest.raises(ValueError, match="is not a complete PNG"):
         generate(settings(resume=True))
     assert path.read_bytes() == b"mine"
     with pytest.raises(ValueError, match="resume needs a seed"):
         settings(resume=True, seed=None)
-    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+    with pytest.raises(
+        ValueError, match="resume and overwrite cannot be combined; choose one of them"
+    ):
         settings(resume=True, overwrite=True)
 
 
@@ -289,7 +295,10 @@ def test_what_does_not_fit_is_said_before_a_download(settings, monkeypatch, expe
         ({"adapters": (str(expected / "dev_2k_lora.safetensors"),)}, "dev_2k_lora"),
         ({"loras": (("nofile.safetensors", 1.0),)}, "nofile"),
         ({"memory": "4bit"}, "4bit"),
-        ({"model": "flux-schnell", "guidance_scale": 3.0}, "guidance_scale 3.0 would do nothing"),
+        (
+            {"model": "flux-schnell", "guidance_scale": 3.0},
+            "guidance_scale 3.0 would have no effect",
+        ),
         ({"model": "flux-schnell", "max_sequence_length": 512}, "more than the 256 T5 tokens"),
     ):
         with pytest.raises((ValueError, FileNotFoundError, ModuleNotFoundError), match=message):
@@ -307,9 +316,9 @@ def test_bad_adapters_fail_before_weights_load(settings, no_weights, expected, t
     lora = expected / "dev_2k_lora.safetensors"
     truncated = tmp_path / "t.safetensors"
     truncated.write_bytes(lora.read_bytes()[:500])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         generate(settings(adapters=(str(truncated),)))
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         generate(settings(loras=((str(truncated), 1.0),)))
     with pytest.raises(FileNotFoundError, match="neither an existing file"):
         generate(settings(adapters=("nothing.safetensors",)))
@@ -338,7 +347,10 @@ def test_an_adapter_for_another_base(settings, no_weights, expected, bases, tmp_
         ({"max_sequence_length": 513}, "max_sequence_length 513 must be between 1 and 512"),
         ({"seed": -1}, "seed -1 must be"),
         ({"loras": (("a", float("nan")),)}, "weight nan of LoRA a must be"),
-        ({"parts": ("compile",), "memory": "8bit"}, "--part compile does not go with --memory 8b"),
+        (
+            {"parts": ("compile",), "memory": "8bit"},
+            "--part compile cannot be combined with --memory 8b",
+        ),
     ],
 )
 def test_bad_values(settings, changes, message):
@@ -455,8 +467,8 @@ def test_a_vae_without_room_names_the_tier_that_fits(settings, monkeypatch, smal
     monkeypatch.setattr("urae.backbones.vae.vae_bytes", lambda *_: 2**10)
     with pytest.raises(MemoryError) as found:
         generate(settings(height=256, width=256, steps=1, memory="resident"))
-    assert "with --memory resident (decoding 256 x 256 pixels takes at least " in str(found.value)
-    assert str(found.value).endswith(" at hand); try --memory streamed")
+    assert "with --memory resident (decoding 256 x 256 pixels needs at least " in str(found.value)
+    assert str(found.value).endswith(" available); try --memory streamed")
 
 
 def test_auto_tries_once_more_with_less(settings, monkeypatch, small_gpu, caplog, tmp_path):
@@ -465,7 +477,7 @@ def test_auto_tries_once_more_with_less(settings, monkeypatch, small_gpu, caplog
     (path,) = generate(settings())
     assert tries == [False, True]
     assert (
-        "did not suffice with --memory resident (CUDA out of memory): trying once more with "
+        "ran out of memory with --memory resident (CUDA out of memory): trying once more with "
         "--memory streamed" in caplog.text
     )
     with Image.open(path) as found, Image.open(wanted) as image:
@@ -540,7 +552,7 @@ def test_a_single_file_is_not_quantised(settings, monkeypatch, tmp_path):
     tensors = {name: torch.ones(1) for name in names}
     save_file({"img_in.weight": torch.ones(3072, 64), **tensors}, path)
     monkeypatch.setattr("urae.backbones.flux.load_transformer", lambda *_, **__: 1 / 0)
-    with pytest.raises(ValueError, match="is a single file, which is not quantised"):
+    with pytest.raises(ValueError, match="is a single file, which cannot be quantised"):
         generate(settings(model=str(path), memory="8bit"))
 
 
@@ -663,8 +675,8 @@ def test_a_presets_local_attention_goes_where_blocks_are_compiled(
         with Image.open(path) as image:
             found = json.loads(image.text["parts"])
         assert ("local-attention=0.87" in found) == ("compile" in found) == is_local
-        assert ("local-attention is left out: it gains nothing" in caplog.text) != pays
-        left_out = "local-attention is left out: with --memory 8bit blocks are not compiled"
+        assert ("local-attention is left out: it only helps" in caplog.text) != pays
+        left_out = "local-attention is left out: blocks are not compiled with --memory 8bit"
         assert (left_out in caplog.text) == (memory == "8bit")
 
 
@@ -732,7 +744,9 @@ def test_attention_is_checked_before_weights_load(settings, monkeypatch, no_weig
     set_backend(AttentionBackendName._NATIVE_MATH)
     two = Ranks(torch.device("cpu"), 0, 2)
     monkeypatch.setattr(job_module, "join_ranks", lambda _: nullcontext(two))
-    with pytest.raises(ValueError, match="_native_math does not go with several GPUs on one pict"):
+    with pytest.raises(
+        ValueError, match="_native_math cannot be combined with several GPUs on one pict"
+    ):
         generate(settings())
 
 
@@ -749,7 +763,7 @@ def test_decoding_in_stripes_when_memory_is_short(settings, monkeypatch, tmp_pat
     found, wanted = (np.array(Image.open(each)).astype(int) for each in (path, whole))
     assert abs(found - wanted).max() <= 1  # on the edge between two 8-bit levels
     monkeypatch.setattr("urae.backbones.vae.vae_bytes", lambda *_: 2**10)
-    with pytest.raises(MemoryError, match="decoding 256 x 256 pixels takes at least"):
+    with pytest.raises(MemoryError, match="decoding 256 x 256 pixels needs at least"):
         generate(settings(height=256, width=256, steps=1, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -812,10 +826,10 @@ def test_jobs_in_two_threads(settings, expected, tmp_path, parts):
 def test_a_prompt_that_is_cut_is_told(settings, caplog):
     long = settings(prompts=("red " * 40,), steps=1, max_sequence_length=16)
     generate(long)
-    assert "tokens and is read to the 16th" in caplog.text
+    assert "tokens, but only the first 16 are used" in caplog.text
     caplog.clear()
     generate(replace(long, prompts=("red",)))
-    assert "is read to" not in caplog.text
+    assert "tokens, but only the first" not in caplog.text
 
 
 def copy_base(base, folder, **changes):
@@ -829,7 +843,7 @@ def copy_base(base, folder, **changes):
 
 def test_a_base_that_paints_after_another_picture(settings, no_weights, bases, tmp_path):
     control = copy_base(bases["dev"], tmp_path / "control", in_channels=128, out_channels=64)
-    with pytest.raises(ValueError, match="takes 128 channels and makes 64"):
+    with pytest.raises(ValueError, match="takes 128 channels and outputs 64"):
         generate(settings(model=control))
 
 

@@ -70,20 +70,23 @@ def test_strengths_default_to_the_libraries_own():
     [
         (["magic"], "part 'magic' is unknown; known: fp8, 8bit"),
         (["compile=2"], r"part compile has no strength to set; leave out =2.0"),
-        (["mag-cache=much"], "'much' is no number; a part is NAME or NAME=STRENGTH"),
+        (["mag-cache=much"], "'much' is not a number; a part is NAME or NAME=STRENGTH"),
         (["mag-cache=-1"], "strength -1.0 of mag-cache must be a finite number from 0"),
         (["mag-cache=inf"], "must be a finite number from 0"),
         (["taylorseer-cache=2.5"], "must be a whole number from 1"),
         (["taylorseer-cache=0"], "must be a whole number from 1"),
-        (["mag-cache", "taylorseer-cache"], "mag-cache=0.06 and taylorseer-cache=3 exclude"),
+        (
+            ["mag-cache", "taylorseer-cache"],
+            "mag-cache=0.06 and taylorseer-cache=3 cannot be combined",
+        ),
         (["progressive=1.1"], "strength 1.1 of progressive must be a finite number from 0 to 1"),
         (
             ["local-attention=2"],
             "strength 2.0 of local-attention must be a finite number from 0 to 1",
         ),
-        (["fp8", "4bit"], "exclude each other"),
-        (["joined-adapters", "merged-adapters"], "exclude each other"),
-        (["compile", "compile"], "exclude each other"),
+        (["fp8", "4bit"], "cannot be combined; choose one"),
+        (["joined-adapters", "merged-adapters"], "cannot be combined; choose one"),
+        (["compile", "compile"], "cannot be combined; choose one"),
     ],
 )
 def test_parts_that_are_none(load_pipe, given, message):
@@ -115,21 +118,24 @@ def test_what_does_not_go_here_is_left_out_of_a_preset(load_pipe, caplog, monkey
     assert find(load_pipe, "turbo", memory="8bit")["fp8"] == "--memory 8bit quantises the weights"
     small = find(load_pipe, "turbo", known={"progressive": "it is small"})
     assert small["progressive"] == "it is small"
-    assert small["local-attention"].startswith("it gains nothing on blocks that are not compiled")
+    assert small["local-attention"].startswith("it only helps compiled blocks")
     assert "local-attention" not in find(load_pipe, "turbo", compiled=True)
     monkeypatch.setattr(quantize, "_has_fp8", lambda _: True)
     assert find(load_pipe, "fast")["fp8"] == small["local-attention"]
     assert "fp8" not in find(load_pipe, "fast", compiled=True)
     other = find(load_pipe, "turbo", plain=False)
     assert set(other) >= set(parts.SCHEDULED)
-    assert other["progressive"] == "it goes with FluxPipeline, which this is not"
+    assert other["progressive"] == "it only works with FluxPipeline, and this is another pipeline"
 
 
 @pytest.mark.parametrize("speed", ["fast", "turbo"])
 def test_presets_go_with_every_pipeline(load_pipe, speed, caplog):
     pipe = FluxImg2ImgPipeline.from_pipe(load_pipe(), dtype=torch.float32)
     urae.optimize(pipe, speed=speed)
-    assert f"speed {speed}: taylorseer-cache is left out: it goes with FluxPipeline" in caplog.text
+    assert (
+        f"speed {speed}: taylorseer-cache is left out: it only works with FluxPipeline"
+        in caplog.text
+    )
 
 
 def test_weights_that_are_quantised_stay_so(load_pipe, monkeypatch):
@@ -138,7 +144,7 @@ def test_weights_that_are_quantised_stay_so(load_pipe, monkeypatch):
     assert "fp8" not in optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
     quantize.quantize_blocks(transformer, "8bit", CPU)
     unfit = optimize.find_unfit("fast", transformer, CPU, compiled=True, known={})
-    assert unfit["fp8"] == "the weights are quantised already"
+    assert unfit["fp8"] == "the weights are already quantised"
 
 
 def test_an_adapted_pipe_knows_whether_its_4k_adapter_goes_alone(load_pipe, expected, caplog):
@@ -228,7 +234,9 @@ def test_restore_undoes_a_pipe_that_is_not_adapted(load_pipe, sample):
 def test_an_optimized_pipe_is_not_adapted(adapted, sample, expected):
     pipe = apply(adapted(), "8bit")
     before = sample(pipe, 64, 64)
-    with pytest.raises(ValueError, match=r"optimized for the adapters .* urae.restore"):
+    with pytest.raises(
+        ValueError, match=r"already optimized for its current adapters.* urae.restore"
+    ):
         urae.adapt(pipe, expected / "dev_4k_lora_conversion.safetensors")
     assert torch.equal(sample(pipe, 64, 64), before)
 
@@ -286,11 +294,11 @@ def test_blocks_that_are_offloaded_are_not_compiled_or_quantised(adapted):
     pipe = adapted()
     stream_blocks(pipe.transformer, CPU)
     for name in ("compile", "8bit"):
-        with pytest.raises(ValueError, match="offloaded or hooked already"):
+        with pytest.raises(ValueError, match="already offloaded or hooked"):
             apply(pipe, name)
     sequential = adapted()
     sequential.transformer.transformer_blocks[0].attn.to_q._hf_hook = None
-    with pytest.raises(ValueError, match="offloaded or hooked already"):
+    with pytest.raises(ValueError, match="already offloaded or hooked"):
         apply(sequential, "compile")
 
 
@@ -384,7 +392,7 @@ def test_weights_are_quantised_and_adapters_stay_outside(adapted, sample, bits, 
     assert not is_plain(query.base_layer)
     assert all(is_plain(layer) for layer in (query.lora_A["urae_2k"], query.lora_B["urae_2k"]))
     assert is_plain(pipe.transformer.x_embedder)
-    with pytest.raises(ValueError, match=f"quantised already; leave out part {bits}"):
+    with pytest.raises(ValueError, match=f"already quantised; leave out part {bits}"):
         quantize.quantize_blocks(pipe.transformer, bits, CPU)
     urae.optimize(pipe, speed=None)
     after = pipe.transformer.state_dict()
@@ -475,7 +483,7 @@ def test_no_step_waits_for_the_device(adapted, sample, parts, attention):
 
 
 def test_a_part_that_is_no_text(load_pipe):
-    with pytest.raises(ValueError, match="must be a text, NAME or NAME=STRENGTH"):
+    with pytest.raises(ValueError, match="must be a string, NAME or NAME=STRENGTH"):
         urae.optimize(load_pipe(), parts=[("progressive", 0.5)])
 
 
@@ -501,7 +509,7 @@ def test_layers_that_are_offloaded_already_are_refused(adapted, sample):
     pipe = adapted()
     wanted = sample(pipe, 64, 64)
     accelerate.cpu_offload(pipe.transformer, CPU)
-    with pytest.raises(ValueError, match="offloaded or hooked already"):
+    with pytest.raises(ValueError, match="already offloaded or hooked"):
         urae.optimize(pipe)
     assert torch.equal(sample(pipe, 64, 64), wanted)
 
@@ -522,7 +530,7 @@ def test_in_half_precision_a_preset_joins(load_pipe, expected, caplog):
     kinds = {type(each).__name__ for each in pipe.transformer.modules()}
     assert "_OneProduct" in kinds
     assert "_Merged" not in kinds
-    assert "merged in none" not in caplog.text
+    assert "not merged in any" not in caplog.text
 
 
 def test_a_preset_merges_where_there_is_room(adapted, monkeypatch):

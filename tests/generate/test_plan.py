@@ -84,7 +84,7 @@ def test_nothing_fits():
 
 
 def test_without_a_gpu_one_must_be_named():
-    with pytest.raises(ValueError, match=r"no CUDA device; name the memory .*--gpu 24GiB"):
+    with pytest.raises(ValueError, match=r"no CUDA device; give the memory .*--gpu 24GiB"):
         plan(PlanConfig())
 
 
@@ -158,7 +158,7 @@ def test_amounts_of_memory():
     assert parse_bytes("24GB") == 24 * 10**9
     assert parse_bytes("1.5GiB") == 1.5 * GIB
     for text in ("", "much", "24 apples", "-3"):
-        with pytest.raises(ValueError, match="is not an amount as 24GiB"):
+        with pytest.raises(ValueError, match="is not an amount such as 24GiB"):
             parse_bytes(text)
 
 

@@ -331,8 +331,11 @@ def test_fused_adapters_cannot_rest_and_that_is_told_once(both, draw, caplog):
     pipe.fuse_lora()
     draw(pipe)
     draw(pipe)
-    (record,) = [each for each in caplog.records if "cannot rest" in each.message]
-    assert "adapters are fused into the base: urae_2k, urae_4k cannot rest" in record.message
+    (record,) = [each for each in caplog.records if "cannot be switched off" in each.message]
+    assert (
+        "adapters are fused into the base, so urae_2k, urae_4k cannot be switched off"
+        in record.message
+    )
 
 
 def test_adapters_that_are_chosen_meanwhile_stay(both, draw):
@@ -383,20 +386,25 @@ def test_another_pipeline_with_the_same_parts_begins_whole(adapted, caplog):
     settings = {"height": 128, "width": 128, "max_sequence_length": 64, "output_type": "latent"}
     other("a lake", image=image, strength=0.8, num_inference_steps=10, **settings)
     assert seen == [64] * 8
-    assert "progressive is left out for a picture: it begins at noise level 0." in caplog.text
+    assert "progressive is left out for a picture: it starts at noise level 0." in caplog.text
 
 
 def test_other_pipelines_are_refused(adapted):
     other = FluxImg2ImgPipeline.from_pipe(adapted(), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"goes with FluxPipeline; a FluxImg2ImgPipeline begins"):
+    with pytest.raises(
+        ValueError, match=r"only works with FluxPipeline; a FluxImg2ImgPipeline starts"
+    ):
         progressive(other, 0.5)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"sigmas": [0.6, 0.3], "num_inference_steps": None}, "begins at noise level 0.818, at la"),
-        ({"side": 144}, "144 x 144 pixels are no multiples of 32"),
+        (
+            {"sigmas": [0.6, 0.3], "num_inference_steps": None},
+            "starts at noise level 0.818, from la",
+        ),
+        ({"side": 144}, "144 x 144 pixels are not multiples of 32"),
     ],
 )
 def test_where_it_cannot_be_right_a_picture_is_made_whole(adapted, draw, caplog, options, reason):

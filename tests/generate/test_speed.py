@@ -74,10 +74,10 @@ def test_a_preset_says_that_it_does_not_compile(without_compiler, monkeypatch, c
     assert not speed.pays_to_compile(GPU, 256, 256, 4, 1)
     assert not caplog.text  # which loses nothing
     assert not speed.pays_to_compile(GPU, 4096, 4096, 28, 1)
-    assert "not compiled, and slower for it: that needs a C compiler" in caplog.text
+    assert "the blocks run uncompiled, which is slower; compiling needs a C compiler" in caplog.text
     monkeypatch.setattr(speed, "has_triton", lambda: False)
     assert not speed.can_compile(GPU)
-    assert "that needs Triton and a GPU of compute capability 7.0" in caplog.text
+    assert "compiling needs Triton and a GPU of compute capability 7.0" in caplog.text
 
 
 def test_a_compiler_may_be_named_in_the_environment(without_compiler, monkeypatch):

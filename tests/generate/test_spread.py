@@ -54,7 +54,8 @@ def test_no_gpu_is_idle():
     flux = Degrees(FLUX, "its heads")
     assert choose_spread(3, 2, flux).num_busy == 2
     with pytest.raises(
-        ValueError, match="by 5 GPUs, and the job has only 1: its heads; give --gpus 4"
+        ValueError,
+        match=r"by 5 GPUs, and the job has fewer pictures \(1\): its heads; give --gpus 4",
     ):
         choose_spread(1, 5, flux)
     with pytest.raises(ValueError, match="give --gpus 3, or more"):

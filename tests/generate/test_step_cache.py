@@ -299,14 +299,14 @@ def test_blocks_that_are_offloaded_already(adapted, kind):
 def test_a_cache_of_the_user(adapted, kind):
     pipe = adapted()
     pipe.transformer.enable_cache(MagCacheConfig(calibrate=True))
-    with pytest.raises(ValueError, match="has a step cache already"):
+    with pytest.raises(ValueError, match="already has a step cache"):
         cached(pipe, kind)
     assert pipe.transformer.is_cache_enabled
 
 
 def test_pipelines_that_do_not_name_their_calls(adapted, kind):
     other = FluxImg2ImgPipeline.from_pipe(adapted(), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"goes with FluxPipeline.* FluxImg2ImgPipeline"):
+    with pytest.raises(ValueError, match=r"only works with FluxPipeline.* FluxImg2ImgPipeline"):
         cached(other, kind)
 
 

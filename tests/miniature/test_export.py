@@ -91,9 +91,9 @@ def test_the_card_of_adapters_says_what_they_come_from(runs, no_commit, tmp_path
 
 
 def test_what_does_not_ship(runs, no_commit, tmp_path):
-    with pytest.raises(ValueError, match="trained minor, but what ships is a LoRA, or one and mi"):
+    with pytest.raises(ValueError, match="trained minor, but only a LoRA, or a LoRA and mi"):
         export_adapters(no_commit[1:], tmp_path, commit=COMMIT)
-    with pytest.raises(ValueError, match=r"lora does not say which commit .* name it with --com"):
+    with pytest.raises(ValueError, match=r"lora does not say which commit .* give it with --com"):
         export_adapters(no_commit[:1], tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no run\.toml"):
         export_adapters([tmp_path], tmp_path, commit=COMMIT)

@@ -78,7 +78,7 @@ def test_a_stage_does_not_go_on_with_other_files(recipe, work):
     assert train_stage("base", recipe, work, max_seconds=0) is None
     kept = (work / "text.safetensors").read_bytes()
     write_stage(work, "text", TEXT_PARTS, seed=1)
-    with pytest.raises(ValueError, match=r"base\.state\.pt was made from another text\.saf"):
+    with pytest.raises(ValueError, match=r"base\.state\.pt was made from a different text\.saf"):
         train_stage("base", recipe, work)
     (work / "text.safetensors").write_bytes(kept)
     assert train_stage("base", recipe, work) == work / "base.safetensors"
@@ -90,7 +90,9 @@ def test_a_stage_does_not_go_on_with_other_files(recipe, work):
 
 def test_a_stage_that_is_done_is_kept(recipe, work):
     before = (work / "text.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match=r"text\.safetensors is done and is kept; delete"):
+    with pytest.raises(
+        FileExistsError, match=r"text\.safetensors already exists and is kept; delete"
+    ):
         train_stage("text", recipe, work)
     assert (work / "text.safetensors").read_bytes() == before
 
@@ -162,7 +164,9 @@ def test_a_damaged_state_is_named(recipe, tmp_path, damage):
         torch.save({**state, "weights": torch.zeros(1)}, path)
     else:
         torch.save([1], path)
-    with pytest.raises(ValueError, match=r"text\.state\.pt is no whole state of a stage; delete"):
+    with pytest.raises(
+        ValueError, match=r"text\.state\.pt is not the complete state of a stage; delete"
+    ):
         train_stage("text", recipe, tmp_path)
 
 

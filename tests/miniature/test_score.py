@@ -62,7 +62,7 @@ def test_models_without_distilled_guidance(bases):
 def test_a_stage_excludes_a_model_and_adapters(arguments, cli):
     outcome = cli("miniature", "score", "dev", *arguments)
     assert isinstance(outcome.exception, ValueError)
-    assert "exclude each other; leave the stage out" in str(outcome.exception)
+    assert "cannot be combined; leave out the stage" in str(outcome.exception)
 
 
 def test_the_command_says_what_was_scored(lora, tmp_path, monkeypatch, cli):
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_said_before_anything_loads(
 def test_only_stages_with_a_transformer_are_offered(cli, tmp_path):
     outcome = cli("miniature", "score", "vae", "--work", tmp_path)
     message = (
-        "stage 'vae' is no transformer; choose one of base, refined, dev, schnell, teacher_256"
+        "stage 'vae' is not a transformer; choose one of base, refined, dev, schnell, teacher_256"
     )
     assert message in str(outcome.exception)
 

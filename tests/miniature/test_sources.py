@@ -149,7 +149,7 @@ def test_a_folder_is_gone_on_with(tmp_path):
 def test_a_folder_of_somebody_elses_is_kept(tmp_path):
     (tmp_path / "000000.png").write_bytes(b"mine")
     (tmp_path / "000001.json").write_text("mine too")
-    with pytest.raises(FileExistsError, match=r"holds files, and no .* choose a new or an empty"):
+    with pytest.raises(FileExistsError, match=r"holds files, but no .* choose a new or an empty"):
         write_folder(tmp_path, "clean", range(3), 0, 32, 32)
     assert (tmp_path / "000001.json").read_text() == "mine too"
     assert len(list(tmp_path.iterdir())) == 2
@@ -165,7 +165,7 @@ def test_a_folder_that_a_kill_left_empty_is_taken(tmp_path):
 def test_a_damaged_record_is_named(tmp_path, text):
     write_folder(tmp_path, "clean", range(1), 0, 32, 32)
     (tmp_path / ".urae" / "scenes.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"scenes\.json is damaged: .*; choose another folder, or"):
+    with pytest.raises(ValueError, match=r"scenes\.json is damaged, .*; choose another folder, or"):
         write_folder(tmp_path, "clean", range(1), 0, 32, 32)
 
 

@@ -336,7 +336,7 @@ def test_what_is_not_finite_stops_the_loop_and_is_not_saved(tmp_path, spoil):
     run(lambda *_: (module.weight.sum() + module.bias.sum(), {}), steps=1)
     (state,) = tmp_path.iterdir()
     good = state.read_bytes()
-    with pytest.raises(FloatingPointError, match="step 2: loss or gradient nan; lower lr"):
+    with pytest.raises(FloatingPointError, match="step 2: loss or gradient is nan; lower lr"):
         run(lambda *_: (spoil(module.weight) + module.bias.sum(), {}), steps=2)
     assert state.read_bytes() == good
 
@@ -416,7 +416,7 @@ def test_the_stages_follow_one_another(recipe, tmp_path):
     base = load_stage("base", work)
     base.set_progress_bar_config(disable=True)
     assert len(score_pipeline(base, SCORE)) == 2
-    with pytest.raises(ValueError, match="stage 'vae' is no transformer"):
+    with pytest.raises(ValueError, match="stage 'vae' is not a transformer"):
         load_stage("vae", work)
 
 

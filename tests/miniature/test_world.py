@@ -61,15 +61,18 @@ def test_what_may_be_left_out(text, written):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has its end where an object must stand; allowed: a, an$"),
-        ("a huge circle", "has 'huge' where an object must stand; allowed: small, .*, circle"),
-        ("a red small circle", "has 'small' where an object must stand; allowed: circle, square"),
-        ("a circle near a ring", "has 'near' where the end must stand; allowed: left of, right of"),
-        ("a circle right a ring", "has 'right' where a relation must stand; allowed: left of"),
-        ("a circle on a wooden background", "has 'wooden' where a background must stand"),
+        ("", "has its end where an object is expected; allowed: a, an$"),
+        ("a huge circle", "has 'huge' where an object is expected; allowed: small, .*, circle"),
+        ("a red small circle", "has 'small' where an object is expected; allowed: circle, square"),
+        (
+            "a circle near a ring",
+            "has 'near' where the end is expected; allowed: left of, right of",
+        ),
+        ("a circle right a ring", "has 'right' where a relation is expected; allowed: left of"),
+        ("a circle on a wooden background", "has 'wooden' where a background is expected"),
         ("a circle on a teal background", "allowed: plain, .*, grey, green, .*, background$"),
-        ("a circle, lit from the front", "has 'front' where a light must stand; allowed: left"),
-        ("a circle in even light please", "has 'please' where the end must stand$"),
+        ("a circle, lit from the front", "has 'front' where a light is expected; allowed: left"),
+        ("a circle in even light please", "has 'please' where the end is expected$"),
         ("a ring and a ring and a ring and a ring", "names 4 objects, but a scene has at most 3"),
     ],
 )

@@ -123,7 +123,9 @@ def test_a_damaged_result_is_named(study, finish, unmade, text):
     config = study("a")
     path, _ = finish(config, list_cells(config))
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"{path.name} is no whole result of a cell; delete it"):
+    with pytest.raises(
+        ValueError, match=rf"{path.name} is not a complete result of a cell; delete it"
+    ):
         run_study(config)
 
 
@@ -141,7 +143,7 @@ def test_a_page_without_a_place_is_refused_first(study, unmade):
 def test_an_output_that_is_a_file_is_refused_first(study, unmade, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "study"):
-        with pytest.raises(FileExistsError, match=r"file is a file; name another with --output"):
+        with pytest.raises(FileExistsError, match=r"file is a file; choose another with --output"):
             run_study(study("a", output_dir=output))
 
 

@@ -193,7 +193,7 @@ def test_a_run_that_fails_leaves_the_others_alone(workers, caplog):
     errors = run._run_all(math.sqrt, [4.0, -1.0, 9.0, -4.0], workers, lambda: done.append(1))
     assert len(done) == len(errors) == 2
     assert all(isinstance(error, ValueError) for error in errors)
-    assert caplog.text.count("a run failed, the others go on") == 2
+    assert caplog.text.count("a run failed; the others continue") == 2
 
 
 def test_the_report_comes_before_the_error(study, two_cells, finish, monkeypatch):

@@ -70,7 +70,7 @@ def test_a_cache_without_the_empty_prompt(settings, monkeypatch):
 
 def test_an_empty_prompt_of_another_length(settings, data_dir):
     cache(CacheConfig(data_dir, settings().model, 256, 32))
-    with pytest.raises(ValueError, match=r"empty_prompt_.*max_sequence_length is 32, this run"):
+    with pytest.raises(ValueError, match=r"empty_prompt_.*max_sequence_length is 32, but this run"):
         check_inputs(settings(data_dir=data_dir, caption_dropout=0.1))
     check_inputs(settings(data_dir=data_dir))  # who does not need it does not mind
 

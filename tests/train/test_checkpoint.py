@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_set_aside(interrupted, whole, caplog, name, dam
     damage(newest / name)
     resumed = train(interrupted)
     assert f"{newest} is damaged ({name}: " in caplog.text
-    assert "kept as damaged-checkpoint-000003, and the run goes on from step 2" in caplog.text
+    assert "kept as damaged-checkpoint-000003, and the run continues from step 2" in caplog.text
     assert (interrupted.output_dir / "damaged-checkpoint-000003").is_dir()
     assert steps_of(interrupted.output_dir) == [2, 3, 4]  # it does not count against those kept
     assert same(resumed.adapter_path, whole)
@@ -145,7 +145,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(interrupted):
         flip(checkpoint.path / FILES[1])
     with pytest.raises(
         ValueError,
-        match=r"none of the 3 checkpoints in .* is whole \(newest: checkpoint-000003, "
+        match=r"none of the 3 checkpoints in .* is intact \(newest: checkpoint-000003, "
         r"optimizer.safetensors: checksum differs\); copy one back .* --overwrite",
     ):
         train(interrupted)
@@ -191,7 +191,7 @@ def test_the_run_waits_for_space(settings, whole, monkeypatch, caplog, impatient
     fill_disk(monkeypatch, config.output_dir, number, times=3)
     assert same(train(config).adapter_path, whole)
     (warning,) = (text for text in caplog.messages if "no space left" in text)
-    assert "; the run is paused: free some and it goes on by itself, or stop it" in warning
+    assert "; the run is paused: free some and it continues by itself, or stop it" in warning
     assert steps_of(config.output_dir) == [2, 3, 4]
     assert not list(config.output_dir.glob(".*"))
 
@@ -206,7 +206,7 @@ def test_a_stop_ends_the_pause(settings, whole, monkeypatch, number):
     fill_disk(monkeypatch, config.output_dir, number, times=1, act=stop)
     with pytest.raises(
         OSError,
-        match=r"of step \d could not be written \(No space left .* that of step \d is whole",
+        match=r"of step \d could not be written \(No space left .* the one of step \d is complete",
     ):
         train(config)
     checkpoints = find_checkpoints(config.output_dir)
@@ -272,7 +272,7 @@ def test_several_processes_do_not_wait_for_long(tmp_path, monkeypatch, caplog):
         )
     assert clock[0] < MAX_WAIT_MINUTES * 60 * 0.6
     assert len(tries) > 9
-    assert "free some, within 5 minutes and it goes on" in caplog.text
+    assert "free some, within 5 minutes and it continues" in caplog.text
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_a_disk_that_is_really_full(settings, whole, small_disk, impatient, monk
         checkpoints = find_checkpoints(config.output_dir)
         assert [find_damage(checkpoint) for checkpoint in checkpoints] == [None] * len(checkpoints)
         assert checkpoints[0].step == 1
-    assert sum("checkpoint of step 2 finds no space left in" in text for text in warnings) > 3
+    assert sum("checkpoint of step 2: no space left in" in text for text in warnings) > 3
     filler.unlink(missing_ok=True)
     assert same(train(replace(config, resume=True)).adapter_path, whole)
 
@@ -330,8 +330,8 @@ def test_the_command_says_so_and_ends_with_code_1(settings, monkeypatch, capsys)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert ended.value.code == 1
     assert (
-        "error: checkpoint of step 2 could not be written (File too large); that of step 1 is "
-        "whole: free some space, then go on with --resume" in capsys.readouterr().err
+        "error: checkpoint of step 2 could not be written (File too large); the one of step 1 "
+        "is complete: free some space, then continue with --resume" in capsys.readouterr().err
     )
     assert steps_of(config.output_dir) == [1]
 
@@ -351,7 +351,7 @@ def test_a_curve_that_finds_no_room_pauses_the_run(settings, monkeypatch, caplog
     assert train(config).finished
     assert tries == [0, 1, 2, 2, 2, 3, 3]  # before the first step and after the last, measured
     assert len(output.read_losses(config.output_dir)) == 3
-    assert caplog.text.count("loss.csv of step 2 finds no space left in") == 1
+    assert caplog.text.count("loss.csv of step 2: no space left in") == 1
 
 
 def test_a_row_that_is_written_in_part_is_taken_back(tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def test_the_order_of_samples_goes_on_with_other_batches_a_step(settings, monkey
     train(settings(steps=2, gradient_accumulation=3))
     assert not caplog.records
     train(settings(steps=6, resume=True))
-    assert "a step now takes 1 batches over all devices, before it took 3;" in caplog.text
+    assert "a step now takes 1 batches over all devices instead of 3;" in caplog.text
     steps = [numbers[:3], numbers[3:6], *([number] for number in numbers[6:])]
     assert [sorted(step) for step in steps] == [[0, 1, 2], [3, 4, 5], [6], [7], [8], [9]]
 

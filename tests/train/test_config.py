@@ -45,7 +45,10 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"num_validation": -1}, r"num_validation -1 must be 0 or more"),
         ({"ema_decay": 1.0}, r"ema_decay 1.0 must be above 0 and below 1"),
         ({"resolution": 2050}, r"resolution 2050 is not .*try 2048 or 2064"),
-        ({"memory": "4bit", "compile": True}, "compile true does not go with memory 4bit, whose"),
+        (
+            {"memory": "4bit", "compile": True},
+            "compile true cannot be combined with memory 4bit, whose",
+        ),
         (
             {"memory": "streamed", "gradient_checkpointing": "selective", "compile": True},
             "memory streamed with gradient_checkpointing selective, whose blocks are never",
@@ -74,14 +77,14 @@ def test_there_are_recipes_for_both_models_and_stages():
         ({"optimizer": {"warmup_steps": 0.5}}, r"optimizer.warmup_steps: .*whole number"),
         (
             {"optimizer": {"name": "schedule-free", "schedule": "linear"}},
-            r"optimizer: schedule linear does not go with schedule-free, which takes a warm-up",
+            "optimizer: schedule linear cannot be combined with schedule-free, which takes only a",
         ),
         ({"optimizer": {"weight_decay": float("nan")}}, r"weight_decay nan must be"),
         ({"seed": -1}, r"seed -1 must be"),
         ({"timestep_sampling": "normal"}, r"timestep_sampling: .*'logit-normal', not 'normal'"),
         ({"timestep_shift": 0.0}, r"timestep_shift 0.0 must be a positive number or 'resolution'"),
         ({"guidance_scale": float("nan")}, r"guidance_scale nan must be"),
-        ({"resume": True, "overwrite": True}, r"exclude each other"),
+        ({"resume": True, "overwrite": True}, r"cannot be combined; choose one"),
     ],
 )
 def test_bad_settings_are_one_clear_line(settings, message):
@@ -140,7 +143,7 @@ def test_bad_overrides(arguments, message):
         ("--adapter.rank 0", "--adapter.rank 0 must be at least 1"),
         (
             "--optimizer.name muon --adapter.kind oft",
-            "recipe.toml and the options: muon is for matrices",
+            "recipe.toml and the options: muon is only for matrices",
         ),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_lost_rank_ends_the_others(settings, lost):
             process.kill()
             process.communicate()
     assert processes[1 - lost].returncode == 1, errors
-    assert "another process of this run has ended or is out of reach (" in errors
+    assert "another process of this run has ended or cannot be reached (" in errors
     checkpoints = find_checkpoints(config.output_dir)
     assert all(find_damage(checkpoint) is None for checkpoint in checkpoints)
     with (config.output_dir / "loss.csv").open() as file:

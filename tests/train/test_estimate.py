@@ -162,9 +162,11 @@ def test_ways_are_those_that_the_config_allows():
     assert tiers(2, shard=True) == ["resident", "offload"]
     assert tiers(kind="dora") == ["resident", "offload"]
     assert list_ways(config(gradient_checkpointing="auto"))[0] == Way("resident", "selective")
-    with pytest.raises(ValueError, match="--memory 8bit does not go with shard"):
+    with pytest.raises(ValueError, match="--memory 8bit cannot be combined with shard"):
         tiers(2, memory="8bit", shard=True)
-    with pytest.raises(ValueError, match="--memory streamed is for one process, this run has 2"):
+    with pytest.raises(
+        ValueError, match="--memory streamed is for one process, but this run has 2"
+    ):
         tiers(2, memory="streamed", gradient_checkpointing="full")
 
 

@@ -254,7 +254,7 @@ def test_suspects_are_those_of_the_ranks_that_failed(monkeypatch):
 
 def test_an_output_folder_is_kept(settings):
     train(settings(steps=1))
-    with pytest.raises(FileExistsError, match="holds a run already; go on with --resume"):
+    with pytest.raises(FileExistsError, match="already holds a run; continue with --resume"):
         train(settings(steps=1))
     (settings().output_dir / "validation.csv").write_text("of the earlier run")
     train(settings(steps=2, overwrite=True))
@@ -288,7 +288,7 @@ def test_leftovers_of_a_killed_run_do_not_matter(settings):
 
 def test_too_few_steps(settings):
     train(settings(steps=2))
-    with pytest.raises(ValueError, match="has more steps than the 1 asked for"):
+    with pytest.raises(ValueError, match="has more steps than the 1 requested"):
         train(settings(steps=1, resume=True))
 
 
@@ -316,7 +316,7 @@ def test_out_of_gpu_memory_says_what_to_try(settings, monkeypatch):
 
 
 def test_resuming_needs_the_same_settings(settings):
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         train(settings(resume=True))
     train(settings(steps=1))
     with pytest.raises(ValueError, match="was made with seed = 0, but the run now says 5;"):
@@ -367,7 +367,9 @@ def test_a_step_that_cannot_be_logged_is_kept(settings, monkeypatch):
     assert find_checkpoints(settings().output_dir)[-1].step == 3
 
 
-@pytest.mark.parametrize(("every", "said"), [(2, "checkpoint-000002 is saved: go on"), (9, "anew")])
+@pytest.mark.parametrize(
+    ("every", "said"), [(2, "checkpoint-000002 is saved: continue"), (9, "start over")]
+)
 def test_a_gpu_that_fails_loses_no_checkpoint(settings, monkeypatch, every, said):
     compute = loop_module.Stepper.compute_gradients
 
@@ -399,7 +401,7 @@ def test_a_gpu_out_of_memory_in_other_words_saves(settings, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(loop_module.Stepper, "compute_gradients", run_out)
-        with pytest.raises(MemoryError, match="does not suffice for this step"):
+        with pytest.raises(MemoryError, match="not enough memory for this step"):
             train(settings(checkpoint_every=9))
     assert find_checkpoints(settings().output_dir)[-1].step == 3
     monkeypatch.setattr(loop_module.Stepper, "advance", fail)

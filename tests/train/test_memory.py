@@ -335,7 +335,9 @@ def test_a_named_rung_is_taken_whatever_is_free(settings, free):
 
 def test_what_cannot_be_is_refused_first(settings):
     inputs = check_inputs(settings())
-    with pytest.raises(ValueError, match="--memory streamed is for one process, this run has 2"):
+    with pytest.raises(
+        ValueError, match="--memory streamed is for one process, but this run has 2"
+    ):
         streamed = settings(memory="streamed", gradient_checkpointing="full")
         choose_way(streamed, inputs, CPU, num_ranks=2)
     with pytest.raises(ValueError, match="--memory 4bit needs a CUDA device"):

@@ -350,7 +350,7 @@ def test_a_lost_rank_ends_the_other_in_every_mode(settings, mode, lost):
     processes[1 - lost].join(20)
     assert processes[1 - lost].exitcode == 0
     message = (config.output_dir / f"lost-{1 - lost}.txt").read_text()
-    assert message.startswith("another process of this run has ended or is out of reach (")
+    assert message.startswith("another process of this run has ended or cannot be reached (")
     checkpoints = find_checkpoints(config.output_dir)
     assert all(find_damage(checkpoint) is None for checkpoint in checkpoints)
 

@@ -162,9 +162,9 @@ def test_folders_that_do_not_go_together(mix, small):
     twice = (DataConfig(small, 128), DataConfig(small, 128))
     with pytest.raises(ValueError, match="is named twice; give it a weight of 2"):
         train(mix(data=twice))
-    with pytest.raises(ValueError, match="resolution is 128, this run wants 256"):
+    with pytest.raises(ValueError, match="resolution is 128, but this run needs 256"):
         train(mix(data=(DataConfig(small, 256),)))
-    with pytest.raises(ValueError, match="weight 0 must be at least 1"):
+    with pytest.raises(ValueError, match="weight 0 must be a whole number of at least 1"):
         DataConfig(small, 128, weight=0)
     with pytest.raises(ValueError, match="name the data once"):
         mix(data=())

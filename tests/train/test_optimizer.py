@@ -232,8 +232,8 @@ def test_a_resumed_run_of_other_steps_follows_their_schedule(settings, caplog):
     assert rates_of(config.output_dir) == pytest.approx([1e-2, 5e-3, 6e-3, 4e-3, 2e-3])
     (warning,) = caplog.messages
     assert warning == (
-        "steps was 2 and is 5 now; from step 3 on the learning rate is that of the linear "
-        "schedule over 5 steps, before it was that over 2"
+        "steps was 2 and is now 5; from step 3 on, the learning rate follows the linear "
+        "schedule over 5 steps instead of 2"
     )
 
 

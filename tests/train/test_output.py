@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_and_writes_nothing(settings, server):
 
 
 def test_a_folder_that_was_not_there_goes_again(settings, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
         train(settings(resume=True))
     assert not settings().output_dir.exists()
     (tmp_path / "mine").mkdir()

@@ -76,7 +76,9 @@ def test_a_plan_takes_the_policy_of_the_adapter_under_the_one_that_trains(
 
 
 def test_a_gpu_must_be_named_where_there_is_none(settings):
-    with pytest.raises(ValueError, match="name the memory of the one to plan for: --gpu 24GiB"):
+    with pytest.raises(
+        ValueError, match="give the memory of the GPU to plan for, as in --gpu 24GiB"
+    ):
         plan_training(settings())
 
 
@@ -209,9 +211,9 @@ def cached(tmp_path, bases, settings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resolution": 128}, "resolution is 64, this run wants 128"),
-        ({"model": "flux-dev"}, "width of T5's embeddings is 32, this run wants 4096"),
-        ({"model": "miniature-dev"}, "was cached for another setting"),
+        ({"resolution": 128}, "resolution is 64, but this run needs 128"),
+        ({"model": "flux-dev"}, "width of T5's embeddings is 32, but this run needs 4096"),
+        ({"model": "miniature-dev"}, "was cached with another setting"),
         ({"caption_weights": {"promt": 1.0}}, "promt"),
     ],
 )
@@ -240,7 +242,7 @@ def test_a_folder_that_is_not_cached_is_planned_from_its_pictures(flux_sized):
     assert (plan.num_pictures, plan.num_left_out) == (4, 2)
     latents, embeds = 2 * 16 * 256 * 256, 2 * (512 * 4096 + 768)
     assert plan.cache_bytes == 4 * 2 * (latents + embeds)
-    with pytest.raises(ValueError, match=r"none of the 6 .* fills resolution 4096"):
+    with pytest.raises(ValueError, match=r"none of the 6 .* is large enough for resolution 4096"):
         plan_training(replace(flux_sized, resolution=4096), GIB)
 
 

@@ -193,16 +193,16 @@ def test_nobody_is_logged_in(run, hub, monkeypatch):
 
 
 def test_what_is_no_finished_run(run, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match=r"the licence of the base .* is not known; name it with"):
+    with pytest.raises(ValueError, match=r"the licence of the base .* is unknown; give it with"):
         write_folder(options(run))
-    with pytest.raises(ValueError, match="lacks its owner"):
+    with pytest.raises(ValueError, match="has no owner"):
         push(options(run, repo="my-2k"))
     recipe = run.output_dir / "run.toml"
     recipe.write_text(recipe.read_text().replace("steps = 2\n", "steps = 3\n", 1))
-    with pytest.raises(ValueError, match="is at step 2 of 3; go on with --resume"):
+    with pytest.raises(ValueError, match="is at step 2 of 3; continue with --resume"):
         write_folder(options(run, license="other"))
     (run.output_dir / LORA).unlink()
-    with pytest.raises(ValueError, match="is at step 2 of 3; go on with --resume"):
+    with pytest.raises(ValueError, match="is at step 2 of 3; continue with --resume"):
         write_folder(options(run, license="other"))
     monkeypatch.setattr("sys.argv", ["urae", "push", str(tmp_path), "me/x", "--dry-run"])
     with pytest.raises(SystemExit) as stop:
@@ -221,5 +221,5 @@ def test_licences_follow_the_base():
     assert find_license("black-forest-labs/FLUX.1-schnell", "apache-2.0").id == "apache-2.0"
     assert find_license("miniature-dev", None).id == "apache-2.0"
     assert find_license("somebody/model", "mit").id == "mit"
-    with pytest.raises(ValueError, match="which its adapters inherit, not mit"):
+    with pytest.raises(ValueError, match="and its adapters inherit that, not mit"):
         find_license("flux-dev", "mit")

@@ -55,7 +55,9 @@ def test_every_picture_must_divide(check, settings):
 
 
 def test_local_attention_is_not_split(check):
-    with pytest.raises(ValueError, match="2 does not go with local attention, for which each rank"):
+    with pytest.raises(
+        ValueError, match="2 cannot be combined with local attention, for which each rank"
+    ):
         check(2, ResolutionPolicy(attention="local"), context_parallel=2)
 
 
@@ -66,7 +68,7 @@ def test_shards_need_processes_of_one_host(check, monkeypatch):
     check(8, shard=True)
     with pytest.raises(ValueError, match="there are 4 here and 6 in all; start two or more on"):
         check(6, shard=True)
-    with pytest.raises(ValueError, match="compile true does not go with shard"):
+    with pytest.raises(ValueError, match="compile true cannot be combined with shard"):
         check(8, shard=True, compile=True)
 
 

@@ -100,7 +100,7 @@ def test_a_bucket_that_vanishes_loses_nothing(settings, shards, bucket, whole):
         for path in bucket.glob("/bucket/data/*.tar") if report.step == 1 else []:
             bucket.rm(path)
 
-    message = r"image_\d_\w+.safetensors in shard memory://bucket/data/\S+ is not there; bring"
+    message = r"image_\d_\w+.safetensors in shard memory://bucket/data/\S+ is missing; restore"
     with pytest.raises(FileNotFoundError, match=message):
         train(config, on_step=vanish)
     (checkpoint,) = find_checkpoints(config.output_dir)

@@ -59,7 +59,7 @@ def test_what_is_not_finite_is_not_saved(settings, monkeypatch, step, spoil, nam
     with pytest.raises(
         FloatingPointError,
         match=rf"of step {step} would hold NaN or infinity \({name}.safetensors\) and is "
-        rf"not saved; that of step {step - 1} is the last good one: .* lower --optimizer.lr "
+        rf"not saved; the one of step {step - 1} is the last good one: .* lower --optimizer.lr "
         rf"\(--adapter.init .*checkpoint-00000{step - 1}\)",
     ):
         train(config)
@@ -72,7 +72,9 @@ def test_what_is_not_finite_is_not_saved(settings, monkeypatch, step, spoil, nam
 
 def test_without_a_good_checkpoint_the_remedy_is_another_rate(settings, monkeypatch):
     spoil_at(monkeypatch, 1, spoil_weight)
-    with pytest.raises(FloatingPointError, match=r"none is before it: start again with a lower"):
+    with pytest.raises(
+        FloatingPointError, match=r"there is none before it: start again with a lower"
+    ):
         train(settings(checkpoint_every=1))
 
 
@@ -106,7 +108,7 @@ def test_a_saved_nan_counts_as_damage(interrupted, caplog, name, value):
     rewrite(newest, name, value)
     assert train(interrupted).finished
     assert f"{newest.path} is damaged ({name}: it holds NaN or infinity)" in caplog.text
-    assert "the run goes on from step 2" in caplog.text
+    assert "the run continues from step 2" in caplog.text
 
 
 # --- the base -------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def other_base(settings, tmp_path) -> Path:
 def test_another_base_with_the_same_attention_is_refused(interrupted, other_base):
     with pytest.raises(
         ValueError,
-        match=r"began on a base with other weights of transformer_blocks\.\*\.ff\.net\.2; resume",
+        match=r"started on a base with other weights in transformer_blocks\.\*\.ff\.net\.2; resume",
     ):
         train(replace(interrupted, model=str(other_base)))
     assert train(interrupted).step == 4

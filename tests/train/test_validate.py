@@ -128,7 +128,9 @@ def test_a_changed_policy_of_the_base_is_no_way_to_go_on(settings, monkeypatch):
     other = ResolutionPolicy(ntk_factor=3.0)
     # the checkpoint's adapter, from which it goes on, would say what it was
     monkeypatch.setattr(loop_module, "choose_policy", lambda *_: other)
-    with pytest.raises(ValueError, match=r"the run began with ResolutionPolicy.* as its base or"):
+    with pytest.raises(
+        ValueError, match=r"the run started with ResolutionPolicy.* which its base or"
+    ):
         train(settings(steps=2, resume=True))
 
 

@@ -147,15 +147,24 @@ def test_alone(variant, load_pipe, expected, kind, tmp_path):
     train(config)
     lora = str(expected / "dev_2k_lora.safetensors")
     pipe = load_pipe()
-    with pytest.raises(ValueError, match=f"is a {kind} adapter, which acts alone; leave"):
+    with pytest.raises(
+        ValueError,
+        match=f"is a {kind} adapter, which cannot be combined with other adapters; leave",
+    ):
         urae.adapt(pipe, [lora, config.output_dir])
-    with pytest.raises(ValueError, match="has no plain LoRA of the same effect"):
+    with pytest.raises(ValueError, match="so no plain LoRA has the same effect"):
         convert(ConvertConfig((str(config.output_dir),), tmp_path / "out.safetensors"))
     over = AdapterConfig("minor", 4, over=(str(config.output_dir),))
-    with pytest.raises(ValueError, match=f"is a {kind} adapter, which acts alone; train over"):
+    with pytest.raises(
+        ValueError,
+        match=f"is a {kind} adapter, which cannot be combined with other adapters; train over",
+    ):
         train(variant(adapter=over, output_dir=tmp_path / "minor"))
     pipe.load_lora_weights(lora, adapter_name="style")
-    with pytest.raises(ValueError, match=r"acts alone, but the pipeline has \['style'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot be combined with other adapters, but the pipeline has \['style'\]",
+    ):
         urae.adapt(pipe, config.output_dir)
 
 
@@ -168,7 +177,7 @@ def test_a_damaged_one_leaves_the_pipe_as_it_was(variant, load_pipe, tmp_path, k
     urae.adapt(pipe, config.output_dir)
     before = layer_output(pipe.transformer)
     save_file({**tensors, key: torch.zeros(7, 7)}, tmp_path / "other.safetensors", metadata)
-    with pytest.raises(ValueError, match=r"of shape \(7, 7\) in the adapter"):
+    with pytest.raises(ValueError, match=r"has shape \(7, 7\) in the adapter"):
         urae.adapt(pipe, tmp_path / "other.safetensors")
     assert torch.equal(layer_output(pipe.transformer), before)
     foreign = {name.replace("blocks.0", "blocks.77"): each for name, each in tensors.items()}
@@ -177,7 +186,7 @@ def test_a_damaged_one_leaves_the_pipe_as_it_was(variant, load_pipe, tmp_path, k
         urae.adapt(pipe, tmp_path / "foreign.safetensors")
     del metadata["lora_adapter_metadata"]
     save_file(tensors, tmp_path / "bare.safetensors", metadata)
-    with pytest.raises(ValueError, match=f"holds a {kind} adapter without peft's settings"):
+    with pytest.raises(ValueError, match=f"holds a {kind} adapter without its peft settings"):
         urae.adapt(pipe, tmp_path / "bare.safetensors")
     peft_type = {"dora": "LORA", "lokr": "LOKR", "oft": "OFT"}[kind]
     metadata["lora_adapter_metadata"] = json.dumps({"peft_type": peft_type, "unknown": 1})
@@ -189,9 +198,13 @@ def test_a_damaged_one_leaves_the_pipe_as_it_was(variant, load_pipe, tmp_path, k
 def test_settings_that_do_not_go_together(settings):
     with pytest.raises(ValueError, match=r"kind dora takes neither adapter\.over nor"):
         AdapterConfig("dora", over=("a",))
-    with pytest.raises(ValueError, match="muon is for matrices, which not all weights of oft are"):
+    with pytest.raises(
+        ValueError, match="muon is only for matrices, and oft has other weights too"
+    ):
         settings(adapter=AdapterConfig("oft"), optimizer=OptimizerConfig("muon"))
-    with pytest.raises(ValueError, match="memory streamed is for LoRA and minor components, lokr"):
+    with pytest.raises(
+        ValueError, match="memory streamed is only for LoRA and minor components; lokr"
+    ):
         settings(adapter=AdapterConfig("lokr"), memory="streamed")
     with pytest.raises(ValueError, match=r"the side of OFT's blocks, must be 2 or more and divide"):
         train(settings(adapter=AdapterConfig("oft", 5)))

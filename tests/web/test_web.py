@@ -59,7 +59,10 @@ def test_adapters_come_by_themselves_or_by_name_or_not_at_all(config, tmp_path):
     assert read_form(replace(large, adapters=()), config, tmp_path).adapters == ()
     named = replace(large, adapters=("a.safetensors", "b.safetensors"))
     assert read_form(named, config, tmp_path).adapters == named.adapters
-    with pytest.raises(ValueError, match="automatic stands alone; take it or the others away"):
+    with pytest.raises(
+        ValueError,
+        match="automatic cannot be combined with other adapters; remove it or the others",
+    ):
         read_form(replace(large, adapters=(AUTOMATIC, "miniature-2k")), config, tmp_path)
 
 
@@ -168,14 +171,14 @@ def test_numbers_that_are_typed():
 def test_an_address_that_cannot_be_had(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        message = rf"127.0.0.1:{port} cannot be listened on \(Address already in use\); choose"
+        message = rf"cannot listen on 127.0.0.1:{port} \(Address already in use\); choose"
         with pytest.raises(ValueError, match=message):
             serve(replace(config, port=port))
     with pytest.raises(
-        ValueError, match=r"nowhere.invalid:.* listened on \((Name|Temporary failure) "
+        ValueError, match=r"cannot listen on nowhere.invalid:.* \((Name|Temporary failure) "
     ):
         serve(replace(config, host="nowhere.invalid"))
-    with pytest.raises(ValueError, match=r"203.0.113.9:.* cannot be listened on \(Cannot assign"):
+    with pytest.raises(ValueError, match=r"cannot listen on 203.0.113.9:.* \(Cannot assign"):
         serve(replace(config, host="203.0.113.9"))
     with pytest.raises(FileNotFoundError, match="model 'nosuch' is neither a local path nor a hub"):
         serve(replace(config, model="nosuch"))
@@ -215,7 +218,7 @@ def test_what_may_surprise_is_told_with_the_picture(config):
     assert first.startswith("1 picture in ")
     assert scene.startswith(r"miniature\-dev only knows scenes of its grammar and will draw a diff")
     assert r"\<b\>lighthouse\<\/b\> \*at\* \_dawn\_ — “sea”" in scene
-    assert "is read to the 64th: the rest of it counts for nothing" in cut
+    assert "only the first 64 are used" in cut
 
 
 def test_stop_is_for_whoever_began(config):
@@ -276,7 +279,7 @@ def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match="port 0 must be between 1 and 65535"):
         WebConfig(port=0)
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file is a file; name a folder with --output"):
+    with pytest.raises(FileExistsError, match="file is a file; choose a folder with --output"):
         WebConfig(output_dir=tmp_path / "file")
 
 

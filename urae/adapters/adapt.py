@@ -157,11 +157,14 @@ def _name_adapters(files: Sequence[AdapterFile], given: str | Sequence[str] | No
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
         if len(names) != len(files):
-            raise ValueError(f"{len(names)} adapter_names {names} for {len(files)} adapters")
+            raise ValueError(
+                f"adapter_names {names} has {len(names)} names for {len(files)} adapters; give "
+                "one for each"
+            )
         if len(set(names)) != len(names):
             raise ValueError(f"adapter_names {names} must differ from one another")
         if not all(name and "." not in name for name in names):
-            raise ValueError(f"adapter_names {names} must have some letters each, and no dot")
+            raise ValueError(f"adapter_names {names} must each be non-empty and contain no dot")
         return names
     names = []
     for file in files:
@@ -197,9 +200,9 @@ def _find_inherited(
         return adapted.policy
     if owner is not None:
         raise ValueError(
-            "this pipe's transformer is adapted already, through another pipe and differently "
+            "this pipe's transformer is already adapted differently through another pipe "
             f"({list(adapted.sources) or 'no adapters'}, {adapted.policy}); "
-            "urae.restore(pipe) first"
+            "call urae.restore(pipe) first"
         )
     return None
 
@@ -243,27 +246,28 @@ def _check_files(
     for file in files:
         if file.variant is not None and others:
             raise ValueError(
-                f"{file.path} is a {file.kind} adapter, which acts alone, but the pipeline has "
-                f"{sorted(others)}; delete these first: pipe.delete_adapters({sorted(others)})"
+                f"{file.path} is a {file.kind} adapter, which cannot be combined with other "
+                f"adapters, but the pipeline has {sorted(others)}; delete these first: "
+                f"pipe.delete_adapters({sorted(others)})"
             )
 
 
 def _check_attachable(transformer: nn.Module) -> None:
     if is_optimized(transformer):
         raise ValueError(
-            "the transformer is optimized for the adapters that it has; call urae.restore(pipe), "
-            "then urae.adapt, then urae.optimize"
+            "the transformer is already optimized for its current adapters; call "
+            "urae.restore(pipe), then urae.adapt, then urae.optimize"
         )
     for module in transformer.modules():
         if getattr(module, "merged", False) is True:
             raise ValueError(
-                "a LoRA is fused into the base's weights; call pipe.unfuse_lora() first, or load "
-                "the pipeline anew (fusing and unfusing does not give the weights back bitwise)"
+                "a LoRA is fused into the base's weights; call pipe.unfuse_lora() first, or "
+                "reload the pipeline (fusing and unfusing does not restore the weights bitwise)"
             )
         if getattr(module, "fused_projections", False) is True:
             raise ValueError(
-                "the transformer's q, k and v are fused into one matrix, past which adapters act "
-                "on nothing; call pipe.transformer.unfuse_qkv_projections() first"
+                "the transformer's q, k and v are fused into one matrix, where adapters have no "
+                "effect; call pipe.transformer.unfuse_qkv_projections() first"
             )
 
 
@@ -276,7 +280,7 @@ def transformer_of(pipe: Any) -> FluxTransformer2DModel:
     transformer: Any = unwrap(getattr(pipe, "transformer", None))
     if not isinstance(transformer, FluxTransformer2DModel):
         raise ValueError(
-            f"{type(pipe).__name__} is no pipeline of FLUX.1 with a transformer; load one with "
+            f"{type(pipe).__name__} is not a FLUX.1 pipeline with a transformer; load one with "
             "diffusers.FluxPipeline.from_pretrained"
         )
     return transformer

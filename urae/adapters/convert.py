@@ -62,7 +62,9 @@ def convert(config: ConvertConfig, *, progress: Progress | None = None) -> Path:
     if config.output.is_dir():
         raise FileExistsError(f"output {config.output} is a folder; name a .safetensors file")
     if config.output.exists() and not config.overwrite:
-        raise FileExistsError(f"{config.output} exists and is kept; replace with --overwrite")
+        raise FileExistsError(
+            f"{config.output} already exists and is kept; replace it with --overwrite"
+        )
     check_folder(config.output.parent)
     files = [read_adapter(source) for source in config.adapters]
     if not files:

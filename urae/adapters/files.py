@@ -113,8 +113,8 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
     except FETCH_ERRORS as error:
         reason = tell_reason(error).split(". ")[0]
         raise FileNotFoundError(
-            f"adapter {name} was not found here and could not be fetched from the hub ({reason}); "
-            "check the name and the connection, or give a local file"
+            f"adapter {name} was not found locally and could not be fetched from the hub "
+            f"({reason}); check the name and the connection, or give a local file"
         ) from error
 
 
@@ -194,7 +194,7 @@ def _read_variant(
     expected = {"dora": "LORA", "lokr": "LOKR", "oft": "OFT"}[kind]
     if config.get("peft_type") != expected:
         raise ValueError(
-            f"{path} holds a {kind} adapter without peft's settings of it, which say how it is "
+            f"{path} holds a {kind} adapter without its peft settings, which define how it is "
             "computed; keep its adapter_config.json beside it"
         )
     prefix = re.compile(r"^(base_model\.model\.|transformer\.)+")
@@ -250,10 +250,12 @@ def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dic
     layers = {}
     for name, pair in sides.items():
         if pair.keys() != {"A", "B"}:
-            raise ValueError(f"{path}: layer {name} has one factor of two; the file is not whole")
+            raise ValueError(
+                f"{path}: layer {name} has only one of its two factors; the file is incomplete"
+            )
         down, up = pair["A"], pair["B"]
         if not (down.is_floating_point() and up.is_floating_point()):
-            raise ValueError(f"{path}: layer {name} is of {down.dtype}, not of floating point")
+            raise ValueError(f"{path}: layer {name} is of type {down.dtype}, not floating point")
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
             raise ValueError(
                 f"{path}: layer {name} has factors of shapes {list(down.shape)} and "
@@ -272,7 +274,7 @@ def _split_halves(
         if pair.down.shape[0] != 2 * rank:
             raise ValueError(
                 f"{path}: layer {name} has {pair.down.shape[0]} components, but a minor adapter "
-                f"of rank {rank} has {2 * rank}; the metadata does not fit the file"
+                f"of rank {rank} has {2 * rank}; the metadata does not match the file"
             )
         trained[name] = LowRank(pair.down[:rank], pair.up[:, :rank])
         initial[name] = LowRank(pair.down[rank:], -pair.up[:, rank:])
@@ -301,15 +303,15 @@ def check_fits(adapter: AdapterFile, transformer: nn.Module) -> None:
         if found != expected:
             raise ValueError(
                 f"adapter {adapter.path} is for another base: {name} is {found[0]} x {found[1]} "
-                f"in the adapter and {expected[0]} x {expected[1]} in the model; "
-                "load the one that it was trained on (--model)"
+                f"in the adapter and {expected[0]} x {expected[1]} in the model; load the base it "
+                "was trained on (--model)"
             )
 
 
 def _foreign(adapter: AdapterFile, name: str) -> ValueError:
     return ValueError(
-        f"adapter {adapter.path} is for another base: this one has no linear layer {name}; "
-        "load the one that it was trained on (--model)"
+        f"adapter {adapter.path} is for another base: this one has no linear layer {name}; load "
+        "the base it was trained on (--model)"
     )
 
 
@@ -353,7 +355,10 @@ def _read_lora_state(path: Path) -> tuple[dict[str, Tensor], bool]:
     refuse_unread(path, tensors)
     kind, is_stock = find_kind(list(tensors)), is_stocks(tensors)
     if kind is not None and not (kind == "dora" and is_stock):  # stock diffusers has that one
-        raise ValueError(f"{path} is a {kind} adapter, which acts alone; give it as --adapter")
+        raise ValueError(
+            f"{path} is a {kind} adapter, which cannot be combined with other adapters; give it "
+            "as --adapter"
+        )
     if is_stock:
         return to_diffusers(path, tensors)[0], True
     return name_factors(_read_lora(path, widen(tensors), metadata)), False

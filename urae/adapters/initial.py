@@ -113,8 +113,8 @@ def compute_updates(
     for file in files:
         if file.variant is not None:
             raise ValueError(
-                f"{file.path} is a {file.kind} adapter, which is no sum of low-rank factors and "
-                "has no plain LoRA of the same effect; use it as it is, alone"
+                f"{file.path} is a {file.kind} adapter, which is not a sum of low-rank factors, "
+                "so no plain LoRA has the same effect; use it as it is, without other adapters"
             )
         if file.kind == "lora":
             updates.append(file.layers)
@@ -150,21 +150,22 @@ def check_order(files: Sequence[AdapterFile]) -> None:
     for index, file in enumerate(files):
         if file.variant is not None and len(files) > 1:
             raise ValueError(
-                f"{file.path} is a {file.kind} adapter, which acts alone; leave the others out"
+                f"{file.path} is a {file.kind} adapter, which cannot be combined with other "
+                "adapters; leave the others out"
             )
         trained_over = file.metadata.get("urae.over")
         if file.kind != "minor" or not trained_over:
             continue
         if index == 0:
             raise ValueError(
-                f"minor adapter {file.path} was trained over {trained_over}; give both in order, "
-                "that one first"
+                f"minor adapter {file.path} was trained over {trained_over}; give both, with that "
+                "one first"
             )
         if _is_other(trained_over, files[index - 1].path):
             logger.warning(
-                "minor adapter %s was trained over %s and stands after %s, over which it does "
-                "something else; give it right after the former",
-                file.path, trained_over, files[index - 1].path,
+                "minor adapter %s was trained over %s but is placed after %s, where its effect "
+                "differs; put it directly after %s",
+                file.path, trained_over, files[index - 1].path, trained_over,
             )  # fmt: skip
 
 
@@ -189,20 +190,21 @@ def find_initial(
     if open_weights is None:
         if adapter.initial is None:
             raise ValueError(
-                f"{adapter.path} does not hold its B0 and A0: name the base that it was trained "
-                "on (--model), and its 2K LoRA before it"
+                f"{adapter.path} does not hold its B0 and A0; name the base it was trained on "
+                "(--model), and put its 2K LoRA before it"
             )
         if len(over) > 1:
             logger.warning(
-                "%d adapters stand before minor adapter %s, whose file has its B0 and A0 over the "
-                "last: name the base (--model) to have them computed over all, as urae.adapt does",
+                "%d adapters come before minor adapter %s, whose B0 and A0 were computed over "
+                "the last one only; name the base (--model) to compute them over all, as "
+                "urae.adapt does",
                 len(over), adapter.path,
             )  # fmt: skip
         return adapter.initial
     if not over and adapter.initial is None:
         logger.warning(
-            "minor adapter %s has no adapter before it; the reference's 4K file goes over the 2K "
-            "LoRA: [lora_2k, minor_4k]",
+            "minor adapter %s has no adapter before it; the reference's 4K file belongs after "
+            "the 2K LoRA: [lora_2k, minor_4k]",
             adapter.path,
         )
     weights = open_weights(list(adapter.layers))

@@ -49,15 +49,15 @@ def refuse_unread(path: Path, keys: Collection[str]) -> None:
     """
     if any(key.endswith(".dora_scale") for key in keys):
         raise ValueError(
-            f"{path} is a DoRA in kohya's keys, whose magnitudes (dora_scale) are not read; take a "
-            "plain LoRA, or a DoRA of peft"
+            f"{path} is a DoRA with kohya's keys, whose magnitudes (dora_scale) cannot be read; "
+            "use a plain LoRA or a peft DoRA"
         )
     if any(map(_NO_FACTORS.search, keys)) and any(
         key.endswith(".alpha") or key.startswith(_LYCORIS_PREFIXES) for key in keys
     ):
         raise ValueError(
-            f"{path} is a LoKr, LoHa or OFT of LyCORIS, which is not read; take a plain LoRA, or a "
-            "LoKr or OFT of peft"
+            f"{path} is a LyCORIS LoKr, LoHa or OFT, which cannot be read; use a plain LoRA, or a "
+            "peft LoKr or OFT"
         )
 
 
@@ -77,8 +77,8 @@ def to_diffusers(
     except (KeyError, IndexError, AssertionError, NotImplementedError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(" :")
         raise ValueError(
-            f"{path} is no LoRA that diffusers can read ({reason}); it is damaged, or the layout "
-            f"of its keys is not known, such as {next(iter(tensors))!r}"
+            f"{path} is not a LoRA that diffusers can read ({reason}); it is damaged, or its keys "
+            f"have an unknown layout, such as {next(iter(tensors))!r}"
         ) from error
     return state, alphas or {}
 
@@ -115,8 +115,8 @@ def check_attaches(path: Path, state: Mapping[str, Tensor]) -> None:
             )
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{path}: diffusers cannot read its factors of the text encoder, such as "
-                f"{next(iter(text))!r} ({error}); take them out of the file"
+                f"{path}: diffusers cannot read its factors for the text encoder, such as "
+                f"{next(iter(text))!r} ({error}); remove them from the file"
             ) from error
     elif state and not any(key.startswith("transformer.") and "lora" in key for key in state):
         raise _unknown_layout(path, next(iter(state)))
@@ -125,6 +125,6 @@ def check_attaches(path: Path, state: Mapping[str, Tensor]) -> None:
 def _unknown_layout(path: Path, key: str) -> ValueError:
     """Say that a file's keys are of no layout that is read."""
     return ValueError(
-        f"{path}: the layout of its keys is not known, such as {key!r}; write the LoRA in the keys "
+        f"{path}: its keys have an unknown layout, such as {key!r}; save the LoRA with the keys "
         "of diffusers, peft or kohya"
     )

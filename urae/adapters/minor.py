@@ -85,7 +85,9 @@ def minor_components(
         key = content_key(weight, f"minor components, solver {SOLVER_VERSION}, rank {rank}")
         cached = cache.load(key)
         if cached is None and not announced:
-            logger.info("finding the minor components of %d matrices, once for all", len(weights))
+            logger.info(
+                "computing the minor components of %d matrices; this is done once", len(weights)
+            )
             announced = True
         if cached is not None:
             splits[name] = MinorSplit(down=cached["down"], up=cached["up"])

@@ -149,8 +149,8 @@ def _load(transformer: FluxTransformer2DModel, name: str, state: Mapping[str, Te
         if there is None or given is None or there.shape != given.shape:
             shapes = [each if each is None else tuple(each.shape) for each in (given, there)]
             raise ValueError(
-                f"adapter {name} is for another base or damaged: {key} is of shape {shapes[0]} in "
-                f"the adapter and {shapes[1]} in the model; load the base that it was trained on"
+                f"adapter {name} is for another base or damaged: {key} has shape {shapes[0]} in "
+                f"the adapter and {shapes[1]} in the model; load the base it was trained on"
             )
     whole = {key: tensor.float() for key, tensor in state.items()}
     set_peft_model_state_dict(transformer, whole, name)

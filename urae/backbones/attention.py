@@ -55,7 +55,7 @@ def _lend_flash_3() -> None:
     try:
         attend = import_module(FORWARD_ONLY).flash_attn_func
     except (ImportError, OSError, RuntimeError) as reason:  # built for another torch or CUDA
-        logger.warning("fa3-fwd is installed and not used: %s", reason)
+        logger.warning("fa3-fwd is installed but not used: %s", reason)
         return
     attention_dispatch.flash_attn_3_func = attend
     attention_dispatch._CAN_USE_FLASH_ATTN_3 = True
@@ -69,8 +69,8 @@ def check_backend(name: str) -> None:
     """
     if lack := find_lack(name):
         raise ModuleNotFoundError(
-            f"{lack} That is, pip install it (one that is installed may be for another build of "
-            "torch), or unset DIFFUSERS_ATTN_BACKEND"
+            f"{lack} Install it with pip (an installed copy may be built for another torch), or "
+            "unset DIFFUSERS_ATTN_BACKEND"
         )
 
 
@@ -159,8 +159,8 @@ def pick_attention(
     if not seconds:
         texts = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
         raise FloatingPointError(
-            f"no attention gives right {what} on {device} in {dtype} ({texts}); another version "
-            "of torch may"
+            f"no attention backend gives correct {what} on {device} in {dtype} ({texts}); try "
+            "another version of torch"
         )
     best = min(seconds, key=lambda name: seconds[name])
     logger.info("attention %s: %.1f ms for %s", best, 1000 * seconds[best], what)
@@ -226,8 +226,8 @@ def _check_alive(device: torch.device, name: str, reason: Exception) -> None:
         _synchronize(device)
     except RuntimeError as error:
         raise OSError(
-            f"attention {name} crashed on {device} ({name_crash(error)}); name another by "
-            "DIFFUSERS_ATTN_BACKEND (_native_flash, _native_cudnn)"
+            f"attention {name} crashed on {device} ({name_crash(error)}); set "
+            "DIFFUSERS_ATTN_BACKEND to another (_native_flash, _native_cudnn)"
         ) from reason
 
 

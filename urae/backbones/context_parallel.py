@@ -114,7 +114,7 @@ def check_backend_can_share(backend: str | None = None) -> None:
     name = active_backend() if backend is None else backend
     if not supports_context_parallel(name):
         raise ValueError(
-            f"attention backend {AttentionBackendName(name).value} does not go with several GPUs "
-            "on one picture; unset DIFFUSERS_ATTN_BACKEND or name one that does: "
-            f"{', '.join(sorted(_AttentionBackendRegistry._supports_context_parallel))}"
+            f"attention backend {AttentionBackendName(name).value} cannot be combined with "
+            "several GPUs on one picture; unset DIFFUSERS_ATTN_BACKEND or set it to one that "
+            f"can: {', '.join(sorted(_AttentionBackendRegistry._supports_context_parallel))}"
         )

@@ -37,5 +37,6 @@ def check_gpu_is_known(gpu_bytes: int | None, device: torch.device) -> None:
     """
     if gpu_bytes is None and device.type != "cuda":
         raise ValueError(
-            "this machine has no CUDA device; name the memory of the one to plan for: --gpu 24GiB"
+            "this machine has no CUDA device; give the memory of the GPU to plan for, as in "
+            "--gpu 24GiB"
         )

@@ -164,8 +164,8 @@ def load_pipeline(
     if path.is_file():
         if quantization is not None:  # stock from_single_file takes the weights for quantised ones
             raise ValueError(
-                f"model file {path} is a single file, which is not quantised while it loads; name "
-                "a folder in diffusers layout"
+                f"model file {path} is a single file, which cannot be quantised while it loads; "
+                "name a folder in diffusers layout"
             )
         if "transformer" not in parts:
             parts["transformer"] = load_transformer(path, dtype=dtype)

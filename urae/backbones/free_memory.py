@@ -126,6 +126,4 @@ def explain_memory(what: str, remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         shortage = name_shortage(error)
-        raise MemoryError(
-            f"memory does not suffice for {what} ({shortage}); try {remedy}"
-        ) from error
+        raise MemoryError(f"not enough memory for {what} ({shortage}); try {remedy}") from error

@@ -28,7 +28,9 @@ def check_model(path: Path, *, without: Collection[str] = (), configs_only: bool
         return
     index = path / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"model folder {path} has no model_index.json: not in diffusers layout")
+        raise ValueError(
+            f"model folder {path} has no model_index.json, so it is not in diffusers layout"
+        )
     name = _read_json(index).get("_class_name", "")
     if not name.startswith("Flux") or name.startswith("Flux2"):
         raise ValueError(f"model folder {path} holds a {name or 'nameless pipeline'}, not FLUX.1")
@@ -39,8 +41,8 @@ def check_model(path: Path, *, without: Collection[str] = (), configs_only: bool
         for each in (component, *(_name_weights(component) if needs_weights else ())):
             if not each.exists():
                 raise ValueError(
-                    f"model folder {path} is not whole: {each.relative_to(path)} is missing; copy "
-                    "or download the folder again"
+                    f"model folder {path} is incomplete: {each.relative_to(path)} is missing; "
+                    "copy or download the folder again"
                 )
 
 
@@ -49,8 +51,8 @@ def _check_weights(component: Path) -> None:
     for file in weights:
         if any(".base_layer." in key for key in read_keys(file)):
             raise ValueError(
-                f"model folder {component.parent}: {component.name} was saved with adapters on; "
-                "load the original, or call urae.restore(pipe) and save that pipe again"
+                f"model folder {component.parent}: {component.name} was saved with adapters "
+                "attached; load the original, or call urae.restore(pipe) and save that pipe again"
             )
     if not weights:
         for file in component.glob("*.bin"):
@@ -74,4 +76,4 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _foreign_format(file: Path) -> ValueError:
-    return ValueError(f"model file {file} is not a .safetensors file; no other is loaded")
+    return ValueError(f"model file {file} is not a .safetensors file; only those are loaded")

@@ -107,8 +107,8 @@ def check_gpus(wanted: int) -> None:
     found = torch.cuda.device_count()
     if wanted > found:
         raise ValueError(
-            f"{wanted} GPUs are asked for and this host has {found}; give --gpus {max(found, 1)}, "
-            "or use several hosts with torchrun"
+            f"{wanted} GPUs were requested, but this host has {found}; give --gpus "
+            f"{max(found, 1)}, or use several hosts with torchrun"
         )
 
 
@@ -145,6 +145,6 @@ def explain_lost_rank(remedy: str) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         raise ConnectionError(
-            f"another process of this run has ended or is out of reach ({reason}); see its own "
-            f"last lines for why, then {remedy}"
+            f"another process of this run has ended or cannot be reached ({reason}); see its last "
+            f"output for the cause, then {remedy}"
         ) from error

@@ -134,8 +134,8 @@ def list_encoder(vae: AutoencoderKL) -> Blocks:
 def _list_block(block: Any) -> list[Unit]:
     if hasattr(block, "attentions"):
         raise ValueError(
-            f"VAE block {type(block).__name__} has attention, which is split in the middle block "
-            "only; use a VAE of DownEncoderBlock2D and UpDecoderBlock2D, as FLUX's is"
+            f"VAE block {type(block).__name__} has attention, which can only be split in the "
+            "middle block; use a VAE of DownEncoderBlock2D and UpDecoderBlock2D, like FLUX's"
         )
     ups, downs = (getattr(block, name, None) or () for name in ("upsamplers", "downsamplers"))
     resamplings = [*(_conv(up, "up") for up in ups), *(_conv(down, "down") for down in downs)]

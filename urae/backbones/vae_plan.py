@@ -140,8 +140,8 @@ def _plan(
     if segments is None:
         least = _find_least_bytes(units, shapes, costs)
         raise MemoryError(
-            f"{what} pixels takes at least {least / 2**30:.2f} GiB beside the weights, more than "
-            f"the {max_bytes / 2**30:.2f} GiB at hand; free memory or choose a smaller size"
+            f"{what} pixels needs at least {least / 2**30:.2f} GiB besides the weights, more than "
+            f"the {max_bytes / 2**30:.2f} GiB available; free memory or choose a smaller size"
         )
     peak_bytes = max(segment.peak_bytes for segment in segments)
     return VaePlan(segments, peak_bytes, _total_work(segments) / stock_work)

@@ -94,7 +94,7 @@ def open_weight_files(folder: Path, names: Iterable[str]) -> Mapping[str, Callab
     names = list(names)
     missing = [name for name in names if f"{name}.weight" not in files]
     if missing:
-        raise FileNotFoundError(f"{folder} holds no original weights of {missing[0]}")
+        raise FileNotFoundError(f"{folder} holds no original weights for {missing[0]}")
     with safe_open(files[f"{names[0]}.weight"], framework="pt") as file:
         dtype = file.get_slice(f"{names[0]}.weight").get_dtype()
     if dtype not in _ORIGINAL_FILE_DTYPES:

@@ -64,7 +64,7 @@ def cache_command(
     if not report.num_ready:
         raise ValueError(
             f"no picture in {data_dir} can be trained on at --resolution {resolution}; choose a "
-            "smaller one, or mend what is listed above"
+            "smaller one, or fix what is listed above"
         )
     one = report.num_ready == 1
     text = f"{report.num_ready} picture{'' if one else 's'} in {data_dir} {'is' if one else 'are'}"

@@ -236,7 +236,7 @@ def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
         raise ValueError(f"prompt file {path} is not UTF-8 text ({error})") from error
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
-        raise ValueError(f"prompt file {path} holds no prompt; write one a line")
+        raise ValueError(f"prompt file {path} holds no prompt; write one per line")
     return lines
 
 

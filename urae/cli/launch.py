@@ -26,7 +26,7 @@ def wants_launch(gpus: int) -> bool:
     if started := os.environ.get("LOCAL_WORLD_SIZE"):
         if int(started) != gpus:
             raise ValueError(
-                f"--gpus {gpus} does not go with the {started} processes that torchrun has "
+                f"--gpus {gpus} cannot be combined with the {started} processes that torchrun has "
                 "started on this host; leave it out"
             )
         return False
@@ -36,7 +36,8 @@ def wants_launch(gpus: int) -> bool:
 
     if not device_count():
         raise ValueError(
-            f"--gpus {gpus} needs CUDA GPUs and this host has none; leave it out to run without"
+            f"--gpus {gpus} needs CUDA GPUs, but this host has none; leave it out to run without "
+            "them"
         )
     check_gpus(gpus)
     return gpus > 1
@@ -116,6 +117,6 @@ def _explain(failures: Iterable["ProcessFailure"]) -> ValueError | ChildProcessE
     if first.exitcode < 0:
         how = f"was killed by {first.signal_name()}; if nobody did that, the host ran out of memory"
     return ChildProcessError(
-        f"the process of GPU {first.local_rank} (pid {first.pid}) {how}; all have ended, pictures "
-        "that were written are kept"
+        f"the process of GPU {first.local_rank} (pid {first.pid}) {how}; all processes have "
+        "ended, and finished pictures are kept"
     )

@@ -89,8 +89,8 @@ def main() -> None:
             raise
         backend = os.environ.get("DIFFUSERS_ATTN_BACKEND")
         reason = ValueError(
-            f"DIFFUSERS_ATTN_BACKEND={backend} is no attention of diffusers; unset it, or name "
-            "one, as _native_flash or _native_math"
+            f"DIFFUSERS_ATTN_BACKEND={backend} is not an attention backend of diffusers; unset "
+            "it, or set it to one, such as _native_flash or _native_math"
         )
         _fail(reason, USER_ERROR)
 

@@ -142,7 +142,7 @@ def read_recipe(recipe: Path, overrides: list[str], own: dict[str, Any]) -> "Tra
     typed = override(settings, overrides)
     for name in sorted(_OWN_OPTIONS & settings.keys()):
         option = name.removesuffix("_dir").replace("_", "-")
-        raise ValueError(f"{name} is no field to override; it is given as --{option}")
+        raise ValueError(f"{name} is not a field to override; give it as --{option}")
     from urae.train import TrainConfig
 
     return build_config(TrainConfig, settings | own, str(recipe), typed)
@@ -205,7 +205,7 @@ def train_command(
         console.print(Text(f"next: {_suggest_next(config)}", style="dim"), soft_wrap=True)
     else:
         text = f"at step {result.step} of {config.steps}, saved in {result.adapter_path.parent}"
-        console.print("[yellow]stopped[/]", Text(f"{text}; go on with --resume"), soft_wrap=True)
+        console.print("[yellow]stopped[/]", Text(f"{text}; continue with --resume"), soft_wrap=True)
         if _holds_adapter(config.output_dir):
             text = (
                 f"{config.output_dir} itself still holds the adapter from when the run was "

@@ -59,7 +59,7 @@ def spectrum_distance(
     if pictures.shape[-2:] != others.shape[-2:]:
         raise ValueError(
             f"pictures of {pictures.shape[-2]} x {pictures.shape[-1]} and of {others.shape[-2]} x "
-            f"{others.shape[-1]} have no common frequencies; give pictures of one size"
+            f"{others.shape[-1]} have no common frequencies; give pictures of the same size"
         )
     return compare_spectra(*(radial_spectrum(each).mean(0) for each in (pictures, others)))
 

@@ -44,7 +44,7 @@ def sliced_wasserstein(
     if pictures.shape != others.shape:
         raise ValueError(
             f"sets of pictures of shapes {tuple(pictures.shape)} and {tuple(others.shape)} cannot "
-            "be compared; give as many of each, of one size"
+            "be compared; give the same number of each, all of one size"
         )
     if min(pictures.shape[-2:]) < _MIN_SIDE:
         raise ValueError(

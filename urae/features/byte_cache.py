@@ -60,8 +60,8 @@ class ByteCache:
         except OSError as error:
             self._writable = False
             logger.warning(
-                "cannot write to cache folder %s (%s); features are read from afar each time, "
-                "set URAE_CACHE_DIR to a writable folder with room to keep them",
+                "cannot write to cache folder %s (%s); features are fetched again each time; set "
+                "URAE_CACHE_DIR to a writable folder with room to keep them",
                 self.cache_dir,
                 error,
             )

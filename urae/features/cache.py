@@ -65,8 +65,8 @@ class CacheConfig:
         length = self.max_sequence_length
         if length is not None and not 1 <= length <= MAX_TEXT_TOKENS:
             raise ValueError(
-                f"max_sequence_length {length} is outside 1 to {MAX_TEXT_TOKENS}, what FLUX was "
-                f"trained with; try {MAX_TEXT_TOKENS}"
+                f"max_sequence_length {length} is outside 1 to {MAX_TEXT_TOKENS}, the range FLUX "
+                f"was trained with; try {MAX_TEXT_TOKENS}"
             )
 
 
@@ -322,7 +322,7 @@ class _Job:
         identity = self.embed_identity | {"caption_sha256": digest(caption)}
         if find_status(path, identity) is Status.CURRENT:
             return False
-        with explain_memory("the text encoders", "closing what else uses the GPU"):
+        with explain_memory("the text encoders", "closing other programs that use the GPU"):
             t5, clip = self.encoders.encode_caption(caption, self.text_tokens)
         if (num_tokens := self.encoders.count_tokens(caption)) > self.text_tokens:
             self.report.cut.append(f"{path.name}: {num_tokens} tokens")
@@ -336,7 +336,7 @@ class _Job:
             raise ImageError(
                 "too small",
                 f"{source.image.name} is {width} x {height}; resolution {self.config.resolution} "
-                f"needs {bucket[1]} x {bucket[0]} for its shape, and nothing is enlarged",
+                f"needs {bucket[1]} x {bucket[0]} for its shape, and pictures are not enlarged",
             )
         return bucket
 

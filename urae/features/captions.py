@@ -51,7 +51,7 @@ def check_weights(samples: Sequence[Sample], weights: Mapping[str, float]) -> No
     for name in weights:
         if name not in columns:
             raise ValueError(
-                f"caption_weights has a column {name!r}, which no picture has; there are "
+                f"caption_weights has a column {name!r}, which no picture has; available: "
                 f"{', '.join(sorted(columns))}"
             )
     for sample in samples:

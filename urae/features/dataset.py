@@ -83,8 +83,8 @@ def list_samples(data_dir: Path) -> list[Sample]:
             num_alone += 1
     if num_alone:  # captions are cached first
         logger.warning(
-            "%d cached captions in %s have no latents of a picture and are left out; if urae cache "
-            "was stopped there, run it again",
+            "%d cached captions in %s have no picture latents and are left out; if urae cache "
+            "was interrupted there, run it again",
             num_alone,
             data_dir,
         )
@@ -159,7 +159,7 @@ def _shape(file: FeatureFile, header: Header, key: str, num_axes: int) -> tuple[
     shape = header.shapes.get(key)
     if shape is None or len(shape) != num_axes:
         raise ValueError(
-            f"feature file {file} has no {key!r} of {num_axes} axes (found {header.shapes}); "
+            f"feature file {file} has no {key!r} with {num_axes} axes (found {header.shapes}); "
             "delete it and run `urae cache` again"
         )
     return shape
@@ -168,8 +168,9 @@ def _shape(file: FeatureFile, header: Header, key: str, num_axes: int) -> tuple[
 def _expect(file: FeatureFile, what: str, found: int | str, wanted: int | str) -> None:
     if found != wanted:
         raise ValueError(
-            f"feature file {file} was cached for another setting: {what} is {found}, this run "
-            f"wants {wanted}; run `urae cache` with this run's model, resolution and text length"
+            f"feature file {file} was cached with another setting: {what} is {found}, but this "
+            f"run needs {wanted}; run `urae cache` with this run's model, resolution and text "
+            "length"
         )
 
 

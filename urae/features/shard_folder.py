@@ -44,8 +44,8 @@ class ShardFolder:
         """
         if urlsplit(url).password is not None:
             raise ValueError(
-                f"data {_without_user(url)} has a password in its URL, which would go into the "
-                "run's files; give it to fsspec by its settings or the environment"
+                f"data {_without_user(url)} has a password in its URL, which would end up in the "
+                "run's files; give it to fsspec through its settings or the environment"
             )
         try:
             self._files, self._root = url_to_fs(url)
@@ -56,8 +56,8 @@ class ShardFolder:
             ) from error
         except ValueError as error:
             raise ValueError(
-                f"data {url} is not of a kind that fsspec knows ({error}); give a folder, or a URL "
-                "as s3://bucket/path, hf://datasets/owner/name, https://host/path"
+                f"data {url} is not a kind of URL that fsspec knows ({error}); give a folder, or "
+                "a URL such as s3://bucket/path, hf://datasets/owner/name, https://host/path"
             ) from error
         self.url = url.rstrip("/")
         self._is_local = isinstance(self._files, LocalFileSystem)
@@ -144,7 +144,7 @@ class ShardFolder:
         except FSTimeoutError as error:
             cause = error.__cause__  # the library's own limit may be shorter, and say of what
             seconds = min(MAX_SECONDS, round(time.monotonic() - began, 1))
-            raise TimeoutError(str(cause or "") or f"not done after {seconds:g} s") from error
+            raise TimeoutError(str(cause or "") or f"not finished after {seconds:g} s") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -156,7 +156,7 @@ class ShardFolder:
                 return read()
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"{where} is not there; bring the file back, or run `urae pack` again"
+                    f"{where} is missing; restore the file, or run `urae pack` again"
                 ) from error
             except Exception as error:  # each storage library has errors of its own
                 if wait is not None and not isinstance(error, PermissionError):
@@ -168,7 +168,8 @@ class ShardFolder:
                 if isinstance(error, ValueError):  # said in full by whoever read
                     raise
                 raise ConnectionError(
-                    f"{where} cannot be read ({_name(error)}); once it can be, go on with --resume"
+                    f"{where} cannot be read ({_name(error)}); once it can be, continue with "
+                    "--resume"
                 ) from error
         raise AssertionError
 
@@ -180,7 +181,7 @@ def _name(error: Exception) -> str:
 
 def _find_fault(data: bytes, num_bytes: int, crc32: int) -> str | None:
     if len(data) != num_bytes:
-        return f"{len(data)} bytes came where {num_bytes} were packed"
+        return f"{len(data)} bytes arrived, but {num_bytes} were packed"
     if zlib.crc32(data) != crc32:
         return "its bytes have changed since it was packed"
     return None

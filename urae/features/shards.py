@@ -124,7 +124,7 @@ def read_shards(folder: ShardFolder) -> tuple[list[Sample], PackedFile | None]:
     index = decode_record(INDEX_FORM, data, where)
     if index.version != FORMAT_VERSION:
         raise ValueError(
-            f"{where} is of version {index.version}, this urae reads {FORMAT_VERSION}; run "
+            f"{where} has version {index.version}, but this urae reads {FORMAT_VERSION}; run "
             "`urae pack` again"
         )
     with ThreadPoolExecutor(_NUM_THREADS) as threads, _garbage_kept():
@@ -158,8 +158,8 @@ def _read_shard(folder: ShardFolder, file: IndexFile) -> list[Sample]:
     if size is not None and size != index.num_bytes:
         cut = next((entry.stem for entry in index.samples if _find_end(entry) > size), None)
         raise ValueError(
-            f"shard {folder.url}/{tar} has {size} bytes where {index.num_bytes} were packed"
-            f"{f', so sample {cut} is not whole' if cut else ''}; copy the shard again, or "
+            f"shard {folder.url}/{tar} has {size} bytes, but {index.num_bytes} were "
+            f"packed{f', so sample {cut} is incomplete' if cut else ''}; copy the shard again, or "
             "delete it and run `urae pack` again"
         )
     return samples
@@ -215,5 +215,5 @@ def decode_record(form: TypeAdapter[Record], data: bytes, where: str) -> Record:
         first = error.errors()[0]
         fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ValueError(
-            f"{where} is no index of shards ({fault}); copy it again, or run `urae pack` again"
+            f"{where} is not an index of shards ({fault}); copy it again, or run `urae pack` again"
         ) from error

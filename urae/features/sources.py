@@ -22,8 +22,8 @@ _TABLES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
 """Where peers keep the captions of a folder."""
 
 _EXPECTED = (
-    f"expected images ({' '.join(sorted(SUFFIXES))}), each with <name>.json beside it, in which "
-    "every text is a caption (`prompt`, `generated_prompt`), or <name>.txt"
+    f"expected images ({' '.join(sorted(SUFFIXES))}), each with a caption file beside it: "
+    "<name>.json, in which every text is a caption (`prompt`, `generated_prompt`), or <name>.txt"
 )
 
 _MAX_NAME_BYTES = 255 - len(".") - len(".tmp")  # of file systems; it is written under another
@@ -84,14 +84,14 @@ def find_sources(data_dir: Path) -> tuple[list[Source], list[Skip]]:
             share one cache.
     """
     if not data_dir.is_dir():
-        raise ValueError(f"data folder {data_dir} does not exist or is no folder; {_EXPECTED}")
+        raise ValueError(f"data folder {data_dir} does not exist or is not a folder; {_EXPECTED}")
     files = sorted(f for f in data_dir.iterdir() if f.is_file() and not f.name.startswith("."))
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         kinds = Counter(file.suffix or "no suffix" for file in files)
         kinds.update("folder" for each in data_dir.iterdir() if each.is_dir())
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8)) or "nothing"
-        raise ValueError(f"data folder {data_dir} has no image, it holds {found}; {_EXPECTED}")
+        raise ValueError(f"data folder {data_dir} has no images; it holds {found}; {_EXPECTED}")
 
     skips = [
         Skip(file.name, "unsupported format", f"{file.suffix} cannot be read; convert it to .png")
@@ -185,7 +185,7 @@ def _check_names(images: Iterable[Path], sources: Iterable[Source]) -> None:
     for image in images:
         if (other := by_stem.setdefault(image.stem, image)) is not image:
             raise ValueError(
-                f"images {other.name} and {image.name} would share one cache, "
+                f"images {other.name} and {image.name} would share one cache file, "
                 f"{latent_path(image.parent, image.stem).name}; rename or remove one of them"
             )
     for source in sources:
@@ -195,6 +195,6 @@ def _check_names(images: Iterable[Path], sources: Iterable[Source]) -> None:
             assert owner is not None
             if owner[0] != source.stem:
                 raise ValueError(
-                    f"{name} for column {column!r} of {source.image.name} would be read as that of "
-                    f"{by_stem[owner[0]].name}; rename the column or one of the images"
+                    f"{name} for column {column!r} of {source.image.name} would be mistaken for "
+                    f"that of {by_stem[owner[0]].name}; rename the column or one of the images"
                 )

@@ -313,7 +313,7 @@ def digest(data: bytes | str) -> str:
 def _unreachable(file: Path, error: OSError) -> OSError:
     """Say that the system cannot read a file, which may be as good as ever."""
     return OSError(
-        f"feature file {file} cannot be read ({error.strerror or error}); see to it that its "
+        f"feature file {file} cannot be read ({error.strerror or error}); check that its "
         "storage can be reached, and run the command again, training with --resume"
     )
 

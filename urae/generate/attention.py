@@ -96,7 +96,7 @@ def list_candidates() -> tuple[str, ...]:
         if name in names or not find_spec(package):
             continue
         if lack := find_lack(name):
-            logger.warning("%s is installed and not used: %s", package, lack)
+            logger.warning("%s is installed but not used: %s", package, lack)
         else:
             names.append(name)
     return tuple(names)

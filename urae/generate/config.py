@@ -70,21 +70,23 @@ class GenerateConfig:
             check_halves(self.height, self.width)
         if self.memory in QUANTIZED and "compile" in self.parts:
             raise ValueError(
-                f"--part compile does not go with --memory {self.memory}, whose blocks are never "
-                "compiled; leave one of them out"
+                f"--part compile cannot be combined with --memory {self.memory}, whose blocks are "
+                "never compiled; leave one of them out"
             )
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise ValueError("resume and overwrite cannot be combined; choose one of them")
         if self.resume and self.seed is None:
             raise ValueError(
-                "resume needs a seed, without which each job draws its own and makes other "
-                "pictures: the seed of a picture is in its name"
+                "resume needs a seed; without one, each job picks its own and makes other "
+                "pictures (the seed of a picture is in its name)"
             )
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt is empty; each must have some text")
         for prompt in self.prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise ValueError(f"prompt {prompt!r} is not UTF-8; set the terminal or file to it")
+                raise ValueError(
+                    f"prompt {prompt!r} is not UTF-8; set the terminal or file to UTF-8"
+                )
         for name in ("steps", "num_images"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -52,16 +52,17 @@ def _explain(
         if (given := kwargs.get(name)) is not None and not bool(given.isfinite().all()):
             return (
                 f"the transformer was given {name} that are not finite; the fault is in what made "
-                "them (a text encoder, or latents of yours), not in the transformer"
+                "them (a text encoder, or your own latents), not in the transformer"
             )
     backends = {each._attention_backend for each in list_processors(transformer)}
     active = active_backend()
     names = sorted({getattr(each or active, "value", str(each)) for each in backends})
     inexact = [str(part) for part in parts if part.name not in EXACT]
-    without = f" leave out {', '.join(inexact)};" if inexact else ""
+    without = f" leaving out {', '.join(inexact)}," if inexact else ""
     return (
         f"the first step is not finite at {velocity.shape[1]} tokens, with attention "
         f"{', '.join(names)} in {velocity.dtype} on {velocity.device}; try{without} "
-        "pipe.transformer.set_attention_backend('_native_math'), or DIFFUSERS_ATTN_BACKEND="
-        "_native_math in the environment; if that is not finite either, a weight is not"
+        "pipe.transformer.set_attention_backend('_native_math'), or "
+        "DIFFUSERS_ATTN_BACKEND=_native_math in the environment; if the result is still not "
+        "finite, a weight is not finite"
     )

@@ -71,14 +71,14 @@ def choose_sampling(
     own = default_sampling(transformer, model_path)
     if guidance and not transformer.config.guidance_embeds:
         raise ValueError(
-            f"guidance_scale {guidance} would do nothing, since {model} has no distilled "
+            f"guidance_scale {guidance} would have no effect, since {model} has no distilled "
             "guidance; leave it out"
         )
     most = own.max_sequence_length
     if length is not None and length > most:
         raise ValueError(
-            f"max_sequence_length {length} is more than the {most} T5 tokens that {model} "
-            f"reads; leave it out, or give {most} at most"
+            f"max_sequence_length {length} is more than the {most} T5 tokens that {model} reads; "
+            f"leave it out, or give at most {most}"
         )
     return Sampling(
         own.steps if steps is None else steps,
@@ -106,9 +106,9 @@ def find_missing(config: GenerateConfig, pictures: Sequence[Picture]) -> list[Pi
         return list(pictures)
     if not config.resume:
         raise FileExistsError(
-            f"{existing[0].path} exists and is kept ({len(existing)} of {len(pictures)} pictures "
-            "do); make the others with --resume, replace with --overwrite, or choose another "
-            "--seed or --output (size and model are not in the name)"
+            f"{existing[0].path} already exists and is kept ({len(existing)} of {len(pictures)} "
+            "pictures exist); make the others with --resume, replace them with --overwrite, or "
+            "choose another --seed or --output (size and model are not part of the name)"
         )
     for picture in existing:
         _check_is_of(config, picture)
@@ -137,8 +137,8 @@ def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
     for name, value in wanted.items():
         if not is_recorded(record, name, value):
             raise FileExistsError(
-                f"{picture.path} is there with {name} {record.get(name)}, this job has "
-                f"{value}; replace with --overwrite, or choose another --seed or --output"
+                f"{picture.path} already exists with {name} {record.get(name)}, but this job has "
+                f"{value}; replace it with --overwrite, or choose another --seed or --output"
             )
 
 
@@ -165,9 +165,9 @@ def check_base(
     channels, made = transformer.config.in_channels, transformer.config.out_channels
     if made not in (None, channels):
         raise ValueError(
-            f"model {config.model} takes {channels} channels and makes {made}: it paints after "
-            "another picture (FLUX.1 Canny, Depth or Fill); use urae.adapt with the diffusers "
-            "pipeline that is made for it"
+            f"model {config.model} takes {channels} channels and outputs {made}: it needs another "
+            "picture as input (FLUX.1 Canny, Depth or Fill); use urae.adapt with the diffusers "
+            "pipeline made for it"
         )
     adapter_bytes = check_adapters(adapters, config.loras, transformer)
     sampling = choose_sampling(
@@ -202,8 +202,8 @@ def check_adapters(
     alone = next((file for file in adapters if file.variant is not None), None)
     if loras and alone is not None:
         raise ValueError(
-            f"{alone.path} is a {alone.kind} adapter, which acts alone; leave out --lora "
-            f"{loras[0][0]}"
+            f"{alone.path} is a {alone.kind} adapter, which cannot be combined with other "
+            f"adapters; leave out --lora {loras[0][0]}"
         )
     for source, _ in loras:
         check_lora(source, transformer)
@@ -252,7 +252,7 @@ def find_excluded(
     elif shared:
         unfit["local-attention"] = SHARED_KEYS
     if not can_halve(config.height, config.width):
-        unfit["progressive"] = "half the sides are no multiples of 16 pixels"
+        unfit["progressive"] = "half the sides are not multiples of 16 pixels"
     elif adapters and all(map(is_4k, adapters)):
         unfit["progressive"] = ONLY_4K
     return unfit

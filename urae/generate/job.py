@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 # while weights load, transformers and peft change how every new module of the process is made
 _LOADING = Lock()
 
-_AGAIN = "start all of them again, where there is a --seed with --resume, else with --overwrite"
+_AGAIN = "start all of them again, with --resume if there is a --seed, otherwise with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ def _generate(
             if not may_retry or leaner is None:
                 remedy = "a smaller --size" if leaner is None else f"--memory {leaner}"
                 raise MemoryError(
-                    f"memory does not suffice for {config.width} x {config.height} pixels with "
+                    f"not enough memory for {config.width} x {config.height} pixels with "
                     f"{failed}; try {remedy}"
                 ) from error
         logger.warning(
-            "memory did not suffice with %s: trying once more with --memory %s", failed, leaner
+            "ran out of memory with %s: trying once more with --memory %s", failed, leaner
         )
         tier = leaner
     return paths
@@ -260,7 +260,7 @@ class _Job:
         inexact = [str(part) for part in self.list_parts(tier) if part.name not in EXACT]
         if tier in QUANTIZED:
             inexact.append(f"weights in {tier}")
-            reason = f"with --memory {tier} blocks are not compiled"
+            reason = f"blocks are not compiled with --memory {tier}"
             for part in {*self.parts} - {*self.list_parts(tier)}:
                 if part.name != "compile":
                     logger.warning("speed %s: %s is left out: %s", config.speed, part.name, reason)
@@ -365,8 +365,8 @@ def _encode_prompts(
     for prompt in dict.fromkeys(prompts):
         if (num_tokens := count_tokens(pipe, prompt)) > max_sequence_length:
             logger.warning(
-                "prompt '%s' has %d tokens and is read to the %dth: the rest of it counts for "
-                "nothing; shorten it, or raise --max-sequence-length where the model has more",
+                "prompt '%s' has %d tokens, but only the first %d are used; shorten it, or raise "
+                "--max-sequence-length if the model allows more",
                 f"{prompt[:40]}...", num_tokens, max_sequence_length,
             )  # fmt: skip
     embeds = {

@@ -147,12 +147,15 @@ class _JoinedAdapters:
             return
         positions = find_policy(self._transformer)
         if positions is not None and positions.is_resting:  # which nobody can do before offloading
-            logger.info("some adapters rest: in an offloaded transformer all go one by one now")
+            logger.info(
+                "some adapters are switched off: in an offloaded transformer all are now "
+                "computed one by one"
+            )
         elif were_joined:
             logger.warning(
-                "adapters have changed in an offloaded transformer: they are computed one by one; "
-                "call urae.restore, urae.adapt and urae.optimize before offloading to join them "
-                "again"
+                "adapters have changed in an offloaded transformer, so they are computed one by "
+                "one; call urae.restore, urae.adapt and urae.optimize before offloading to join "
+                "them again"
             )
         self._state = self._read(scale)
 
@@ -169,8 +172,8 @@ class _JoinedAdapters:
         if self._may_warn and plain and not count:
             self._may_warn = False
             logger.warning(
-                "adapters are merged in none of %d layers: in %s it would not be exact; they are "
-                "joined, as by joined-adapters",
+                "adapters are not merged in any of %d layers, since in %s that would not be "
+                "exact; they are joined instead, as by joined-adapters",
                 len(plain), dtype,
             )  # fmt: skip
         elif self._merge and count:

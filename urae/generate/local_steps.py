@@ -38,16 +38,16 @@ def attend_locally(
     positions = find_policy(transformer)
     if positions is None:
         logger.warning(
-            "local attention is for pictures beyond the native size of an adapted pipeline, which "
-            "this is not: nothing changes"
+            "local attention only changes pictures beyond the native size of an adapted "
+            "pipeline; this pipeline is not adapted, so nothing changes"
         )
         return lambda: None
     before = positions.policy
     if before.attention == "local":
         if level < 1:
             logger.warning(
-                "local-attention=%s: the adapters were trained with local attention, which is on "
-                "wherever they act",
+                "local-attention=%s has no effect: the adapters were trained with local "
+                "attention, which is on wherever they act",
                 level,
             )
         return lambda: None

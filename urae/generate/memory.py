@@ -44,8 +44,8 @@ def list_tiers(memory: Memory, model: str | Path) -> tuple[Tier, ...]:
     single = Path(model).expanduser().is_file()
     if single and memory in QUANTIZED:
         raise ValueError(
-            f"model file {model} is a single file, which is not quantised while it loads; name a "
-            f"folder in diffusers layout, or leave out --memory {memory}"
+            f"model file {model} is a single file, which cannot be quantised while it loads; name "
+            f"a folder in diffusers layout, or leave out --memory {memory}"
         )
     tiers = tuple(tier for tier in AUTO_TIERS if not (single and tier in QUANTIZED))
     return tiers if memory == "auto" or memory in tiers else (memory, *tiers)
@@ -91,8 +91,8 @@ class Room:
         raise MemoryError(
             f"{self.device_bytes / 2**30:.1f} GiB are free on the GPU and "
             f"{self.host_bytes / 2**30:.1f} on the host, too little for this picture: --memory "
-            f"{least.tier} takes {least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; "
-            "choose a smaller --size, or free some"
+            f"{least.tier} needs {least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; "
+            "choose a smaller --size, or free some memory"
         )
 
     def find_fallback(self, failed: Tier) -> Tier | None:
@@ -166,7 +166,9 @@ def stream_blocks(transformer: nn.Module, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     pinned = _pinned_bytes(transformer) < USABLE * free_host_bytes()
     if on_gpu and not pinned:
-        logger.warning("not enough host memory to pin the weights: they are streamed slower")
+        logger.warning(
+            "not enough host memory to pin the weights, so they are streamed more slowly"
+        )
     apply_group_offloading(
         transformer,
         onload_device=device,

@@ -53,13 +53,13 @@ Pipe = TypeVar("Pipe")
 Undo = Callable[[], None]
 
 ONLY_4K = (
-    "a 4K adapter alone has not been measured at half the side; a 2K adapter and minor components "
-    "as two files have been"
+    "a 4K adapter alone has not been measured at half the side; a 2K adapter with minor "
+    "components in a second file has been"
 )
 """Why a preset has no step at half the side where one goes alone."""
-SHARED_KEYS = "GPUs share a picture, and each would hold a part of the keys"
+SHARED_KEYS = "several GPUs share a picture, and each would hold only a part of the keys"
 """Why a preset has no local attention there."""
-TRAINED_LOCALLY = "the adapters were trained with it, so that all steps have it"
+TRAINED_LOCALLY = "the adapters were trained with it, so all steps already use it"
 """Why a preset's local attention adds nothing there."""
 
 _FORWARD = inspect.signature(FluxTransformer2DModel.forward)
@@ -158,17 +158,19 @@ def find_unfit(
     if fault := _find_fp8_fault(transformer, device, memory):
         unfit["fp8"] = fault
     if not compiled:
-        reason = "it gains nothing on blocks that are not compiled, which does not pay or go here"
+        reason = "it only helps compiled blocks, and compiling is not possible or not worth it here"
         for name in COMPILED:
             unfit.setdefault(name, reason)
     if not plain:
-        unfit |= dict.fromkeys(SCHEDULED, "it goes with FluxPipeline, which this is not")
+        unfit |= dict.fromkeys(
+            SCHEDULED, "it only works with FluxPipeline, and this is another pipeline"
+        )
     elif has_few_steps:
         unfit |= dict.fromkeys(
-            SCHEDULED, "on a base of few steps it loses too much, or is not measured"
+            SCHEDULED, "on a base of few steps it loses too much quality or has not been measured"
         )
     if has_few_steps and speed == "fast":
-        unfit.setdefault("fp8", "on a base of few steps it loses more than fast may")
+        unfit.setdefault("fp8", "on a base of few steps it loses more quality than fast allows")
     return unfit
 
 
@@ -176,7 +178,9 @@ def _find_local_fault(transformer: Any) -> str | None:
     if any(each._attention_backend is not None for each in list_processors(transformer)):
         return "the transformer has an attention backend of its own"
     if len(list_processors(transformer)) < len(transformer.attn_processors):
-        return "the transformer has attention processors of its own, which take no backend"
+        return (
+            "the transformer has attention processors of its own, which accept no attention backend"
+        )
     if find_degree(transformer) > 1:
         return SHARED_KEYS
     return None
@@ -189,7 +193,7 @@ def _find_fp8_fault(
         return f"--memory {memory} quantises the weights"
     blocks = list_blocks(transformer)
     if any(type(each) is not nn.Parameter for block in blocks for each in block.parameters()):
-        return "the weights are quantised already"
+        return "the weights are already quantised"
     try:
         check_quantization("fp8", device, asked="part")
     except (ModuleNotFoundError, ValueError) as lack:
@@ -242,8 +246,8 @@ def apply_parts(
     transformer = transformer_of(pipe)
     if pipe.transformer is not transformer:
         raise ValueError(
-            "the transformer is compiled as a whole, which leaves no way into it; load it without "
-            "torch.compile: urae.optimize compiles the blocks"
+            "the transformer is compiled as a whole and can no longer be changed; load it "
+            "without torch.compile, since urae.optimize compiles the blocks"
         )
     undo(transformer)
     with ExitStack() as stack:
@@ -312,8 +316,8 @@ def _cache_steps(
 ) -> Undo:
     if not isinstance(pipe, FluxPipeline):
         raise ValueError(
-            f"step caching goes with FluxPipeline, whose loop names its calls; this is a "
-            f"{type(pipe).__name__}: leave out {part.name}"
+            "step caching only works with FluxPipeline, which labels its calls; this is a "
+            f"{type(pipe).__name__}, so leave out {part.name}"
         )
     assert part.strength is not None
     others = " ".join(str(other) for other in parts if other.name not in (*EXACT, part.name))

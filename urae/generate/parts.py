@@ -123,13 +123,13 @@ class Part:
             ValueError: If it is no such part.
         """
         if not isinstance(text, str):
-            raise ValueError(f"part {text!r} must be a text, NAME or NAME=STRENGTH")
+            raise ValueError(f"part {text!r} must be a string, NAME or NAME=STRENGTH")
         name, equals, number = text.partition("=")
         try:
             strength = float(number) if equals else None
         except ValueError as error:
             raise ValueError(
-                f"part {text!r}: {number!r} is no number; a part is NAME or NAME=STRENGTH"
+                f"part {text!r}: {number!r} is not a number; a part is NAME or NAME=STRENGTH"
             ) from error
         return cls(name, strength)  # type: ignore[arg-type]  # which is checked
 
@@ -153,7 +153,7 @@ def resolve_parts(speed: Speed | None, parts: Sequence[str] = ()) -> tuple[Part,
     for i, part in enumerate(chosen):
         for other in chosen[:i]:
             if _exclude(part, other):
-                raise ValueError(f"parts {other} and {part} exclude each other; name one of them")
+                raise ValueError(f"parts {other} and {part} cannot be combined; choose one of them")
     for text in PRESETS[speed] if speed else ():
         part = replace(Part.parse(text), is_preset=True)
         if not any(_exclude(part, other) for other in chosen):

@@ -53,7 +53,7 @@ def read_record(path: Path) -> dict[str, str]:
             image.load()
             texts = dict(getattr(image, "text", {}))
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is no whole PNG ({error}); remove it") from error
+        raise ValueError(f"{path} is not a complete PNG ({error}); remove it") from error
     return {name: str(text) for name, text in texts.items()}
 
 

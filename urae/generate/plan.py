@@ -160,5 +160,5 @@ def parse_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in _UNITS:
-        raise ValueError(f"memory {text!r} is not an amount as 24GiB or 24GB")
+        raise ValueError(f"memory {text!r} is not an amount such as 24GiB or 24GB")
     return int(float(found[1]) * _UNITS[found[2]])

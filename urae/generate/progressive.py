@@ -75,8 +75,9 @@ class Progressive:
     ) -> None:
         if not isinstance(pipe, FluxPipeline):
             raise ValueError(
-                f"progressive resolution goes with FluxPipeline; a {type(pipe).__name__} begins at "
-                "a picture or follows one, whose detail the early steps would lose: leave it out"
+                f"progressive resolution only works with FluxPipeline; a {type(pipe).__name__} "
+                "starts from a picture or follows one, whose detail the early steps would lose: "
+                "leave it out"
             )
         self._schedule = schedule
         self._share = share
@@ -174,8 +175,8 @@ class Progressive:
         if self._rest.has_fused and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "adapters are fused into the base: %s cannot rest in early steps, which changes "
-                "the picture; unfuse them, or leave progressive out",
+                "adapters are fused into the base, so %s cannot be switched off in early steps, "
+                "which changes the picture; unfuse them, or leave progressive out",
                 ", ".join(larger),
             )
 
@@ -200,9 +201,9 @@ class Progressive:
             return True
         height, width = (TOKEN_PIXELS * n for n in find_grid(widen_ids(inputs["img_ids"])))
         if (level := self._schedule.sigma) < 1:  # of its first step
-            reason = f"it begins at noise level {level:.3f}, at latents that hold a picture"
+            reason = f"it starts at noise level {level:.3f}, from latents that hold a picture"
         elif not can_halve(height, width):
-            reason = f"{width} x {height} pixels are no multiples of {2 * TOKEN_PIXELS}"
+            reason = f"{width} x {height} pixels are not multiples of {2 * TOKEN_PIXELS}"
         else:
             return False
         logger.warning("progressive is left out for a picture: %s", reason)

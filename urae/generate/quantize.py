@@ -44,13 +44,13 @@ def check_quantization(bits: Tier | Bits, device: torch.device, asked: str = "--
         )
     if bits == "4bit" and device.type != "cuda":
         raise ValueError(
-            f"{asked} 4bit needs a CUDA device to quantise on, this machine runs on "
+            f"{asked} 4bit needs a CUDA device to quantise on, but this machine runs on "
             f"{device.type}; leave it out"
         )
     if bits == "fp8" and not _has_fp8(device):
         raise ValueError(
             f"{asked} fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), "
-            f"this machine runs on {name_device(device)}; leave it out"
+            f"but this machine runs on {name_device(device)}; leave it out"
         )
 
 
@@ -108,7 +108,7 @@ def quantize_blocks(
         for parent, name, layer in _list_linears(block, bits)
     ]
     if any(type(layer.weight) is not nn.Parameter for _, _, layer in linears) or not linears:
-        raise ValueError(f"the weights are quantised already; leave out part {bits}")
+        raise ValueError(f"the weights are already quantised; leave out part {bits}")
     quantize = _quantize_4bit if bits == "4bit" else _quantize_8bit
     with ExitStack() as stack:  # where one fails, those before it are put back
         for parent, name, _ in linears:

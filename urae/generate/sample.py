@@ -91,7 +91,7 @@ def decode(
     if not bool(tokens.isfinite().all()):
         raise FloatingPointError(
             f"the last step's latents are not finite in {tokens.dtype} on {tokens.device}, though "
-            "the first step was; leave out the parts that approximate (--speed exact), or set "
+            "the first step's were; leave out the parts that approximate (--speed exact), or set "
             "DIFFUSERS_ATTN_BACKEND=_native_math in the environment"
         )
     latents = pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
@@ -105,8 +105,8 @@ def decode(
         pixels = decode_within_free(pipe.vae, latents, group)
     if not bool(pixels.isfinite().all()):
         raise FloatingPointError(
-            f"the VAE makes pixels that are not finite of latents that are, in {pixels.dtype} on "
-            f"{pixels.device}; a weight of it is not finite, or too large for {pixels.dtype}"
+            f"the VAE turns finite latents into pixels that are not finite, in {pixels.dtype} on "
+            f"{pixels.device}; one of its weights is not finite, or too large for {pixels.dtype}"
         )
     pipe.maybe_free_model_hooks()
     image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]

@@ -61,9 +61,9 @@ class Schedule:
     def _check(self, found: float, pipe: Any) -> None:
         if pipe is None or abs(found - self.sigma) > _ROUNDING * self.sigma:
             raise ValueError(
-                f"the transformer is optimized for one pipeline, and called at noise level "
-                f"{found:.3f}, where that pipeline's schedule is not: something else runs it; call "
-                "urae.restore, then urae.optimize with the pipeline that is to run"
+                "the transformer is optimized for one pipeline, but was called at noise level "
+                f"{found:.3f}, which is not in that pipeline's schedule: something else runs it; "
+                "call urae.restore, then urae.optimize with the pipeline that is to run"
             )
 
     def _read(self, scheduler: Any) -> None:

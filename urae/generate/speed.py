@@ -56,7 +56,7 @@ def can_compile(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     if lack := _find_lack(device):
-        logger.warning("the blocks are not compiled, and slower for it: that needs %s", lack)
+        logger.warning("the blocks run uncompiled, which is slower; compiling needs %s", lack)
     return lack is None
 
 
@@ -157,8 +157,8 @@ def check_not_offloaded(transformer: FluxTransformer2DModel) -> None:
         others = set() if registry is None else set(registry.hooks) - {_HOOK}
         if others or any(hasattr(module, "_hf_hook") for module in block.modules()):
             raise ValueError(
-                "the blocks are offloaded or hooked already, and what is to speed them up goes "
-                "inside of that; call urae.optimize first, then offload"
+                "the blocks are already offloaded or hooked, but what speeds them up must be "
+                "added before that; call urae.optimize first, then offload"
             )
 
 

@@ -101,13 +101,15 @@ def find_degrees(
     names = {part.name for part in parts}
     for name in ("first-block-cache", "mag-cache"):
         if name in names:
-            return Degrees([1], f"with {name} each would skip steps by its own part of the tokens")
+            return Degrees(
+                [1], f"with {name} each GPU would skip steps by its own part of the tokens"
+            )
     policy = choose_policy(config.policy, adapters, model_path)
     if "local-attention" in names:
         policy = replace(policy, attention="local")
     image_tokens = num_image_tokens(config.height, config.width)
     if policy.attention == "local" and image_tokens > policy.native_side**2:
-        return Degrees([1], "local attention needs all of a picture's tokens on one")
+        return Degrees([1], "local attention needs all of a picture's tokens on one GPU")
     if "progressive" in names:  # early steps have so many
         image_tokens //= 4
     return degrees_of(transformer, image_tokens, sampling.max_sequence_length)
@@ -119,7 +121,7 @@ def degrees_of(transformer: FluxTransformer2DModel, image_tokens: int, text_toke
     return Degrees(
         list_degrees(heads, image_tokens, text_tokens),
         f"its {heads} heads, {image_tokens} image tokens and {text_tokens} text tokens must be "
-        "multiples of their number",
+        "multiples of the number of GPUs",
     )
 
 
@@ -140,6 +142,6 @@ def choose_spread(num_pictures: int, num_ranks: int, degrees: Degrees) -> Spread
     smaller = (spread_pictures(num_pictures, n, degrees.allowed) for n in range(num_ranks, 0, -1))
     most = next(each.num_ranks for each in smaller if each.num_busy == each.num_ranks)
     raise ValueError(
-        f"a picture cannot be shared by {num_ranks} GPUs, and the job has only {num_pictures}: "
-        f"{degrees.reason}; give --gpus {most}, or more pictures"
+        f"a picture cannot be shared by {num_ranks} GPUs, and the job has fewer pictures "
+        f"({num_pictures}): {degrees.reason}; give --gpus {most}, or more pictures"
     )

@@ -134,7 +134,7 @@ class StepCache:
             return self._managers[0].context
         except ValueError as error:  # which names nothing that the user called
             raise ValueError(
-                "step caching goes with FluxPipeline, whose loop names its calls, and another "
+                "step caching only works with FluxPipeline, which labels its calls, but another "
                 "pipeline runs this transformer; call urae.restore, then urae.adapt and "
                 "urae.optimize with the pipeline that is to run"
             ) from error
@@ -146,7 +146,7 @@ class StepCache:
         config.calibrate = stored is None
         if stored is None:
             config.num_inference_steps = sys.maxsize  # or it prints them and forgets
-            logger.info("step caching is calibrated: this picture is computed whole")
+            logger.info("step caching is being calibrated: all steps of this picture are computed")
         else:
             config.mag_ratios = stored["ratios"]
             config.num_inference_steps = len(stored["ratios"])
@@ -196,14 +196,14 @@ def _build_config(kind: StepCacheKind, strength: float) -> Any:
 def _check_attachable(transformer: FluxTransformer2DModel) -> None:
     if transformer.is_cache_enabled:
         raise ValueError(
-            f"the transformer has a step cache already ({transformer._cache_config}); call "
+            f"the transformer already has a step cache ({transformer._cache_config}); call "
             "transformer.disable_cache() first"
         )
     check_not_offloaded(transformer)
     if has_compiled_blocks(transformer):
         raise ValueError(
             "the blocks are compiled with all their hooks, and a step cache would have to be "
-            "compiled with them; load the pipeline anew, and name the part 'compile' beside it"
+            "compiled with them; reload the pipeline, and name the part 'compile' as well"
         )
 
 

@@ -118,8 +118,8 @@ def export_adapters(
     kinds = [run.config.adapter.kind for run in runs]
     if kinds not in (["lora"], ["lora", "minor"]):
         raise ValueError(
-            f"the runs trained {' and '.join(kinds)}, but what ships is a LoRA, or one and minor "
-            "components over it; name their runs in that order"
+            f"the runs trained {' and '.join(kinds)}, but only a LoRA, or a LoRA and minor "
+            "components over it, can be exported; name their runs in that order"
         )
     commits = [_find_commit(*each, commit) for each in zip(runs, run_dirs, strict=True)]
     ships = list(FILES.items())[: len(runs)]
@@ -154,7 +154,7 @@ def _describe_adapter(run: FinishedRun, metadata: Mapping[str, str], name: str, 
 def _find_commit(run: FinishedRun, folder: Path, given: str | None) -> str:
     commit = run.settings[RECORD_SECTION]["versions"].get("commit", given)
     if commit is None:
-        raise ValueError(f"{folder} does not say which commit trained it; name it with --commit")
+        raise ValueError(f"{folder} does not say which commit trained it; give it with --commit")
     return str(commit)
 
 

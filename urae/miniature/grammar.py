@@ -153,8 +153,8 @@ class _Words:
     def misfit(self, rule: str, options: Sequence[str]) -> ValueError:
         word = repr(self.peek()) if self.peek() else "its end"
         return ValueError(
-            f"caption {self.text!r} has {word} where {rule} must stand"
-            f"{'; allowed: ' if options else ''}{', '.join(options)}"
+            f"caption {self.text!r} has {word} where {rule} is "
+            f"expected{'; allowed: ' if options else ''}{', '.join(options)}"
         )
 
 

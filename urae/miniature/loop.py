@@ -102,7 +102,7 @@ class StageRun:
         if count % self.num_ranks:
             raise ValueError(
                 f"a batch of {count} cannot be shared evenly by {self.num_ranks} processes; start "
-                "a number of them that divides it"
+                "a number that divides it"
             )
         return count // self.num_ranks
 
@@ -206,7 +206,7 @@ def discard_state(stage: str, run: StageRun) -> None:
 
 def _check_finite(value: Tensor, step: int) -> None:
     if not torch.isfinite(value):
-        raise FloatingPointError(f"step {step}: loss or gradient {value.item()}; lower lr")
+        raise FloatingPointError(f"step {step}: loss or gradient is {value.item()}; lower lr")
 
 
 @contextmanager
@@ -301,7 +301,9 @@ def read_state(stage: str, run: StageRun) -> dict[str, Any] | None:
 
 
 def _damaged(path: Path) -> ValueError:
-    return ValueError(f"{path} is no whole state of a stage; delete it to begin the stage anew")
+    return ValueError(
+        f"{path} is not the complete state of a stage; delete it to start the stage over"
+    )
 
 
 def _save_state(

@@ -126,8 +126,8 @@ def read_weights(path: Path, parts: Mapping[str, nn.Module]) -> dict[str, str]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist; take what ships, with urae miniature unpack, or train that "
-            f"stage first: urae miniature train {path.stem}"
+            f"{path} does not exist; unpack the shipped one with urae miniature unpack, or train "
+            f"that stage first: urae miniature train {path.stem}"
         )
     tensors, metadata = read_tensors(path)
     for name, part in parts.items():

@@ -45,13 +45,13 @@ def check_same_origin(path: Path, before: Mapping[str, str], now: Mapping[str, s
     if (name := _find_change(before, now, _SETTINGS)) is not None:
         there, here = (json.loads(each[_SETTINGS]).get(name) for each in (before, now))
         raise ValueError(
-            f"{path} was made with {name} = {there}, but the recipe now says {here}; go on with "
-            "the recipe that it began with, or delete this file to begin anew"
+            f"{path} was made with {name} = {there}, but the recipe now says {here}; continue "
+            "with the original recipe, or delete this file to start over"
         )
     if (name := _find_change(before, now, _INPUTS)) is not None:
         raise ValueError(
-            f"{path} was made from another {name} than there is now; put that one back, or delete "
-            "this file to begin anew"
+            f"{path} was made from a different {name} than the current one; restore the original, "
+            "or delete this file to start over"
         )
 
 
@@ -79,6 +79,6 @@ def check_inputs(path: Path, metadata: Mapping[str, str], files: Iterable[Path])
     for file in files:
         if file.name in recorded and digest_file(file) != recorded[file.name]:
             raise ValueError(
-                f"{path} was trained on another {file}; put that one back, or delete the first "
-                f"and train it anew: urae miniature train {path.stem}"
+                f"{path} was trained on another {file}; restore that one, or delete the former "
+                f"and train it again: urae miniature train {path.stem}"
             )

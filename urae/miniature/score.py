@@ -75,8 +75,8 @@ def load_scored(
     if stage is not None and (model is not None or adapters):
         given = f"model {model}" if model is not None else f"adapter {adapters[0]}"
         raise ValueError(
-            f"stage {stage} and {given} exclude each other; leave the stage out to score a model, "
-            "with adapters or without"
+            f"stage {stage} and {given} cannot be combined; leave out the stage to score a model, "
+            "with or without adapters"
         )
     device = pick_device()
     if stage is not None:

@@ -154,14 +154,14 @@ def claim_folder(folder: Path, settings: Settings) -> None:
         there = _read_settings(record)
         if there != settings:
             raise ValueError(
-                f"{folder} holds pictures of another set ({_describe(there)}), this is "
+                f"{folder} holds pictures of another set ({_describe(there)}), but this one is "
                 f"{_describe(settings)}; choose another folder, or delete this one"
             )
         return
     if folder.exists() and any(each.name != _SET_FILE.parent.name for each in folder.iterdir()):
         raise FileExistsError(
-            f"{folder} holds files, and no {_SET_FILE} says that they are of such a set; choose a "
-            "new or an empty folder"
+            f"{folder} holds files, but no {_SET_FILE} that says they belong to such a set; "
+            "choose a new or an empty folder"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(record, json.dumps(dict(settings)).encode())
@@ -174,8 +174,8 @@ def _read_settings(record: Path) -> Settings:
         there = None
     if not isinstance(there, dict):
         raise ValueError(
-            f"{record} is damaged: which set its folder holds is not known; choose another folder, "
-            "or delete this one"
+            f"{record} is damaged, so it is unknown which set its folder holds; choose another "
+            "folder, or delete this one"
         )
     return there
 

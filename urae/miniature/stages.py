@@ -100,7 +100,9 @@ def train_stage(
         raise ValueError(f"stage {name!r} is unknown; choose one of {', '.join(STAGES)}")
     file = _file(name, work_dir)
     if file.exists():
-        raise FileExistsError(f"{file} is done and is kept; delete it to train the stage anew")
+        raise FileExistsError(
+            f"{file} already exists and is kept; delete it to train the stage again"
+        )
     recipe = load_recipe(recipe_path)
     history: Record = {}
     for needed in NEEDS[name]:
@@ -179,7 +181,7 @@ def load_stage(name: str, work_dir: Path) -> FluxPipeline:
     """
     if name not in _TRANSFORMERS:
         choices = ", ".join(_TRANSFORMERS)
-        raise ValueError(f"stage {name!r} is no transformer; choose one of {choices}")
+        raise ValueError(f"stage {name!r} is not a transformer; choose one of {choices}")
     kind: Kind = "teacher" if name.startswith("teacher") else "dev"
     parts = build_miniature(kind, guided=name == "dev", seed=0)
     vae = read_weights(_file("vae", work_dir), {"vae": parts["vae"]})

@@ -37,8 +37,8 @@ def check_output(config: StudyConfig, cells: Iterable[Cell], place: str) -> None
     if others:
         raise ValueError(
             f"{_find_table(folder, letter)} holds {len(others)} results that this study does not "
-            "have: of other settings, seeds, weights or devices; choose another --output, or "
-            "delete the file"
+            "have, made with other settings, seeds, weights or devices; choose another --output, "
+            "or delete the file"
         )
 
 

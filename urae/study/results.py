@@ -57,7 +57,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = None
     if not _is_record(record):
         raise ValueError(
-            f"{path} is no whole result of a cell; delete it, and the same command makes it again"
+            f"{path} is not a complete result of a cell; delete it, and the same command makes it "
+            "again"
         )
     whole: dict[str, Any] = record
     return whole
@@ -109,7 +110,8 @@ def check_place(rows: Sequence[Row], folder: Path, *, goes_on: bool) -> str:
     for place, path in found.items():
         if place != wanted:
             raise ValueError(
-                f"{path} was measured on {place}, other cells of the question on {wanted}, and "
-                "they would be compared; choose another --work, or delete the results of one kind"
+                f"{path} was measured on {place}, but other cells of the question on {wanted}, "
+                "and the two cannot be compared; choose another --work, or delete the results of "
+                "one kind"
             )
     return wanted

@@ -299,7 +299,7 @@ def _run_all(
         try:
             wait()
         except Exception as error:
-            logger.warning("a run failed, the others go on: %s", error)
+            logger.warning("a run failed; the others continue: %s", error)
             errors.append(error)
         else:
             on_done()

@@ -187,8 +187,9 @@ def check_start(start: AdapterFile, config: AdapterConfig) -> None:
     """
     if (start.kind, start.rank) != (config.kind, config.rank):
         raise ValueError(
-            f"{start.path} is a {start.kind} adapter of rank {start.rank}, but the recipe trains a "
-            f"{config.kind} adapter of rank {config.rank}; set adapter.kind and adapter.rank to fit"
+            f"{start.path} is a {start.kind} adapter of rank {start.rank}, but the recipe trains "
+            f"a {config.kind} adapter of rank {config.rank}; set adapter.kind and adapter.rank to "
+            "match"
         )
 
 
@@ -225,8 +226,8 @@ def read_adapters(
     for file in over:
         if file.variant is not None:
             raise ValueError(
-                f"adapter.over: {file.path} is a {file.kind} adapter, which acts alone; train over "
-                "a LoRA or minor components"
+                f"adapter.over: {file.path} is a {file.kind} adapter, which cannot be combined "
+                "with other adapters; train over a LoRA or minor components"
             )
     source = checkpoint or config.init
     start = None if source is None else read_adapter(source)

@@ -98,8 +98,8 @@ def sample_batch(
     lengths = {embeds.shape[0] for _, _, _, embeds, _ in drawn}
     if len(lengths) > 1:
         raise ValueError(
-            f"prompt embeddings of {sorted(lengths)} tokens in one batch; cache the folder again "
-            "with one --max-sequence-length, or train with --batch-size 1"
+            f"prompt embeddings of {sorted(lengths)} tokens cannot share a batch; cache the "
+            "folder again with one --max-sequence-length, or train with --batch-size 1"
         )
     latents, noise, sigmas, embeds, pooled = (
         torch.stack(column).to(device) for column in zip(*drawn, strict=True)

@@ -66,13 +66,13 @@ def find_license(model: str, given: str | None) -> License:
     known = _known_license(model)
     if known is None and given is None:
         raise ValueError(
-            f"the licence of the base {model} is not known; name it with --license, as the hub "
+            f"the licence of the base {model} is unknown; give it with --license as the hub "
             "spells it: apache-2.0, cc-by-nc-4.0, other"
         )
     if known is not None and given not in (None, known.id, known.name):
         raise ValueError(
-            f"{model} is under {known}, which its adapters inherit, not {given}; leave --license "
-            "out"
+            f"{model} is licensed under {known}, and its adapters inherit that, not {given}; leave "
+            "out --license"
         )
     return known or License(str(given))
 

@@ -212,8 +212,8 @@ def write_once_there_is_room(
             if not (paused or stop.is_set()):
                 limit = f", within {MAX_PAUSE_SECONDS / 60:g} minutes" if several else ""
                 logger.warning(
-                    f"{what} finds no space left in {output_dir}; the run is "
-                    f"paused: free some{limit} and it goes on by itself, or stop it with Ctrl-C"
+                    f"{what}: no space left in {output_dir}; the run is paused: free some{limit} "
+                    "and it continues by itself, or stop it with Ctrl-C"
                 )
             paused = True
             _sleep(RETRY_SECONDS, stop)
@@ -230,7 +230,10 @@ def _sleep(seconds: float, stop: Event) -> None:
 
 def _remedy(output_dir: Path) -> str:
     if before := find_checkpoints(output_dir):
-        return f"that of step {before[-1].step} is whole: free some space, then go on with --resume"
+        return (
+            f"the one of step {before[-1].step} is complete: free some space, then continue with "
+            "--resume"
+        )
     return "there is none before it: free some space, then start again"
 
 
@@ -239,12 +242,12 @@ def _check_finite(folder: Path, output_dir: Path, step: int) -> None:
     if name is None:
         return
     whole = (each for each in reversed(find_checkpoints(output_dir)) if find_damage(each) is None)
-    remedy = "none is before it: start again with a lower --optimizer.lr"
+    remedy = "there is none before it: start again with a lower --optimizer.lr"
     if (good := next(whole, None)) is not None:
         remedy = (
-            f"that of step {good.step} is the last good one: begin another --output from it with a "
-            f"lower --optimizer.lr (--adapter.init {good.path}), or --resume if the machine was at "
-            "fault"
+            f"the one of step {good.step} is the last good one: start another --output from it "
+            f"with a lower --optimizer.lr (--adapter.init {good.path}), or use --resume if the "
+            "machine was at fault"
         )
     raise FloatingPointError(
         f"checkpoint of step {step} would hold NaN or infinity ({name}) and is not saved; {remedy}"
@@ -310,7 +313,7 @@ def check_same_origin(checkpoint: Checkpoint | None, origin_hash: str) -> None:
     if read_adapter(checkpoint.adapter_path).origin_hash != origin_hash:
         raise ValueError(
             f"{checkpoint.path} was made on another base or over other adapters than the run now "
-            "names; resume with those it began with"
+            "names; resume with the original ones"
         )
 
 

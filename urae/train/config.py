@@ -66,13 +66,13 @@ class AdapterConfig:
             raise ValueError(f"rank {self.rank} must be at least 1")
         if is_variant(self.kind) and (self.over or self.trains == "down"):
             raise ValueError(
-                f"kind {self.kind} takes neither adapter.over nor adapter.trains: it acts alone, "
-                "and has no pair of factors; kind lora or minor does"
+                f"kind {self.kind} takes neither adapter.over nor adapter.trains: it cannot be "
+                "combined with other adapters and has no pair of factors; use kind lora or minor"
             )
         if self.trains == "down" and self.kind == "lora" and self.init is None:
             raise ValueError(
-                "trains 'down' needs adapter.init for a LoRA: a fresh one has an up factor of "
-                "zeros, which would stay"
+                "trains 'down' needs adapter.init for a LoRA: in a new one the up factor is zero "
+                "and would stay zero"
             )
 
 
@@ -108,8 +108,8 @@ class OptimizerConfig:
             raise ValueError("beta1 0.0 must be above 0 for schedule-free; 0.9 is usual")
         if self.name == "schedule-free" and self.schedule != "constant":
             raise ValueError(
-                f"schedule {self.schedule} does not go with schedule-free, which takes a warm-up "
-                "alone; leave it out, or choose another optimizer.name"
+                f"schedule {self.schedule} cannot be combined with schedule-free, which takes "
+                "only a warm-up; leave it out, or choose another optimizer.name"
             )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be 0 or more")
@@ -138,7 +138,7 @@ class DataConfig:
         check_types(self)
         check_side("resolution", self.resolution)
         if self.weight < 1:
-            raise ValueError(f"weight {self.weight} must be at least 1, a whole number")
+            raise ValueError(f"weight {self.weight} must be a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -269,30 +269,31 @@ class TrainConfig:
             raise ValueError(f"caption_dropout {self.caption_dropout} must be between 0 and 1")
         if self.optimizer.name == "muon" and self.adapter.kind in ("dora", "oft"):
             raise ValueError(
-                f"muon is for matrices, which not all weights of {self.adapter.kind} are; another "
-                "optimizer.name goes with it"
+                f"muon is only for matrices, and {self.adapter.kind} has other weights too; "
+                "choose another optimizer.name"
             )
         if is_variant(self.adapter.kind) and self.memory in ("streamed", "8bit", "4bit"):
             raise ValueError(
-                f"memory {self.memory} is for LoRA and minor components, {self.adapter.kind} needs "
-                "the base's weights in full on the GPU; choose resident or offload"
+                f"memory {self.memory} is only for LoRA and minor components; {self.adapter.kind} "
+                "needs the base's full weights on the GPU: choose resident or offload"
             )
         if (self.memory, self.gradient_checkpointing) == ("streamed", "off"):
             raise ValueError(
-                "memory streamed does not go with gradient_checkpointing off: the backward pass "
-                "would keep the weights that are to go; choose full or selective"
+                "memory streamed cannot be combined with gradient_checkpointing off: the "
+                "backward pass would keep the weights that should be freed; choose full or "
+                "selective"
             )
         streamed_selective = (self.memory, self.gradient_checkpointing) == ("streamed", "selective")
         if self.compile and (self.memory == "4bit" or streamed_selective):
             kept = " with gradient_checkpointing selective" if streamed_selective else ""
             raise ValueError(
-                f"compile true does not go with memory {self.memory}{kept}, whose blocks are never "
-                "compiled; leave one of the two out"
+                f"compile true cannot be combined with memory {self.memory}{kept}, whose blocks "
+                "are never compiled; leave one of the two out"
             )
         if self.caption_weights is not None:
             _check_caption_weights(self.caption_weights)
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+            raise ValueError("resume and overwrite cannot be combined; choose one of them")
 
 
 def _check_caption_weights(weights: Mapping[str, float]) -> None:

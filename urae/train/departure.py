@@ -57,8 +57,8 @@ def warn_of_standstill(output_dir: Path) -> None:
     first, last, change = measure_change(output_dir)
     if last - first >= MIN_STEPS and change < MIN_CHANGE:
         logger.warning(
-            f"the previews of step {last} differ from those of step {first} by {change:.2f} of 255 "
-            "levels: the adapter does next to nothing; try a higher learning rate"
+            f"the previews of step {last} differ from those of step {first} by {change:.2f} of "
+            "255 levels: the adapter does almost nothing; try a higher learning rate"
         )
 
 

@@ -135,12 +135,12 @@ def list_ways(config: TrainConfig, num_ranks: int = 1) -> list[Way]:
     """
     if config.shard and config.memory in QUANTIZED:
         raise ValueError(
-            f"--memory {config.memory} does not go with shard, which spreads the weights as "
-            "they are; leave one of the two out"
+            f"--memory {config.memory} cannot be combined with shard, which spreads the weights "
+            "as they are; leave one of the two out"
         )
     if config.memory == "streamed" and num_ranks > 1:
         raise ValueError(
-            f"--memory streamed is for one process, this run has {num_ranks}; choose offload "
+            f"--memory streamed is for one process, but this run has {num_ranks}; choose offload "
             "or resident"
         )
     tiers = TIERS if config.memory == "auto" else (config.memory,)

@@ -119,8 +119,9 @@ def check_features(
     empty_prompt = sources[0].empty_prompt if config.caption_dropout else None
     if config.caption_dropout and empty_prompt is None:
         raise ValueError(
-            f"caption_dropout needs the empty prompt's embeddings, which are not in "
-            f"{config.sources[0].dir}; run `urae cache` on the folder once more, and `urae pack`"
+            "caption_dropout needs the empty prompt's embeddings, which are not in "
+            f"{config.sources[0].dir}; run `urae cache` on the folder again, then `urae pack` if "
+            "it is packed"
         )
     check = partial(
         check_cache,
@@ -198,7 +199,7 @@ def _check_same_data(start: Start, config: TrainConfig, data_hash: str) -> None:
     folders = ", ".join(str(source.dir) for source in config.sources)
     if start.record["data_hash"] != data_hash:
         raise ValueError(
-            f"the features in {folders} are not those that {start.checkpoint.path} was "
-            "made with, and the order of samples follows from them; bring those back, or begin "
-            f"another --output from its weights: --adapter.init {start.checkpoint.path}"
+            f"the features in {folders} are not those that {start.checkpoint.path} was made with, "
+            "and they determine the order of samples; restore those, or start another --output "
+            f"from its weights: --adapter.init {start.checkpoint.path}"
         )

@@ -125,7 +125,7 @@ class _Run:
         self.way = choose_way(config, inputs, mesh.device, num_ranks=mesh.num_ranks)
         self.compiled = is_compiled(config, self.way, inputs.samples, mesh.device)
         if config.compile and not self.compiled:
-            logger.warning("compile true is left out: with %s blocks are not compiled", self.way)
+            logger.warning("compile true is ignored: with %s, blocks are not compiled", self.way)
         self.transformer, self.adapter = self._build_model()
         self.attention = self._choose_attention()
         self.state = build_state(self.adapter, config, inputs)
@@ -281,13 +281,13 @@ class _Run:
 
     def _describe_failure(self, error: torch.AcceleratorError) -> str:
         checkpoints = find_checkpoints(self.config.output_dir)
-        rest = "nothing was saved yet: start anew"
+        rest = "nothing was saved yet: start over"
         if checkpoints:
-            rest = f"{checkpoints[-1].path} is saved: go on with --resume"
+            rest = f"{checkpoints[-1].path} is saved: continue with --resume"
         return (
-            f"the GPU failed at step {self.state.step + 1} ({name_crash(error)}); {rest}; "
-            f"if it fails again, with another attention than {self.attention}, named by "
-            "DIFFUSERS_ATTN_BACKEND (_native_flash, _native_cudnn)"
+            f"the GPU failed at step {self.state.step + 1} ({name_crash(error)}); {rest}; if it "
+            f"fails again, set DIFFUSERS_ATTN_BACKEND to another attention than {self.attention} "
+            "(_native_flash, _native_cudnn)"
         )
 
     def _describe_choices(self) -> dict[str, str | bool]:
@@ -337,9 +337,9 @@ def _build_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
         raise ValueError(
-            f"{started} processes were started, and this one, on {accelerator.device}, would train "
-            "alone: accelerate joins them where each has a GPU; see what nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES say, or set ACCELERATE_USE_CPU=true to train on CPUs"
+            f"{started} processes were started, and this one, on {accelerator.device}, would "
+            "train alone: accelerate joins them only if each has a GPU; check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or set ACCELERATE_USE_CPU=true to train on CPUs"
         )
     # the recipe decides, not the user's accelerate settings: backward would divide once more
     accelerator.gradient_accumulation_steps = 1

@@ -57,7 +57,8 @@ def choose_way(
     logger.info("%s: %.1f GiB at the peak", chosen.way, chosen.peak / 2**30)
     if chosen.way.tier in QUANTIZED and config.memory == "auto":
         logger.warning(
-            "the base is quantised to %s, an approximation: nothing exact fits", chosen.way.tier
+            "the base is quantised to %s, an approximation, because nothing exact fits",
+            chosen.way.tier,
         )
     return chosen.way
 
@@ -106,10 +107,10 @@ def _too_little(
 ) -> MemoryError:
     least = min(estimates, key=lambda each: each.peak)
     return MemoryError(
-        f"{device_bytes / 2**30:.1f} GiB are free on the GPU and {host_bytes / 2**30:.1f} on "
-        f"the host, too little for this run: --memory {least.way.tier} takes "
-        f"{least.peak / 2**30:.1f} and {least.host_bytes / 2**30:.1f}; {name_remedies(config)} "
-        "features of a lower resolution"
+        f"{device_bytes / 2**30:.1f} GiB are free on the GPU and {host_bytes / 2**30:.1f} on the "
+        f"host, too little for this run: --memory {least.way.tier} needs {least.peak / 2**30:.1f} "
+        f"and {least.host_bytes / 2**30:.1f}; {name_remedies(config)} features of a lower "
+        "resolution"
     )
 
 

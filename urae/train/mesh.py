@@ -110,9 +110,9 @@ def check_mesh(
         return
     if policy.attention == "local":
         raise ValueError(
-            f"context_parallel {config.context_parallel} does not go with local attention, for "
-            "which each rank would need its neighbours' keys; set --context-parallel 1, or a "
-            "policy of full attention"
+            f"context_parallel {config.context_parallel} cannot be combined with local attention, "
+            "for which each rank would need its neighbours' keys; set --context-parallel 1, or a "
+            "policy with full attention"
         )
     counts = _count_what_is_split(config, samples, model_path)
     _check_divides(config.context_parallel, {"the number of processes": num_ranks, **counts})
@@ -141,7 +141,7 @@ def _check_divides(degree: int, counts: dict[str, int]) -> None:
         if count % degree:
             raise ValueError(
                 f"context_parallel {degree} does not divide {count}, {what}; this run can have "
-                f"{fitting} (from 2048 pixels on `urae cache` makes sizes for 2, 4 and 8)"
+                f"{fitting} (from 2048 pixels up, `urae cache` makes sizes for 2, 4 and 8)"
             )
 
 
@@ -149,14 +149,14 @@ def _check_shard(config: TrainConfig, num_ranks: int) -> None:
     local = count_local_ranks(num_ranks)
     if local == 1 or num_ranks % local:
         raise ValueError(
-            f"shard spreads the base over the processes of a host, of which there are {local} here "
-            f"and {num_ranks} in all; start two or more on each, as many everywhere, with torchrun "
-            "or accelerate launch, or leave it out"
+            f"shard spreads the base over the processes of a host, of which there are {local} "
+            f"here and {num_ranks} in all; start two or more on each host, the same number on "
+            "all, with torchrun or accelerate launch, or leave out shard"
         )
     if config.compile:
         raise ValueError(
-            "compile true does not go with shard, which gathers each block's weights as it is "
-            "called; leave one of the two out"
+            "compile true cannot be combined with shard, which gathers each block's weights as "
+            "it is called; leave one of the two out"
         )
 
 

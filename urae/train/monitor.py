@@ -204,8 +204,8 @@ class Monitor:
         except Exception as error:
             if not self._tracker_failed:
                 logger.warning(
-                    "tracker %s failed (%s: %s); the run goes on, and all figures and previews are "
-                    "in %s",
+                    "tracker %s failed (%s: %s); the run continues, and all figures and previews "
+                    "are in %s",
                     self.config.tracker,
                     type(error).__name__,
                     error,

@@ -116,20 +116,21 @@ def find_start(config: TrainConfig) -> Start:
     if not config.resume:
         if (checkpoints or done) and not config.overwrite:
             raise FileExistsError(
-                f"{config.output_dir} holds a run already; go on with --resume, start anew with "
-                "--overwrite, or choose another --output"
+                f"{config.output_dir} already holds a run; continue with --resume, start over "
+                "with --overwrite, or choose another --output"
             )
         return Start()
     if not checkpoints:
         raise FileNotFoundError(
-            f"{config.output_dir} holds no whole checkpoint to resume from; start without --resume"
+            f"{config.output_dir} holds no complete checkpoint to resume from; start without "
+            "--resume"
         )
     start = _find_last_whole(checkpoints)
     assert start.checkpoint is not None
     if start.step > config.steps:
         raise ValueError(
-            f"{start.checkpoint.path} has more steps than the {config.steps} asked for; set "
-            "--steps higher, or take that checkpoint as it is"
+            f"{start.checkpoint.path} has more steps than the {config.steps} requested; set "
+            "--steps higher, or use that checkpoint as it is"
         )
     _check_same_settings(start.checkpoint, start.record["config"], flatten(asdict(config)))
     return start
@@ -144,8 +145,8 @@ def _find_last_whole(checkpoints: list[Checkpoint]) -> Start:
         damaged.append((checkpoint, reason))
     newest, reason = damaged[0]
     raise ValueError(
-        f"none of the {len(damaged)} checkpoints in {newest.path.parent} is whole (newest: "
-        f"{newest.path.name}, {reason}); copy one back from a backup, or start anew with "
+        f"none of the {len(damaged)} checkpoints in {newest.path.parent} is intact (newest: "
+        f"{newest.path.name}, {reason}); copy one back from a backup, or start over with "
         "--overwrite"
     )
 
@@ -157,7 +158,7 @@ def _check_same_settings(
         if not _DIR.fullmatch(name) and before.get(name) != now.get(name):
             raise ValueError(
                 f"{checkpoint.path} was made with {name} = {before.get(name)}, but the run now "
-                f"says {now.get(name)}; resume with the settings it began with"
+                f"says {now.get(name)}; resume with the settings it started with"
             )
 
 
@@ -172,8 +173,8 @@ def check_same_policy(start: Start, policy: ResolutionPolicy) -> None:
     before = ResolutionPolicy.from_json(text, "the checkpoint")
     if before != policy:
         raise ValueError(
-            f"the run began with {before} and would go on with {policy}, as its base or the "
-            "adapter under it now says; name the first in the recipe's [policy]"
+            f"the run started with {before} and would continue with {policy}, which its base or "
+            "the adapter under it now specifies; set the first in the recipe's [policy]"
         )
 
 
@@ -193,8 +194,8 @@ def check_same_base(start: Start, base_hashes: Mapping[str, str]) -> None:
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
-            f"the run began on a base with other weights of {', '.join(changed[:3])}{more}; resume "
-            "with the base that it began with (--model)"
+            f"the run started on a base with other weights in {', '.join(changed[:3])}{more}; "
+            "resume with that base (--model)"
         )
 
 
@@ -203,9 +204,9 @@ def warn_of_other_steps(config: TrainConfig, start: Start) -> None:
     before = start.record.get("config", {}).get("steps", config.steps)
     if before != config.steps and config.optimizer.schedule != "constant":
         logger.warning(
-            f"steps was {before} and is {config.steps} now; from step {start.step + 1} on the "
-            f"learning rate is that of the {config.optimizer.schedule} schedule over "
-            f"{config.steps} steps, before it was that over {before}"
+            f"steps was {before} and is now {config.steps}; from step {start.step + 1} on, the "
+            f"learning rate follows the {config.optimizer.schedule} schedule over {config.steps} "
+            f"steps instead of {before}"
         )
 
 
@@ -258,7 +259,7 @@ def prepare_output(output_dir: Path, start: Start) -> None:
         aside = checkpoint.set_aside()
         logger.warning(
             f"{checkpoint.path} is damaged ({reason}); it is kept as {aside.name}, and the run "
-            f"goes on from step {start.step}"
+            f"continues from step {start.step}"
         )
 
 
@@ -363,6 +364,6 @@ def _try_to_append(path: Path, row: Sequence[object]) -> None:
         raise OSError(
             error.errno,
             f"a row of {path.name} could not be written ({os.strerror(error.errno or 0)}); free "
-            "some space, then go on with --resume from the last checkpoint",
+            "some space, then continue with --resume from the last checkpoint",
             str(path),
         ) from error

@@ -211,8 +211,9 @@ def _list_pictures(source: DataConfig) -> tuple[list[Sample], int]:
             samples.append(Sample(each.stem, each.latent_path, files, *bucket, source.weight))
     if not samples:
         raise ValueError(
-            f"none of the {len(sources)} captioned pictures in {source.dir} fills resolution "
-            f"{source.resolution}, and nothing is enlarged; use larger ones, or a lower resolution"
+            f"none of the {len(sources)} captioned pictures in {source.dir} is large enough for "
+            f"resolution {source.resolution}, and pictures are not enlarged; use larger ones, or "
+            "a lower resolution"
         )
     uncaptioned = {Path(skip.file).stem for skip in skips if skip.reason == NO_CAPTION}
     return samples, len(uncaptioned) + len(sources) - len(samples)

@@ -49,7 +49,7 @@ class Previewer:
         self.sampling = default_sampling(build_meta_transformer(model_path), model_path)
         tokens = self.sampling.max_sequence_length
         encoders = Encoders(model_path)
-        with explain_memory("the text encoders", "closing what else uses the GPU"):
+        with explain_memory("the text encoders", "closing other programs that use the GPU"):
             self.embeds = {
                 prompt: [each[None].cpu() for each in encoders.encode_caption(prompt, tokens)]
                 for prompt in config.preview_prompts

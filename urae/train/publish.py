@@ -95,11 +95,11 @@ def push(config: PushConfig) -> Pushed:
     """
     validate_repo_id(config.repo)
     if config.repo.count("/") != 1:
-        raise ValueError(f"repository {config.repo} lacks its owner: name it as owner/name")
+        raise ValueError(f"repository {config.repo} has no owner; name it as owner/name")
     if not config.dry_run and get_token() is None:
         raise PermissionError(
-            "nobody is logged in to the hub; run `hf auth login`, or look at the folder first with "
-            "--dry-run"
+            "you are not logged in to the hub; run `hf auth login`, or inspect the folder first "
+            "with --dry-run"
         )
     folder = write_folder(config)
     if config.dry_run:
@@ -165,7 +165,7 @@ def format_record(settings: Mapping[str, Any]) -> str:
 
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], TrainConfig]:
     if not (run_dir / RUN_FILE).is_file():
-        raise FileNotFoundError(f"{run_dir} is no folder of a run: it holds no {RUN_FILE}")
+        raise FileNotFoundError(f"{run_dir} is not the folder of a run: it holds no {RUN_FILE}")
     settings = read_toml(run_dir / RUN_FILE)
     recipe = {name: value for name, value in settings.items() if name != RECORD_SECTION}
     data_dir = settings[RECORD_SECTION].get("data_dir")
@@ -182,8 +182,8 @@ def _read_run(run_dir: Path) -> tuple[dict[str, Any], TrainConfig]:
 
 def _unfinished(run_dir: Path, step: int, steps: int) -> ValueError:
     return ValueError(
-        f"{run_dir} is at step {step} of {steps}; go on with --resume until it is finished, or "
-        "with --steps at a checkpoint that is good enough"
+        f"{run_dir} is at step {step} of {steps}; continue with --resume until it is finished, or "
+        "with --steps set to a checkpoint that is good enough"
     )
 
 
@@ -239,6 +239,7 @@ def _upload(config: PushConfig, folder: Path) -> str:
         kind = PermissionError if status in (401, 403) else ConnectionError
         raise kind(
             f"{config.repo} could not be uploaded ({status or error}); check the name, the "
-            f"connection, and with `hf auth whoami` who you are. All that was to go is in {folder}"
+            "connection and your login (`hf auth whoami`). Everything to be uploaded is in "
+            f"{folder}"
         ) from error
     return f"https://huggingface.co/{config.repo}"

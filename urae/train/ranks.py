@@ -55,7 +55,7 @@ def warn_of_other_batch(start: Start, batches_per_step: int) -> None:
     before = start.record.get("batches_per_step", batches_per_step)
     if before != batches_per_step:
         logger.warning(
-            f"a step now takes {batches_per_step} batches over all devices, before it took "
-            f"{before}; the order of samples goes on unchanged, and --gradient-accumulation says "
-            "how many each device takes"
+            f"a step now takes {batches_per_step} batches over all devices instead of {before}; "
+            "the order of samples is unchanged, and --gradient-accumulation sets how many each "
+            "device takes"
         )

@@ -34,5 +34,5 @@ class WebConfig:
             raise ValueError(f"port {self.port} must be between 1 and 65535")
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise FileExistsError(
-                f"output {self.output_dir} is a file; name a folder with --output"
+                f"output {self.output_dir} is a file; choose a folder with --output"
             )

@@ -72,8 +72,8 @@ def read_form(form: Form, config: WebConfig, output_dir: Path) -> GenerateConfig
     if AUTOMATIC in adapters:
         if len(adapters) > 1:
             raise ValueError(
-                f"adapters {', '.join(adapters)}: {AUTOMATIC} stands alone; take it or the others "
-                "away"
+                f"adapters {', '.join(adapters)}: {AUTOMATIC} cannot be combined with other "
+                "adapters; remove it or the others"
             )
         ships = form.model == BASE
         adapters = pick_adapters(height, width, native_side) if ships else ()

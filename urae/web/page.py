@@ -47,8 +47,8 @@ def serve(config: WebConfig, *, on_ready: Callable[[str], None] | None = None) -
     except OSError as error:
         reason = str(error.strerror).split(" (while")[0]
         raise ValueError(
-            f"{config.host}:{config.port} cannot be listened on ({reason}); choose another --port "
-            "or --host"
+            f"cannot listen on {config.host}:{config.port} ({reason}); choose another --port or "
+            "--host"
         ) from error
     jobs = Jobs(config)
     page = build_page(jobs)
