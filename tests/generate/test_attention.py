@@ -126,7 +126,7 @@ def test_a_backend_with_wrong_outputs_is_named():
     def attend(query, key, value):
         return value * torch.nan
 
-    with pytest.raises(FloatingPointError, match=r"right outputs .*broken: outputs are"):
+    with pytest.raises(FloatingPointError, match=r"correct outputs .*broken: outputs are"):
         pick_attention({"broken": attend}, (1, 8, 2, 4), torch.float32, CPU, backward=False)
 
 

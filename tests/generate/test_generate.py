@@ -213,7 +213,9 @@ def test_an_existing_picture_is_kept(settings, no_weights, tmp_path):
     path = tmp_path / "out" / "0000-a-large-red-circle-5.png"
     path.parent.mkdir()
     path.write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"circle-5.png exists and is kept .*--overwrite"):
+    with pytest.raises(
+        FileExistsError, match=r"circle-5.png already exists and is kept .*--overwrite"
+    ):
         generate(settings())
     assert path.read_bytes() == b"mine"
 
@@ -688,7 +690,7 @@ def test_a_picture_that_gpus_share_is_not_local_by_a_preset(settings, tmp_path):
         inputs_module.find_excluded(turbo, [], sampling, tmp_path, n) for n in (True, False)
     )
     assert "local-attention" not in alone
-    assert shared["local-attention"].startswith("GPUs share a picture")
+    assert shared["local-attention"].startswith("several GPUs share a picture")
     native = inputs_module.find_excluded(
         replace(turbo, height=64, width=64, policy=ResolutionPolicy()), [], sampling, tmp_path, True
     )

@@ -109,7 +109,7 @@ def test_numbers_that_are_not_finite_in_local_steps_are_found(adapted, sample):
         return output * torch.nan if find_policy(transformer).num_local_keys else output
 
     transformer.proj_out.register_forward_hook(break_local)
-    with pytest.raises(FloatingPointError, match=r"leave out local-attention=0\.8"):
+    with pytest.raises(FloatingPointError, match=r"leaving out local-attention=0\.8"):
         sample(pipe, 512, 512, num_inference_steps=len(SIGMAS))
 
 
