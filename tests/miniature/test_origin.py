@@ -102,7 +102,7 @@ def test_a_stage_works_with_the_files_that_it_was_trained_on(recipe, work, tmp_p
     write_stage(work, "base", metadata=origin_of(work, "vae", "text"))
     load_stage("dev", work)
     write_stage(work, "text", TEXT_PARTS, seed=1)
-    message = r"{}.safetensors was trained on another .*text.safetensors; put .* train {}"
+    message = r"{}.safetensors was trained on another .*text.safetensors; restore .* train {}"
     with pytest.raises(ValueError, match=message.format("dev", "dev")):
         load_stage("dev", work)
     with pytest.raises(ValueError, match=message.format("dev", "dev")):
