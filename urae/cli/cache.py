@@ -49,9 +49,9 @@ def cache_command(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Encode images and captions once, beside the images; a second run does nothing.
+    """Encode images and captions into features beside them; what is up to date is kept.
 
-    Several processes may share a folder, and a killed run goes on where it stopped.
+    Several processes can share a folder, and a killed run continues where it stopped.
     """
     from urae.features.cache import REPORT_NAME, CacheConfig, cache
     from urae.features.store import WORK_DIR

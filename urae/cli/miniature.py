@@ -69,7 +69,7 @@ def train_command(
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train one stage; a GPU is wanted."""
+    """Train one stage of the miniature; use a GPU."""
     import logging
 
     from urae.miniature.stages import train_stage
@@ -239,7 +239,7 @@ def export_adapters_command(
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write trained adapters of the miniature as they ship."""
+    """Write trained adapters of the miniature in the form in which they ship."""
     from urae.miniature.export import export_adapters
 
     for path in export_adapters(runs, output, commit=commit):
@@ -248,7 +248,7 @@ def export_adapters_command(
 
 @miniature_app.command("unpack")
 def unpack_command(work: Work = _WORK, verbose: Verbose = False) -> None:
-    """Write the stages' files that come with the package, to train others from them."""
+    """Write the stage files that ship with the package, to train further stages from them."""
     from urae.miniature.export import unpack_pipelines
 
     quiet_progress_bars()

@@ -15,9 +15,9 @@ def pack_command(
     shard_gib: Annotated[float, typer.Option(help="Largest size of a shard in GiB.")] = 1.0,
     verbose: Verbose = False,
 ) -> None:
-    """Pack features into shards, for a bucket or a hub; a second run does nothing.
+    """Pack features into shards for a bucket or the hub; only what changed is packed again.
 
-    What changed since is packed again, and a killed run goes on where it stopped.
+    A killed run continues where it stopped.
     """
     from urae.features.pack import PackConfig, pack
 

@@ -52,7 +52,7 @@ plan_app = typer.Typer(no_args_is_help=True)
 
 @plan_app.callback()
 def plan() -> None:
-    """What a job will take, before it is started; no weights are loaded."""
+    """Estimate what a job takes before it starts, without loading weights."""
 
 
 @plan_app.command("generate")

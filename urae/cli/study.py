@@ -56,7 +56,7 @@ def study_command(
     ] = math.inf,
     verbose: Verbose = False,
 ) -> None:
-    """Train and score a question's cells, as far as they are not done, and report what they say.
+    """Train and score the cells of a question that are not done yet, and report the results.
 
     Sizes are fields of StudyConfig: --num-seeds 5 --steps 1000 --num-captions 200.
     """

@@ -29,7 +29,7 @@ def web_command(
     speed: Annotated[Speed, typer.Option(help="Same as in `urae generate`.")] = Speed.exact,
     verbose: Verbose = False,
 ) -> None:
-    """Serve a page on this machine that generates pictures; Ctrl-C ends it."""
+    """Serve a local web page that generates pictures; Ctrl-C stops it."""
     from urae.web import WebConfig, serve
 
     config = WebConfig(model, output, host, port, browser, memory.value, speed.value)

@@ -43,22 +43,22 @@ def _as_location(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What trains."""
+    """What is trained."""
 
     __pydantic_config__ = _STRICT
 
     kind: Literal["lora", "minor", "dora", "lokr", "oft"] = "lora"
-    """`lora` starts from zero; `minor` from the smallest singular components (4K stage); `dora`,
-    `lokr` and `oft` are peft's, from zero too."""
+    """`lora` starts from zero, `minor` from the smallest singular components (4K stage); `dora`,
+    `lokr` and `oft` are peft's and also start from zero."""
     rank: int = 16
-    """Components a matrix, alpha too; of `oft`, the side of a block."""
+    """Rank of each matrix's update, and its alpha; for `oft`, the side of a block."""
     over: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    """Adapters under this one, frozen: files, folders, names as miniature-2k, or owner/repo/file on
-    the hub."""
+    """Frozen adapters beneath this one: files, folders, names such as miniature-2k, or
+    owner/repo/file on the hub."""
     init: str | None = None
     """Start from this adapter's weights: a file, or a checkpoint folder of the reference."""
     trains: Literal["both", "down"] = "both"
-    """Factors that learn; with `down` the other one stays as it begins (MiCA, arXiv:2604.01694)."""
+    """Factors to train; with `down` the other keeps its initial values (MiCA, arXiv:2604.01694)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,16 +78,16 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How it learns; the defaults are the paper's."""
+    """The optimizer; the defaults are the paper's."""
 
     __pydantic_config__ = _STRICT
 
     name: Literal["prodigy", "adamw", "adamw8bit", "schedule-free", "muon"] = "prodigy"
-    """Prodigy finds its own step size; the others want a learning rate, AdamW about 1e-4."""
+    """Prodigy finds its own step size; the others need a learning rate, AdamW about 1e-4."""
     lr: float = 1.0
     """Learning rate; 1 for Prodigy."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes after the warm-up: it stays, or falls to 0 by the end."""
+    """Learning rate after the warm-up: constant, or falling to 0 by the end."""
     warmup_steps: int = 0
     """Steps over which the learning rate first rises from 0."""
     beta1: float = 0.9
@@ -132,7 +132,7 @@ class DataConfig:
     resolution: int
     """As given to `urae cache` for this folder."""
     weight: int = 1
-    """How many times an epoch has each of its pictures."""
+    """How many times each of its pictures occurs in an epoch."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -148,80 +148,81 @@ class TrainConfig:
     __pydantic_config__ = _STRICT
 
     model: str
-    """Base: a name as flux-dev or miniature-dev, a hub id, a folder or a .safetensors file."""
+    """Base model: a name such as flux-dev or miniature-dev, a hub id, a folder or a .safetensors
+    file."""
     data_dir: Annotated[Path | str | None, BeforeValidator(_as_location)]
-    """Features of `urae cache`: their folder, or a folder or URL of shards of `urae pack`; None if
-    `data` names several."""
+    """Features from `urae cache`: their folder, or a folder or URL of shards from `urae pack`; None
+    if `data` names several."""
     output_dir: Path
     """Where checkpoints, the loss and the finished adapter go."""
     data: tuple[DataConfig, ...] = ()
-    """Several folders, each of a resolution of its own, in place of one."""
+    """Several folders instead of one, each with its own resolution."""
     resolution: int = 2048
-    """Side of the square whose tokens are the budget of a picture, as given to `urae cache`; with
-    several folders, of previews alone."""
+    """Training resolution, as given to `urae cache`: a picture has as many tokens as a square of
+    this side. With several folders it is that of the previews only."""
     steps: int = 2000
-    """Optimizer steps; there are no epochs, `urae plan train` says how often each sample trains."""
+    """Number of optimizer steps; `urae plan train` says how many epochs that is."""
     batch_size: int = 1
-    """Samples of one size a step and device."""
+    """Samples per batch and device, all of one size."""
     gradient_accumulation: int = 1
-    """Batches a step and device."""
+    """Batches per optimizer step and device."""
     guidance_scale: float = 1.0
-    """Guidance fed to a guidance-distilled base; 1 is crucial (section 3.3)."""
+    """Guidance given to a guidance-distilled base in training; 1 is crucial (section 3.3)."""
     original_caption_share: float = 0.2
     """Share of samples that train with `prompt` rather than `generated_prompt`."""
     caption_weights: Mapping[str, float] | None = None
-    """How often each caption column is drawn, by its weight, in place of the share."""
+    """Weight of each caption column in the draw, instead of the share above."""
     caption_dropout: float = 0.0
     """Share of samples that train with the empty prompt."""
     timestep_sampling: TimestepSampling = "uniform"
-    """How noise levels are drawn: the paper's `uniform`, or `logit-normal`, mostly the middle."""
+    """How noise levels are drawn: `uniform`, as in the paper, or `logit-normal`, mostly medium."""
     timestep_shift: float | Literal["resolution"] = 1.0
-    """Shift of the levels towards noise, 1 for none; `resolution` is FLUX's own for the size."""
+    """Shift of the levels towards noise; 1 for none, `resolution` for FLUX's own by size."""
     seed: int = 0
-    """Decides initial weights, order, captions, noise and timesteps."""
+    """Determines initial weights, order, captions, noise and timesteps."""
     memory: Memory = "auto"
-    """Where things live, in ever less memory of the GPU: `resident`, all there; `offload`, what the
-    backward pass keeps on the host; `streamed`, the frozen weights too, and MLPs in token chunks.
-    These are exact; `8bit` and `4bit` quantise the frozen base. `auto` takes the first that
-    fits."""
+    """Memory tier, from most to least GPU memory: `resident` keeps everything on the GPU; `offload`
+    keeps saved activations on the host; `streamed` the frozen weights too, with MLPs in token
+    chunks. These are exact; `8bit` and `4bit` quantise the frozen base. `auto` takes the first
+    that fits."""
     gradient_checkpointing: Checkpointing = "full"
-    """What the backward pass computes again, in ever less memory: nothing (`off`), all but
-    attention, or whole blocks; `auto` takes the first of the last two that there is room for. The
-    numbers are the same."""
+    """What the backward pass recomputes, from most to least memory: nothing (`off`), all but
+    attention (`selective`), or whole blocks (`full`); `auto` takes the first of the last two that
+    fits. The results are the same."""
     context_parallel: int = 1
-    """GPUs that share each picture, its tokens split between them: faster steps in less memory."""
+    """GPUs that share each picture by splitting its tokens: faster steps, less memory per GPU."""
     shard: bool = False
-    """Spread the frozen base over the GPUs of a host, each block gathered as it is needed."""
+    """Shard the frozen base over the GPUs of a host, gathering each block when it is needed."""
     compile: bool | None = None
-    """Compile the blocks; none does so on a GPU where it pays within the run."""
+    """Compile the blocks; by default on a GPU, if the run is long enough to benefit."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
-    """Newest checkpoints to keep; older ones are deleted once a new one is whole."""
+    """Number of newest checkpoints to keep; older ones are deleted once a new one is complete."""
     ema_decay: float | None = None
     """Average the adapter's weights with this decay, 0.99 or more; the average is the result."""
     num_validation: int = 0
-    """Samples held out of training, on which the loss is measured at fixed noises."""
+    """Number of samples held out of training, on which the loss is measured with fixed noise."""
     validate_every: int = 200
     """Steps between measurements of the held-out samples."""
     preview_prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    """Prompts to make pictures of as training goes, squares of `resolution` pixels."""
+    """Prompts to draw during training, as squares of `resolution` pixels."""
     preview_seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = (0,)
-    """Seeds of their noise; each prompt is made with each."""
+    """Seeds of the previews; each prompt is drawn with each seed."""
     preview_every: int = 200
     """Steps between previews."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Experiment tracker, through accelerate."""
     remote_cache_gib: float = 50.0
-    """Most disk space for features from a URL, kept in the user's cache folder; 0 for none."""
+    """Disk space for features from a URL in GiB, in the user's cache folder; 0 for none."""
     resume: bool = False
     """Continue from the newest checkpoint in `output_dir`."""
     overwrite: bool = False
-    """Start anew in an `output_dir` that holds a run."""
+    """Start over in an `output_dir` that already holds a run."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     policy: ResolutionPolicy | None = None
-    """Resolution policy; by default that of the adapter under this one, or the base's own."""
+    """Resolution policy; by default that of the adapter beneath this one, or the base's own."""
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:
