@@ -69,7 +69,7 @@ def test_what_is_recorded(settings):
 def test_every_field_has_its_comment(settings):
     train(settings(steps=1))
     lines = (settings().output_dir / "run.toml").read_text().splitlines()
-    assert lines[lines.index("steps = 1") - 1].startswith("# Optimizer steps; there are no epochs")
+    assert lines[lines.index("steps = 1") - 1].startswith("# Number of optimizer steps")
     wanted = "# Components a matrix, alpha too; of `oft`, the side of a block."
     assert lines[lines.index("rank = 4") - 1] == wanted
 
