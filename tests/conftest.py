@@ -37,14 +37,14 @@ def _cache_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _logging():
     """Commands set up logging for the process; put it back."""
-    root = logging.getLogger()
+    root, known = logging.getLogger(), logging.root.manager.loggerDict
     handlers, level = root.handlers[:], root.level
     yield
-    root.setLevel(level)
     root.handlers[:] = handlers
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("urae"):
-            logging.getLogger(name).setLevel(logging.NOTSET)
+    loggers = {logging.getLogger(n): logging.NOTSET for n in known if n.startswith("urae")}
+    for logger, wanted in {root: level, **loggers}.items():
+        if logger.level != wanted:  # setting it costs what looking at every logger costs
+            logger.setLevel(wanted)
     logging.captureWarnings(False)
 
 

@@ -243,6 +243,7 @@ def test_a_base_carries_its_own_policy(tmp_path):
     assert read_base_policy(tmp_path) == own
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_recompilation_from_one_resolution_to_the_next(load_pipe, sample, expected):
     from urae import adapt
