@@ -70,7 +70,7 @@ def test_every_field_has_its_comment(settings):
     train(settings(steps=1))
     lines = (settings().output_dir / "run.toml").read_text().splitlines()
     assert lines[lines.index("steps = 1") - 1].startswith("# Number of optimizer steps")
-    wanted = "# Components a matrix, alpha too; of `oft`, the side of a block."
+    wanted = "# Rank of each matrix's update, and its alpha; for `oft`, the side of a block."
     assert lines[lines.index("rank = 4") - 1] == wanted
 
 
