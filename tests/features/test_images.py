@@ -121,18 +121,23 @@ def test_exif_orientation_is_applied(tmp_path):
     assert (pixel(turned), pixel(turned, (0, 1))) == (RED, (0, 0, 255))
 
 
-@pytest.mark.parametrize("value", [b"\x05", "text", (1, 2)], ids=["bytes", "text", "rational"])
-def test_odd_exif_beside_the_orientation_does_not_matter(tmp_path, value):
+@pytest.mark.parametrize(
+    ("tag", "kind", "count", "payload"),
+    [
+        (ExifTags.Base.XResolution, 7, 1, b"\x05\0\0\0"),  # bytes for a rational
+        (ExifTags.Base.XResolution, 2, 4, b"txt\0"),  # text for a rational
+        (ExifTags.Base.Software, 5, 1, struct.pack("<I", 38)),  # a rational, behind, for text
+    ],
+    ids=["bytes", "text", "rational"],
+)
+def test_odd_exif_beside_the_orientation_does_not_matter(tmp_path, tag, kind, count, payload):
     """As cameras and editors write it, of another type than the standard says."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     path = save(Image.new("RGB", (16, 8), RED), tmp_path / "a.jpg", exif=exif)
-    kind, count, payload = {
-        bytes: (7, 1, b"\x05\0\0\0"), str: (2, 4, b"txt\0"), tuple: (5, 1, b"\x1a\0\0\0"),
-    }[type(value)]  # fmt: skip
     entries = struct.pack("<HHHII", 2, 0x112, 3, 1, 6)
-    entries += struct.pack("<HHI", 0x11A, kind, count) + payload  # XResolution
-    tiff = b"II*\0\x08\0\0\0" + entries + b"\0" * 4
+    entries += struct.pack("<HHI", tag, kind, count) + payload
+    tiff = b"II*\0\x08\0\0\0" + entries + b"\0" * 4 + struct.pack("<II", 72, 1)
     odd = b"Exif\0\0" + tiff
     segment = b"\xff\xe1" + struct.pack(">H", len(odd) + 2) + odd
     data = path.read_bytes()

@@ -15,13 +15,18 @@ from urae.config import check_types
 from urae.features.buckets import covers, fit, pick_bucket
 from urae.features.claims import Claims
 from urae.features.encoders import Encoders
-from urae.features.images import SUFFIXES, ImageError, decode_image, read_image, read_size
+from urae.features.images import (
+    ImageError,
+    decode_image,
+    list_picture_stems,
+    read_image,
+    read_size,
+)
 from urae.features.sources import NO_CAPTION, Skip, Source, find_sources
 from urae.features.store import (
     EMBED_SUFFIX,
     FORMAT_KEY,
     FORMAT_VERSION,
-    LATENT_SUFFIX,
     WORK_DIR,
     Fingerprints,
     Status,
@@ -31,6 +36,7 @@ from urae.features.store import (
     find_status,
     fingerprint_encoders,
     latent_path,
+    list_cached_stems,
     write_features,
 )
 from urae.geometry import check_side
@@ -233,25 +239,17 @@ class _Job:
             stem = Path(name).stem
             columns[stem] = {}
             self._remove_ours(latent_path(self.config.data_dir, stem))
-        known = columns.keys() | self._list_pictures() | self._list_cached()
-        for path in sorted(self.config.data_dir.glob(f"[!.]*{EMBED_SUFFIX}")):
+        data_dir = self.config.data_dir
+        known = columns.keys() | list_picture_stems(data_dir) | list_cached_stems(data_dir)
+        for path in sorted(data_dir.glob(f"[!.]*{EMBED_SUFFIX}")):
             owner = find_owner(path, known)
             if owner and owner[0] in columns and owner[1] not in columns[owner[0]]:
                 self._remove_ours(path)
 
     def find_pictureless(self) -> None:
         """Report features whose picture is gone; whoever wants its room may have removed it."""
-        self.report.pictureless = sorted(self._list_cached() - self._list_pictures())
-
-    def _list_pictures(self) -> set[str]:
-        """List the stems of the folder's pictures, with captions or without."""
-        files = self.config.data_dir.iterdir()
-        return {path.stem for path in files if path.suffix.lower() in SUFFIXES}
-
-    def _list_cached(self) -> set[str]:
-        """List the stems that have latents."""
-        names = (path.name for path in self.config.data_dir.glob(f"[!.]*{LATENT_SUFFIX}"))
-        return {name.removesuffix(LATENT_SUFFIX) for name in names}
+        data_dir = self.config.data_dir
+        self.report.pictureless = sorted(list_cached_stems(data_dir) - list_picture_stems(data_dir))
 
     def encode_caption(self, source: Source, column: str) -> None:
         """Write one caption's embeddings, unless another process just has."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from urae.features.images import SUFFIXES
+from urae.features.images import list_picture_stems
 from urae.features.store import (
     EMBED_KEYS,
     EMBED_SUFFIX,
@@ -21,7 +21,9 @@ from urae.features.store import (
     Header,
     embed_name,
     find_owner,
+    latent_name,
     latent_path,
+    list_cached_stems,
     read_features,
     read_header,
 )
@@ -62,23 +64,21 @@ def list_samples(data_dir: Path) -> list[Sample]:
     Raises:
         ValueError: If there are none, one has no prompt embeddings, or a file is corrupt.
     """
-    names = sorted(path.name for path in data_dir.glob("[!.]*.safetensors"))
-    stems = [n.removesuffix(LATENT_SUFFIX) for n in names if n.endswith(LATENT_SUFFIX)]
-    if not stems:
+    cached = list_cached_stems(data_dir)
+    if not cached:
         raise ValueError(
             f"data folder {data_dir} has no cached latents (*{LATENT_SUFFIX}); "
             f"run `urae cache {data_dir} --model MODEL --resolution SIDE` first"
         )
-    cached, pictures = frozenset(stems), data_dir.iterdir()
-    known = cached | {path.stem for path in pictures if path.suffix.lower() in SUFFIXES}
+    known = cached | list_picture_stems(data_dir)
     embeds: defaultdict[str, dict[str, FeatureFile]] = defaultdict(dict)
     num_alone = 0
-    for name in names:
-        if not name.endswith(EMBED_SUFFIX) or (name == EMPTY_PROMPT and "empty" not in known):
+    for path in sorted(data_dir.glob(f"[!.]*{EMBED_SUFFIX}")):
+        if path.name == EMPTY_PROMPT and "empty" not in known:
             continue
-        owner = find_owner(data_dir / name, known)
+        owner = find_owner(path, known)
         if owner and owner[0] in cached:
-            embeds[owner[0]][owner[1]] = data_dir / name
+            embeds[owner[0]][owner[1]] = path
         else:
             num_alone += 1
     if num_alone:  # captions are cached first
@@ -88,6 +88,7 @@ def list_samples(data_dir: Path) -> list[Sample]:
             num_alone,
             data_dir,
         )
+    stems = sorted(cached, key=latent_name)
     return [_read_sample(data_dir, stem, embeds[stem]) for stem in stems]
 
 

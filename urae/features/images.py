@@ -51,6 +51,11 @@ class ImageError(ValueError):
         self.reason: Reason = reason
 
 
+def list_picture_stems(data_dir: Path) -> set[str]:
+    """List the stems of a folder's image files, with captions or without."""
+    return {path.stem for path in data_dir.iterdir() if path.suffix.lower() in SUFFIXES}
+
+
 def read_image(path: Path) -> bytes:
     """Read an image file's bytes.
 

@@ -117,6 +117,12 @@ def latent_path(data_dir: Path, stem: str) -> Path:
     return data_dir / latent_name(stem)
 
 
+def list_cached_stems(data_dir: Path) -> set[str]:
+    """List the stems of a folder's images that have latents."""
+    names = (path.name for path in data_dir.glob(f"[!.]*{LATENT_SUFFIX}"))
+    return {name.removesuffix(LATENT_SUFFIX) for name in names}
+
+
 def embed_path(data_dir: Path, stem: str, column: str) -> Path:
     """Say where the prompt embeddings of an image's caption in `column` lie, beside it."""
     return data_dir / embed_name(stem, column)
