@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,16 +182,19 @@ def test_edges_cost_more_than_areas_of_the_same_error():
 def make_pool(count):
     """Captions are their scene's number from 1, and 0 the empty one."""
     ids, empty = torch.arange(count)[:, None] + 1, torch.zeros(1, 1, dtype=torch.long)
-    return Pool(torch.randn(count, 16, 4, 4), ids, ids, ids[:, 0], empty, empty)
+    return Pool(torch.randn(count, 16, 4, 4), ids, ids, torch.ones(count), empty, empty)
 
 
 def test_weights_draw_some_scenes_more_often():
-    pool = make_pool(6)
     weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 4.0])
-    batch = sample_batch(pool, 4000, torch.Generator().manual_seed(0), 0.0, weights)
+    pool = replace(make_pool(6), weights=weights)
+    batch = sample_batch(pool, 4000, torch.Generator().manual_seed(0), 0.0)
     shares = torch.bincount(batch.t5_ids[:, 0] - 1, minlength=6) / 4000
     torch.testing.assert_close(shares, weights / 8, rtol=0, atol=0.03)
     assert shares[4] == 0
+    paths = GuidedPaths(replace(pool, weights=weights * (weights > 1)), 50, (2.0, 4.0), 3.0)
+    paths.restart(torch.Generator().manual_seed(0))
+    assert (paths.t5_ids == 6).all()
 
 
 def test_guided_paths_lead_from_noise_to_where_the_velocity_points():

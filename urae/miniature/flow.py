@@ -94,15 +94,14 @@ def train_flow(
     read_weights(run.file("text"), {name: parts[name] for name in TEXT_PARTS})
     model.to(run.device)
     logger.info("%.2f M parameters", count_parameters([model.transformer]) / 1e6)
-    pool = _build_pool(config.num_scenes, config.side, run)
+    pool = _build_pool(config, config.side, run)
     compute = _compile(model, run)
     batch_size = run.share(config.batch_size)
-    weights = torch.tensor(config.object_weights, device=run.device)[pool.num_objects - 1]
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         long_text = step % _LONG_TEXT_EVERY == 0
         size = batch_size // _LONG_TEXT_SHARE or 1 if long_text else batch_size
-        batch = sample_batch(pool, size, generator, config.caption_dropout, weights)
+        batch = sample_batch(pool, size, generator, config.caption_dropout)
         uniform = torch.rand(size, generator=generator, device=run.device)
         sigmas = shift_sigmas(uniform, config.sigma_shift)
         noisy = add_noise(batch.latents, batch.noise, sigmas)
@@ -127,7 +126,7 @@ def train_guided(config: DistillStage, stage: str, run: StageRun) -> bool:
     """
     teacher = _load("refined", run, stored_guided=False, guided=False)
     student = _load("refined", run, stored_guided=False, guided=True)
-    pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
+    pool = _build_pool(config, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
     half = run.share(config.batch_size) // 2
@@ -168,7 +167,7 @@ def train_four_steps(config: DistillStage, stage: str, run: StageRun) -> bool:
     """
     teacher = _load("dev", run, stored_guided=True, guided=True)
     student = _load("dev", run, stored_guided=True, guided=False)
-    pool = _build_pool(config.num_scenes, NATIVE_SIDE, run)
+    pool = _build_pool(config, NATIVE_SIDE, run)
     compute, look_up = _compile(student, run), _compile(teacher, run)
     low, high = config.guidance
     batch_size = run.share(config.batch_size)
@@ -214,14 +213,10 @@ def sample_batch(
     size: int,
     generator: torch.Generator,
     caption_dropout: float,
-    weights: Tensor | None = None,
 ) -> Batch:
-    """Draw scenes, all alike or by weights, and noise; some captions are emptied."""
+    """Draw scenes and noise; some captions are emptied."""
     device = pool.latents.device
-    if weights is None:
-        chosen = torch.randint(len(pool), (size,), generator=generator, device=device)
-    else:
-        chosen = torch.multinomial(weights, size, replacement=True, generator=generator)
+    chosen = pool.draw(size, generator)
     latents = pool.latents[chosen].float()
     noise = torch.randn(latents.shape, generator=generator, device=device)
     dropped = torch.rand(size, 1, generator=generator, device=device) < caption_dropout
@@ -230,11 +225,17 @@ def sample_batch(
     return Batch(latents, t5_ids, clip_ids, noise)
 
 
-def _build_pool(num_scenes: int, side: int, run: StageRun) -> Pool:
+def _build_pool(config: FlowStage | DistillStage, side: int, run: StageRun) -> Pool:
     """Build the pool, or this process's part of it."""
-    count = run.share(num_scenes)
-    first = run.rank * count
-    return build_pool(run.file("vae"), count, side, first_seed=first, device=run.device)
+    count = run.share(config.num_scenes)
+    return build_pool(
+        run.file("vae"),
+        count,
+        side,
+        first_seed=run.rank * count,
+        device=run.device,
+        object_weights=config.object_weights,
+    )
 
 
 def _load(stage: str, run: StageRun, *, stored_guided: bool, guided: bool) -> CaptionedTransformer:

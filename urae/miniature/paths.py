@@ -51,7 +51,7 @@ class GuidedPaths:
         arrived = self._done >= self._steps
         size, device = (len(arrived),), arrived.device
         noise = torch.randn(self.latents.shape, generator=generator, device=device)
-        scenes = torch.randint(len(self._pool), size, generator=generator, device=device)
+        scenes = self._pool.draw(len(arrived), generator)
         low, high = self._range
         guidance = low + (high - low) * torch.rand(size, generator=generator, device=device)
         steps = torch.randint(

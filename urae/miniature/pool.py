@@ -31,7 +31,8 @@ class Pool:
     """Normalised as the transformer sees them, bfloat16 on a GPU."""
     t5_ids: Int[Tensor, "n l"]
     clip_ids: Int[Tensor, "n 77"]
-    num_objects: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    """How often each is drawn, beside one another."""
     empty_t5_ids: Int[Tensor, "1 l"]
     """Of the empty caption."""
     empty_clip_ids: Int[Tensor, "1 77"]
@@ -39,9 +40,19 @@ class Pool:
     def __len__(self) -> int:
         return self.latents.shape[0]
 
+    def draw(self, size: int, generator: torch.Generator) -> Int[Tensor, " size"]:
+        """Draw numbers of scenes, by their weights."""
+        return torch.multinomial(self.weights, size, replacement=True, generator=generator)
+
 
 def build_pool(
-    vae_path: Path, num_scenes: int, side: int, *, first_seed: int, device: torch.device
+    vae_path: Path,
+    num_scenes: int,
+    side: int,
+    *,
+    first_seed: int,
+    device: torch.device,
+    object_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Pool:
     """Render and encode scenes; a quarter of the captions leave something out.
 
@@ -51,6 +62,7 @@ def build_pool(
         side: Of the square pictures in pixels.
         first_seed: The scenes' seeds follow one another.
         device: Where to render and where the pool stays.
+        object_weights: Of a scene of one, two and three objects.
     """
     vae, statistics = load_vae(vae_path, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -72,8 +84,8 @@ def build_pool(
     t5_ids, clip_ids = tokenize([*captions, ""])
     t5_ids, clip_ids = t5_ids.to(device), clip_ids.to(device)
     logger.info("%d scenes rendered and encoded in %.0f s", num_scenes, time.monotonic() - began)
-    counts = torch.tensor(num_objects, device=device)
-    return Pool(latents, t5_ids[:-1], clip_ids[:-1], counts, t5_ids[-1:], clip_ids[-1:])
+    weights = torch.tensor([object_weights[count - 1] for count in num_objects], device=device)
+    return Pool(latents, t5_ids[:-1], clip_ids[:-1], weights, t5_ids[-1:], clip_ids[-1:])
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ class DistillStage:
     """As in the base stage."""
     guidance: tuple[float, float] = (1.0, 5.0)
     """Scales are drawn uniformly between these."""
+    object_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """As in the base stage."""
     sigma_shift: float = 3.0
     """Time shift of sigmas: of the guided student's, drawn uniformly or on the guided paths, and of
     the four steps."""
