@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up: a package imports from lower levels only
 LEVELS = [
-    {"config", "geometry", "hub", "storage"},
+    {"choices", "config", "geometry", "hub", "storage"},
     {"local_attention"},
     {"flow", "resolution", "content_cache", "undo"},
     {"backbones"},

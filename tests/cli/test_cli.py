@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from urae.adapters.files import read_adapter
 from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS
+from urae.choices import PartName
 from urae.cli.generate import _read_prompts, split_weight
 from urae.cli.main import app, main
 from urae.cli.terminal import set_up_logging
-from urae.generate.parts import PartName
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -11,13 +11,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from urae.backbones.context_parallel import build_mesh, context_parallel
 from urae.backbones.flux import build_meta_models, predict_velocity
 from urae.backbones.vae_plan import plan_decode
+from urae.choices import Tier
 from urae.generate.chunks import token_chunks
 from urae.generate.estimate import (
     _CHUNKED,
     AUTO_TIERS,
     Request,
     Seconds,
-    Tier,
     count_bytes,
     count_operations,
     estimate,

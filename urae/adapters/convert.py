@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from urae.adapters.kohya import BLOCKS, MLP_RATIO
 from urae.backbones.devices import pick_device
 from urae.backbones.flux import TEXT_COMPONENTS, build_meta_transformer, fetch_model
 from urae.backbones.weights import open_weight_files
+from urae.choices import LoraFormat
 from urae.config import check_types
 from urae.storage import check_folder, write_tensors
 
@@ -28,7 +28,7 @@ class ConvertConfig:
     """The file to write."""
     model: str | None = None
     """Base; only a minor adapter that does not hold its B0 and A0 needs it."""
-    format: Literal["diffusers", "kohya"] = "diffusers"
+    format: LoraFormat = "diffusers"
     """Keys: `transformer.` ... of diffusers, or `lora_unet_` ... of kohya and ComfyUI."""
     overwrite: bool = False
     """Replace the output if it exists."""

@@ -1,20 +1,13 @@
 """`urae convert`: adapters to one plain LoRA."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
+from urae.choices import LoraFormat
 from urae.cli.terminal import Verbose, build_progress, console
-
-
-class Format(StrEnum):
-    """Key formats."""
-
-    diffusers = "diffusers"
-    kohya = "kohya"
 
 
 def convert_command(
@@ -30,8 +23,8 @@ def convert_command(
         ),
     ] = None,
     format: Annotated[
-        Format, typer.Option(help="Key format: diffusers, or kohya for kohya and ComfyUI.")
-    ] = Format.diffusers,
+        LoraFormat, typer.Option(help="Key format: diffusers, or kohya for kohya and ComfyUI.")
+    ] = "diffusers",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
@@ -40,7 +33,7 @@ def convert_command(
     """Write one plain LoRA that does what the given adapters do together."""
     from urae.adapters.convert import ConvertConfig, convert
 
-    config = ConvertConfig(tuple(adapters), output, model, format.value, overwrite)
+    config = ConvertConfig(tuple(adapters), output, model, format, overwrite)
     with build_progress() as bar:
         task = bar.add_task("minor components", total=None, visible=False)
 

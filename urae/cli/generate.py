@@ -1,14 +1,14 @@
 """`urae generate`: prompts to pictures."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.text import Text
 
 from urae.adapters.packaged import BASE, PACKAGED_ADAPTERS, pick_adapters
+from urae.choices import Memory, Speed
 from urae.cli.launch import launch, wants_launch
 from urae.cli.terminal import (
     Verbose,
@@ -25,28 +25,8 @@ if TYPE_CHECKING:
     from urae.generate import GenerateConfig
 
 
-class Memory(StrEnum):
-    """Where the transformer's weights live."""
-
-    auto = "auto"
-    resident = "resident"
-    streamed = "streamed"
-    offload = "offload"
-    eight_bit = "8bit"
-    four_bit = "4bit"
-
-
-TIERS = f"{', '.join(Memory)}; the last two are approximate"
+TIERS = f"{', '.join(get_args(Memory))}; the last two are approximate"
 """Named in the help's text: as a type, typer breaks the list anywhere in a narrow column."""
-
-
-class Speed(StrEnum):
-    """What makes it faster."""
-
-    exact = "exact"
-    fast = "fast"
-    turbo = "turbo"
-
 
 _NAMED_MODELS = ("miniature-dev", "miniature-schnell", "flux-dev", "flux-schnell", "flux-krea")
 MODELS = ", ".join([*_NAMED_MODELS, "a hub id, a folder or a file"])
@@ -102,14 +82,14 @@ def generate_command(
     output: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("outputs"),
     memory: Annotated[
         Memory, typer.Option(metavar="tier", help=f"Where the weights are kept: {TIERS}.")
-    ] = Memory.auto,
+    ] = "auto",
     speed: Annotated[
         Speed,
         typer.Option(
             help="fast and turbo trade a little quality for speed; the loss was measured on the "
             "miniature."
         ),
-    ] = Speed.exact,
+    ] = "exact",
     part: Annotated[
         list[str] | None,
         typer.Option(help=f"A speed-up, NAME or NAME=STRENGTH: {_PARTS}."),
@@ -159,8 +139,8 @@ def generate_command(
             output_dir=output,
             overwrite=overwrite,
             resume=resume,
-            memory=memory.value,
-            speed=speed.value,
+            memory=memory,
+            speed=speed,
             parts=tuple(part or ()),
         )
         if is_first_rank():

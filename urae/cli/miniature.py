@@ -1,7 +1,6 @@
 """`urae miniature`: the small FLUX that ships with the package, from nothing."""
 
 import math
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +8,7 @@ import typer
 from rich.text import Text
 
 from urae.adapters.packaged import BASE
+from urae.choices import MiniatureStage
 from urae.cli.terminal import (
     Verbose,
     build_progress,
@@ -20,31 +20,9 @@ from urae.cli.terminal import (
 miniature_app = typer.Typer(no_args_is_help=True)
 
 
-class Stage(StrEnum):
-    """Stages in the order in which they need one another."""
-
-    vae = "vae"
-    text = "text"
-    base = "base"
-    refined = "refined"
-    dev = "dev"
-    schnell = "schnell"
-    teacher_256 = "teacher_256"
-    teacher_512 = "teacher_512"
-    teacher_1024 = "teacher_1024"
-
-
 @miniature_app.callback()
 def miniature() -> None:
     """The miniature: a FLUX of 5 M parameters on rendered scenes."""
-
-
-class Source(StrEnum):
-    """Where training pictures come from."""
-
-    clean = "clean"
-    real = "real"
-    synthetic = "synthetic"
 
 
 Work = Annotated[Path, typer.Option(help="Folder of the stages' files.")]
@@ -54,7 +32,7 @@ _WORK = Path("runs/miniature")
 @miniature_app.command("train")
 def train_command(
     stage: Annotated[
-        Stage, typer.Argument(help="Stage to train; earlier stages must be finished.")
+        MiniatureStage, typer.Argument(help="Stage to train; earlier stages must be finished.")
     ],
     work: Work = _WORK,
     recipe: Annotated[Path, typer.Option(help="TOML recipe of all stages.")] = Path(
@@ -76,7 +54,7 @@ def train_command(
 
     if is_first_rank():
         logging.getLogger("urae.miniature").setLevel(logging.INFO)
-    path = train_stage(stage.value, recipe, work, max_seconds=60 * max_minutes, commit=commit)
+    path = train_stage(stage, recipe, work, max_seconds=60 * max_minutes, commit=commit)
     if not is_first_rank():
         return
     if path is None:
@@ -88,7 +66,7 @@ def train_command(
 @miniature_app.command("data")
 def data_command(
     source: Annotated[
-        Source,
+        Literal["clean", "real", "synthetic"],
         typer.Argument(help="Renders, the analogue of photographs, or the teacher's pictures."),
     ],
     output: Annotated[
@@ -111,15 +89,14 @@ def data_command(
     from urae.miniature.stages import load_stage
     from urae.miniature.synthetic import write_synthetic
 
-    if source is not Source.synthetic:
-        kind: Literal["clean", "real"] = "real" if source is Source.real else "clean"
+    if source != "synthetic":
         workers = workers or os.cpu_count() or 1
-        new = write_folder(output, kind, range(count), seed, side, side, workers=workers)
+        new = write_folder(output, source, range(count), seed, side, side, workers=workers)
     else:
         quiet_progress_bars()
-        stage = Stage.teacher_512 if side <= 512 else Stage.teacher_1024
+        stage = "teacher_512" if side <= 512 else "teacher_1024"
         device = pick_device()
-        pipe = load_stage(stage.value, work).to(device, pick_dtype(device))
+        pipe = load_stage(stage, work).to(device, pick_dtype(device))
         pipe.set_progress_bar_config(disable=True)
         new = write_synthetic(output, pipe, range(count), seed=seed, side=side)
     kept = f", {count - new} of them from before" if new < count else ""
@@ -129,7 +106,8 @@ def data_command(
 @miniature_app.command("score")
 def score_command(
     stage: Annotated[
-        Stage | None, typer.Argument(help="A trained transformer of the work folder, or none.")
+        MiniatureStage | None,
+        typer.Argument(help="A trained transformer of the work folder, or none."),
     ] = None,
     work: Work = _WORK,
     model: Annotated[
@@ -179,9 +157,9 @@ def score_command(
     if output:
         _make_place(output)
     quiet_progress_bars()
-    name, adapters = stage.value if stage else None, adapter or []
-    pipe = load_scored(model=model, stage=name, work_dir=work, adapters=adapters)
-    usual_steps, usual_guidance = default_sampling(pipe, name)
+    adapters = adapter or []
+    pipe = load_scored(model=model, stage=stage, work_dir=work, adapters=adapters)
+    usual_steps, usual_guidance = default_sampling(pipe, stage)
     steps = usual_steps if steps is None else steps
     guidance = usual_guidance if guidance is None else guidance
     config = replace(config, steps=steps, guidance_scale=guidance)
@@ -191,8 +169,8 @@ def score_command(
             pipe, config, on_progress=lambda done, _: bar.update(task, completed=done)
         )
     found = summarize(reports, captions)
-    what = {"stage": name} if name else {"model": model or BASE, "adapters": adapters}
-    whole = f"{name or model or BASE}{' with ' if adapters else ''}{' and '.join(adapters)}"
+    what = {"stage": stage} if stage else {"model": model or BASE, "adapters": adapters}
+    whole = f"{stage or model or BASE}{' with ' if adapters else ''}{' and '.join(adapters)}"
     interval = f"{found['low']:.1%} to {found['high']:.1%}"
     typer.echo(
         f"{whole}, {side} x {side}, {steps} steps: {found['share']:.1%} of {found['count']:.0f} "

@@ -1,7 +1,6 @@
 """`urae plan`: what a job will take, before it is started."""
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from urae.cli.generate import MODELS, TIERS, Memory, split_weight
+from urae.choices import Bits, Memory
+from urae.cli.generate import MODELS, TIERS, split_weight
 from urae.cli.terminal import Verbose, format_seconds, format_size, quiet_progress_bars
 from urae.cli.train import Data, read_recipe
 
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from urae.train.config import TrainConfig
     from urae.train.plan import TrainPlan
     from urae.train.probe import Probe
-
-
-class Bits(StrEnum):
-    """What quantises weights in place."""
-
-    fp8 = "fp8"
-    eight_bit = "8bit"
-    four_bit = "4bit"
 
 
 Gpu = Annotated[
@@ -70,7 +62,7 @@ def generate_command(
     ] = None,
     memory: Annotated[
         Memory, typer.Option(metavar="tier", help=f"{TIERS}; auto shows all it chooses from.")
-    ] = Memory.auto,
+    ] = "auto",
     steps: Annotated[
         int | None, typer.Option(help="Number of denoising steps [dim](dev 28, schnell 4)[/].")
     ] = None,
@@ -99,13 +91,13 @@ def generate_command(
             width=width,
             adapters=tuple(adapter or ()),
             steps=steps,
-            memory=memory.value,
+            memory=memory,
             gpu_bytes=None if gpu is None else parse_bytes(gpu),
             gpus=gpus,
             loras=tuple(split_weight(text) for text in lora or ()),
             max_sequence_length=max_sequence_length,
             num_images=num_images,
-            part=None if part is None else part.value,
+            part=part,
         )
     )
     title = f"{width} x {height}" + (f", each of {gpus} GPUs" if gpus > 1 else "")
@@ -116,12 +108,10 @@ def generate_command(
             each = f", {format_size(chosen.host_bytes)} for each GPU" if gpus > 1 else ""
             wanted = format_size(gpus * chosen.host_bytes)
             typer.echo(f"{chosen.tier} needs {wanted} free on the host{each}")
-        typer.echo(_say_choice(memory.value, chosen.tier))
+        typer.echo(_say_choice(memory, chosen.tier))
     else:
         room = _say_room(found.gpu_bytes, found.host_bytes)
-        raise MemoryError(
-            f"nothing fits with --memory {memory.value}: {room}; choose a smaller --size"
-        )
+        raise MemoryError(f"nothing fits with --memory {memory}: {room}; choose a smaller --size")
 
 
 def _show(plan: "Plan", title: str) -> None:

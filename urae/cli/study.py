@@ -1,32 +1,21 @@
 """`urae study`: the paper's claims on the miniature, one question a command."""
 
 import math
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from urae.choices import Question
 from urae.cli.terminal import Verbose, build_progress, console, quiet_progress_bars
 from urae.config import build_config, override
-
-
-class Letter(StrEnum):
-    """The questions."""
-
-    a = "a"
-    b = "b"
-    c = "c"
-    d = "d"
-    e = "e"
-    f = "f"
 
 
 def study_command(
     context: typer.Context,
     question: Annotated[
-        Letter,
+        Question,
         typer.Argument(
             help="a: adapter, data, guidance; b: share of synthetic data; c: components and rank; "
             "d: resolution policy; e: bf16 residual; f: transfer to schnell."
@@ -61,7 +50,7 @@ def study_command(
     Sizes are fields of StudyConfig: --num-seeds 5 --steps 1000 --num-captions 200.
     """
     settings: dict[str, Any] = {
-        "question": question.value,
+        "question": question,
         "work_dir": work,
         "output_dir": output,
         "model": model,
@@ -76,7 +65,7 @@ def study_command(
     config = build_config(StudyConfig, settings, "urae study")
     quiet_progress_bars()
     with build_progress() as bar:
-        task = bar.add_task(f"question {question.value}", total=None)
+        task = bar.add_task(f"question {question}", total=None)
         result = run_study(
             config, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
         )

@@ -7,7 +7,8 @@ import typer
 from rich.text import Text
 
 from urae.adapters.packaged import BASE
-from urae.cli.generate import MODELS, TIERS, Memory, Speed
+from urae.choices import Memory, Speed
+from urae.cli.generate import MODELS, TIERS
 from urae.cli.terminal import Verbose, console, quiet_progress_bars
 
 
@@ -25,13 +26,13 @@ def web_command(
     ] = True,
     memory: Annotated[
         Memory, typer.Option(metavar="tier", help=f"Where the weights are kept: {TIERS}.")
-    ] = Memory.auto,
-    speed: Annotated[Speed, typer.Option(help="Same as in `urae generate`.")] = Speed.exact,
+    ] = "auto",
+    speed: Annotated[Speed, typer.Option(help="Same as in `urae generate`.")] = "exact",
     verbose: Verbose = False,
 ) -> None:
     """Serve a local web page that generates pictures; Ctrl-C stops it."""
     from urae.web import WebConfig, serve
 
-    config = WebConfig(model, output, host, port, browser, memory.value, speed.value)
+    config = WebConfig(model, output, host, port, browser, memory, speed)
     quiet_progress_bars()
     serve(config, on_ready=lambda url: console.print("[green]the page is at[/]", Text(url)))

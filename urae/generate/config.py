@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from urae.backbones.flux import MAX_TEXT_TOKENS
+from urae.choices import Memory, Speed
 from urae.config import check_types
 from urae.generate.estimate import QUANTIZED
-from urae.generate.memory import Memory
-from urae.generate.parts import EXACT, Speed, resolve_parts
+from urae.generate.parts import EXACT, resolve_parts
 from urae.generate.progressive import check_halves
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy

@@ -5,7 +5,7 @@ The one place that says so: `--memory auto` chooses by it, `urae plan generate` 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -13,12 +13,10 @@ from torch import nn
 
 from urae.backbones.free_memory import USABLE, vae_bytes
 from urae.backbones.vae_plan import plan_decode
-from urae.generate.parts import Bits
+from urae.choices import Bits, Tier
 from urae.generate.speed import list_blocks
 from urae.geometry import num_image_tokens
 
-Tier = Literal["resident", "streamed", "offload", "8bit", "4bit"]
-"""Where a transformer's weights live, and in which precision."""
 AUTO_TIERS: tuple[Tier, ...] = ("resident", "streamed", "8bit", "4bit")
 """What `auto` tries, in order: the exact ones first."""
 QUANTIZED: tuple[Tier, ...] = ("8bit", "4bit")

@@ -11,10 +11,11 @@ from urae.adapters.adapt import choose_policy, is_4k
 from urae.adapters.files import AdapterFile, check_fits, check_lora, resolve_adapter
 from urae.adapters.initial import check_order
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
+from urae.choices import PartName
 from urae.generate.config import GenerateConfig
 from urae.generate.estimate import NUMBER_BYTES, QUANTIZED
 from urae.generate.optimize import ONLY_4K, SHARED_KEYS, TRAINED_LOCALLY
-from urae.generate.parts import BARS, PartName
+from urae.generate.parts import BARS
 from urae.generate.picture import Picture, is_recorded, read_record
 from urae.generate.progressive import can_halve
 from urae.geometry import num_image_tokens

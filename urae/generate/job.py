@@ -32,9 +32,10 @@ from urae.backbones.flux import (
 )
 from urae.backbones.free_memory import free_bytes, is_out_of_memory, name_shortage, release_memory
 from urae.backbones.ranks import Ranks, explain_lost_rank, join_ranks
+from urae.choices import Tier
 from urae.generate.chunks import token_chunks
 from urae.generate.config import GenerateConfig
-from urae.generate.estimate import QUANTIZED, Request, Tier, count_bytes, stream_text
+from urae.generate.estimate import QUANTIZED, Request, count_bytes, stream_text
 from urae.generate.inputs import Sampling, check_base, find_excluded, find_missing
 from urae.generate.memory import (
     find_room,

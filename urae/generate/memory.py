@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -14,22 +14,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from urae.backbones.free_memory import USABLE, free_bytes, free_host_bytes
 from urae.backbones.ranks import Ranks
+from urae.choices import Bits, Memory, Tier
 from urae.generate.estimate import (
     AUTO_TIERS,
     QUANTIZED,
     Estimate,
     Request,
-    Tier,
     estimate,
     round_pinned,
 )
-from urae.generate.parts import Bits
 from urae.generate.quantize import can_quantize
 
 logger = logging.getLogger(__name__)
-
-Memory = Literal["auto", "resident", "streamed", "offload", "8bit", "4bit"]
-"""A tier, or the first that fits."""
 
 _CLEARLY = 0.9  # less than a tier that ran out of memory: estimates are right to a tenth
 

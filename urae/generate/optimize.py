@@ -14,21 +14,19 @@ from urae.adapters.adapt import transformer_of
 from urae.backbones.attention import check_active_backend, name_inexact_backend
 from urae.backbones.context_parallel import find_degree
 from urae.backbones.devices import pick_device
+from urae.choices import Memory, PartName, Speed
 from urae.generate.attention import use_fastest_attention
 from urae.generate.constants import keep_constants
 from urae.generate.estimate import QUANTIZED
 from urae.generate.finite import check_finite
 from urae.generate.joined_adapters import join_adapters, pays_to_merge
 from urae.generate.local_steps import attend_locally
-from urae.generate.memory import Memory
 from urae.generate.parts import (
     BARS,
     COMPILED,
     EXACT,
     SCHEDULED,
     Part,
-    PartName,
-    Speed,
     resolve_parts,
 )
 from urae.generate.progressive import PRESET_LEVEL, Progressive

@@ -7,29 +7,10 @@ miniature at 1024 x 1024 (`benchmarks/speed_quality.py`), and not before.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
+from urae.choices import Bits, PartName, Speed
 from urae.generate.step_cache import DEFAULT_STRENGTH
-
-Speed = Literal["exact", "fast", "turbo"]
-Bits = Literal["fp8", "8bit", "4bit"]
-"""Eight-bit floats for weights and activations, a scale a row; int8 weights; nf4 weights."""
-PartName = Literal[
-    Bits,
-    "local-attention",
-    "attention-backend",
-    "joined-adapters",
-    "merged-adapters",
-    "constants",
-    "progressive",
-    "compile",
-    "striped-vae",
-    "tiled-vae",
-    "first-block-cache",
-    "mag-cache",
-    "taylorseer-cache",
-]
-"""In the order in which they are put in place."""
 
 EXACT: tuple[PartName, ...] = (
     "attention-backend",

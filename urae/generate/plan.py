@@ -9,19 +9,18 @@ from urae.adapters.files import read_adapter
 from urae.backbones.devices import check_gpu_is_known, pick_device
 from urae.backbones.flux import MAX_TEXT_TOKENS, build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes
+from urae.choices import Bits, Memory, Tier
 from urae.config import check_types
 from urae.generate.estimate import (
     Estimate,
     Request,
     Seconds,
-    Tier,
     count_operations,
     estimate,
     estimate_seconds,
 )
 from urae.generate.inputs import check_adapters, choose_sampling
-from urae.generate.memory import Memory, leave_quantized_out, list_tiers
-from urae.generate.parts import Bits
+from urae.generate.memory import leave_quantized_out, list_tiers
 from urae.generate.speed import is_long
 from urae.generate.spread import choose_spread, degrees_of
 from urae.geometry import check_size, num_image_tokens

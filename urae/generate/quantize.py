@@ -13,9 +13,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from urae.backbones.devices import name_device
-from urae.generate.estimate import Tier
+from urae.choices import Bits, Tier
 from urae.generate.int8 import Int8Linear
-from urae.generate.parts import Bits
 from urae.generate.speed import check_not_offloaded, list_blocks
 
 LIBRARIES: dict[str, str] = {"fp8": "torchao", "8bit": "torchao", "4bit": "bitsandbytes"}

@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 from urae import __version__
 from urae.backbones.devices import pick_device
 from urae.backbones.ranks import join_ranks
+from urae.choices import MiniatureStage
 from urae.miniature.autoencoder import train_vae
 from urae.miniature.flow import train_flow, train_four_steps, train_guided
 from urae.miniature.loop import StageRun, read_state
@@ -27,7 +28,7 @@ from urae.train.record import find_commit
 
 Train = Callable[[MiniatureRecipe, StageRun], bool]
 
-STAGES: dict[str, Train] = {
+STAGES: dict[MiniatureStage, Train] = {
     "vae": lambda recipe, run: train_vae(recipe.vae, run),
     "text": lambda recipe, run: train_text(recipe.text, run),
     "base": lambda recipe, run: train_flow(recipe.base, "dev", "base", run),

@@ -3,15 +3,13 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ConfigDict
 
+from urae.choices import Question
 from urae.config import check_types
 from urae.geometry import check_side
 from urae.miniature.read import LEAST_SIDE
-
-Letter = Literal["a", "b", "c", "d", "e", "f"]
 
 _AT_LEAST_ONE = (
     "workers",
@@ -35,7 +33,7 @@ class StudyConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    question: Letter
+    question: Question
     """Which: see urae/study/questions.py."""
     work_dir: Path = Path("runs/miniature")
     """Folder of the miniature's stages; the study's own files go into `study` there."""

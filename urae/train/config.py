@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict
 
 from urae.adapters.variants import is_variant
+from urae.choices import Memory
 from urae.config import check_types
 from urae.features.location import is_url
 from urae.flow import TimestepSampling
 from urae.geometry import check_side
 from urae.resolution import ResolutionPolicy
 
-Memory = Literal["auto", "resident", "offload", "streamed", "8bit", "4bit"]
-"""Where weights and what the backward pass keeps live."""
 Checkpointing = Literal["auto", "off", "selective", "full"]
 """What the backward pass computes again."""
 

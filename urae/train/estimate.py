@@ -14,6 +14,7 @@ from torch import nn
 from urae.adapters.variants import attach_variant, build_peft_config, is_variant
 from urae.backbones.free_memory import USABLE
 from urae.backbones.weights import find_attention_linears, linear_shape
+from urae.choices import Tier
 from urae.generate.estimate import (
     ATTENTION_RATE,
     LINEAR_RATE,
@@ -29,7 +30,6 @@ from urae.generate.estimate import count_operations as count_forward
 from urae.generate.speed import list_blocks
 from urae.train.config import AdapterConfig, TrainConfig
 
-Tier = Literal["resident", "offload", "streamed", "8bit", "4bit"]
 TIERS: tuple[Tier, ...] = ("resident", "offload", "streamed", "8bit", "4bit")
 """The memory ladder, in the order in which `auto` tries it: the exact ones first."""
 STATES = {"prodigy": 4.0, "adamw": 2.0, "adamw8bit": 0.5, "schedule-free": 2.0, "muon": 1.0}

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from urae.adapters.packaged import BASE
+from urae.choices import Memory, Speed
 from urae.config import check_types
-from urae.generate.memory import Memory
-from urae.generate.parts import Speed
 
 
 @dataclass(frozen=True)
