@@ -4,7 +4,6 @@ Units are what stands between two maps that can be kept: a convolution, a residu
 resampling, the attention. The operations are stock modules, taken from a stock `AutoencoderKL`.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -42,7 +41,7 @@ class Shape(NamedTuple):
     @property
     def size(self) -> int:
         """How many numbers there are."""
-        return math.prod(self)
+        return self.channels * self.rows * self.columns
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -90,7 +89,9 @@ def find_shape(ops: Unit, shape: Shape) -> Shape:
     """Return the shape of what operations make of a map."""
     for op in ops:
         if op.channels:
-            rows, columns = scale_rows((op,), shape.rows), scale_rows((op,), shape.columns)
+            _, rows, columns = shape
+            if op.kind in ("up", "down"):
+                rows, columns = scale_rows((op,), rows), scale_rows((op,), columns)
             shape = Shape(op.channels, rows, columns)
     return shape
 

@@ -10,6 +10,7 @@ stripes of a segment; what is not in stripes, each of them does.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from diffusers import AutoencoderKL
@@ -129,11 +130,14 @@ def _plan(
     paths: list[tuple[Segment, ...] | None] = [()]  # to each map
     for end in range(1, len(units) + 1):
         found = []
-        for start in range(end):
-            before, ways = paths[start], _list_ways(units, shapes, start, end, costs)
+        for start, before in enumerate(paths):
+            if before is None:
+                continue
+            ways = _list_ways(units, shapes, start, end, costs)
             fitting = (way for way in ways if way.peak_bytes <= max_bytes)
-            segment = min(fitting, key=lambda way: way.work, default=None)
-            if before is not None and segment is not None:
+            # the whole map, and the fewest stripes: more of them are more work
+            segment = min(islice(fitting, 2), key=lambda way: way.work, default=None)
+            if segment is not None:
                 found.append((*before, segment))
         paths.append(min(found, key=_total_work, default=None))
     segments = paths[-1]
@@ -254,6 +258,7 @@ def _measure(
         The most numbers alive at once beside the map, and the work on all stripes.
     """
     current = peak = shape.size if stripes > 1 else 0
+    conv_copies = costs.conv_copies
     skips: list[tuple[int, int]] = []  # numbers beside the map, numbers
     done = passes = 0
     for op in ops:
@@ -261,23 +266,24 @@ def _measure(
             skips.append((current, shape.size))
             current = 0
             continue
-        held = current + sum(skip for skip, _ in skips)
+        held = current + sum(skip for skip, _ in skips) if skips else current
+        size = shape.size
         made_shape = find_shape((op,), shape)
         made = made_shape.size
-        read = skips.pop()[1] if op.kind == "join" else shape.size
+        read = skips.pop()[1] if op.kind == "join" else size
         if op.kind == "up":
-            read = 4 * shape.size
+            read = 4 * size
             held += read
         elif op.kind == "down":
             read = shape.channels * (shape.rows + 1) * (shape.columns + 1)  # padded
             held += read
-        copies = read + made if costs.conv_copies and op.channels else 0
+        copies = read + made if conv_copies and op.channels else 0
         if op.kind == "join":  # the skip's convolution; the sum is made in place
             peak = max(peak, held + (made if op.channels else 0) + max(copies, 2 * made * stock))
         else:
             peak = max(peak, held + made + copies)
         if op.kind == "norm":
-            passes += done + shape.size * _TRAFFIC
+            passes += done + size * _TRAFFIC
         done += made * (_TRAFFIC + op.taps)
         shape, current = made_shape, made
     return peak, stripes * (done + (passes if stripes > 1 else 0))
