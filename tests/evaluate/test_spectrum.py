@@ -48,6 +48,11 @@ def test_a_wave_has_its_power_in_its_ring(axis):
     assert power[6:9].sum() > 0.99 * power.sum()
 
 
+def test_all_directions_count_alike():
+    square = render([sample_scene(seed) for seed in range(4)], 64, 64).float() / 255
+    assert spectrum_distance(square, square.mT) < 1e-4
+
+
 def test_the_ring_counts_periods_of_the_shorter_side():
     wave = torch.sin(2 * math.pi * torch.arange(128) / 8)  # 8 pixels a period
     assert radial_spectrum(wave.expand(1, 1, 64, 128)).argmax() == 8 - 1

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from urae.study.statistics import compare, estimate, estimate_share, find_quantile
+from urae.study.statistics import compare, compare_shares, estimate, estimate_share, find_quantile
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,16 @@ def test_the_interval_covers_as_often_as_it_says():
     drawn = [estimate([rng.gauss(3, 2) for _ in range(4)]) for _ in range(2000)]
     covered = sum(each.low < 3 < each.high for each in drawn) / len(drawn)
     assert 0.935 < covered < 0.965
+
+
+def test_shares_that_differ_alike_have_an_interval_of_their_pictures():
+    one_point = compare_shares([0.03, 0.02, 0.04], [0.02, 0.01, 0.03], 300)
+    assert one_point.mean == pytest.approx(0.01)
+    assert one_point.low < -0.01 and one_point.high > 0.03
+    assert compare_shares([0.0] * 3, [0.0] * 3, 300).high > 0.01
+    # Newcombe's own example is 56 of 70 and 48 of 80; here they are 75 of each
+    found = compare_shares([0.8] * 2, [0.6] * 2, 75)
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=0.002)
+    first, second = [0.3, 0.5, 0.4], [0.2, 0.3, 0.3]
+    assert compare_shares(first, second, 300) == compare(first, second)
+    assert compare_shares([0.5], [0.4], 100) == compare([0.5], [0.4])

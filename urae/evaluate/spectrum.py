@@ -29,9 +29,10 @@ def radial_spectrum(pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ring
     window = rows[:, None] * columns
     grey = pictures.float().mean(1)
     grey = (grey - grey.mean((1, 2), keepdim=True)) * window
-    power = torch.fft.rfft2(grey).abs().square() / window.square().sum()
+    # of both halves: real pictures have one twice, but for its zeroth column
+    power = torch.fft.fft2(grey).abs().square() / window.square().sum()
 
-    y, x = torch.fft.fftfreq(height, device=device), torch.fft.rfftfreq(width, device=device)
+    y, x = (torch.fft.fftfreq(side, device=device) for side in (height, width))
     num_rings = min(height, width) // 2
     ring = (torch.hypot(y[:, None], x) * min(height, width)).round().long()
     within = (ring >= 1) & (ring <= num_rings)

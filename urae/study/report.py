@@ -17,7 +17,7 @@ from urae.study.output import find_page, put_into_page
 from urae.study.plot import Summary, draw
 from urae.study.questions import QUESTIONS, Claim, Question
 from urae.study.results import Row
-from urae.study.statistics import Estimate, compare, estimate, estimate_share
+from urae.study.statistics import Estimate, compare, compare_shares, estimate, estimate_share
 
 _DECIDING = next(iter(METRICS))
 
@@ -165,10 +165,14 @@ def _compare(name: str, pairs: Pairs) -> Estimate:
     """Return the mean paired difference of a figure over the seeds."""
     better = [fmean(row.figures[name] for row, _ in each) for each in pairs]
     worse = [fmean(other.figures[name] for _, other in each) for each in pairs]
+    differs = _differs(name, pairs)
+    if _is_share(name):
+        num_pictures = sum(row.cell.scoring.num_captions for each in pairs for row, _ in each)
+        return replace(compare_shares(better, worse, num_pictures), varies=differs)
     differences = [a - b for a, b in zip(better, worse, strict=True)]
     rows = [row for each in pairs for pair in each for row in pair]
-    is_fixed = not _is_share(name) and _is_fixed(differences, rows)
-    return replace(compare(better, worse), varies=_differs(name, pairs) and not is_fixed)
+    is_fixed = _is_fixed(differences, rows)
+    return replace(compare(better, worse), varies=differs and not is_fixed)
 
 
 def judge(difference: Estimate) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from urae.miniature.check import find_interval
 
 _COVERAGE = 0.95
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the mean of independent values, and its interval if they are normally distributed.
 
-    Values that are all alike have an interval of no width; `estimate_share` knows better.
+    Values that are all alike have an interval of no width; `estimate_share` and `compare_shares`
+    know better.
 
     Raises:
         ValueError: If there is no value.
@@ -78,6 +80,30 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Estimate:
         ValueError: If there are not as many of each.
     """
     return estimate([a - b for a, b in zip(first, second, strict=True)])
+
+
+def compare_shares(first: Sequence[float], second: Sequence[float], num_pictures: int) -> Estimate:
+    """As `compare`, for shares of pictures.
+
+    Where two seeds or more differ by the same, their spread says nothing: the interval is then
+    Newcombe's, from Wilson's over all pictures of either (Statistics in Medicine 17, 1998, method
+    10).
+
+    Args:
+        first: Of as many pictures each.
+        second: The same.
+        num_pictures: Of all shares of `first` together, and of `second` likewise.
+    """
+    found = compare(first, second)
+    if found.count == 1 or found.high - found.low > _ROUNDING:
+        return found
+    shares = sum(first) / found.count, sum(second) / found.count
+    (low, high), (other_low, other_high) = (find_interval(each, num_pictures) for each in shares)
+    return replace(
+        found,
+        low=found.mean - math.hypot(shares[0] - low, other_high - shares[1]),
+        high=found.mean + math.hypot(high - shares[0], shares[1] - other_low),
+    )
 
 
 def find_quantile(freedom: int) -> float:
