@@ -109,7 +109,7 @@ def in_picture_order(pattern, num_text):
 # --- the pattern ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [8, 16])
+@pytest.mark.parametrize("side", [8, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
 def test_pattern_is_its_plain_definition(rows, columns, side):
     pattern = build_local_attention(rows, columns, 3, side, CPU)
@@ -370,6 +370,7 @@ def test_compiled_blocks_take_a_block_mask_of_every_size(transformer, rel):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_wholly_compiled_transformer(transformer, rel):
     apply_policy(transformer, LOCAL)

@@ -115,9 +115,9 @@ QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
     [
         ("transformer_blocks", QKV),
         ("transformer_blocks", (*QKV, "attn.to_out.0", "ff.net.0.proj")),
-        ("transformer_blocks", ("attn.to_k",)),
+        pytest.param("transformer_blocks", ("attn.to_k",), marks=pytest.mark.slow),
         ("transformer_blocks", ("attn.add_q_proj", "attn.to_add_out")),
-        ("single_transformer_blocks", QKV),
+        pytest.param("single_transformer_blocks", QKV, marks=pytest.mark.slow),
         ("single_transformer_blocks", (*QKV, "proj_mlp")),
         ("single_transformer_blocks", ("attn.to_k",)),
     ],

@@ -77,6 +77,7 @@ def test_candidates_against_exact_and_on_from_where_a_run_broke_off(run, tmp_pat
         run("progressive=0.5", captions=1)
 
 
+@pytest.mark.slow
 def test_adapters_against_one_another(run, tmp_path):
     run(EXACT)
     against = ("--against", str(tmp_path))

@@ -654,6 +654,7 @@ def test_the_policy_in_a_picture_is_that_of_the_adapters(settings, expected):
         assert "local-attention=0.8" in json.loads(image.text["parts"])
 
 
+@pytest.mark.slow
 def test_a_presets_local_attention_goes_where_blocks_are_compiled(
     settings, expected, monkeypatch, caplog
 ):

@@ -47,6 +47,16 @@ def draw(sample):
     return run
 
 
+ONE_IS_QUICK = pytest.mark.parametrize(
+    "kind",
+    [
+        k if k == "taylorseer-cache" else pytest.param(k, marks=pytest.mark.slow)
+        for k in DEFAULT_STRENGTH
+    ],
+)
+"""For tests that take long, of what the kinds have in common."""
+
+
 @pytest.fixture(params=DEFAULT_STRENGTH)
 def kind(request):
     return request.param
@@ -117,6 +127,7 @@ def test_a_picture_that_was_broken_off_leaves_nothing(adapted, draw, kind):
         assert torch.equal(found, wanted)
 
 
+@ONE_IS_QUICK
 def test_both_forwards_of_true_guidance_have_a_state(adapted, draw, kind):
     pipe = adapted()
     guided = {"negative_prompt": "a blue square", "true_cfg_scale": 2.0}
@@ -130,6 +141,7 @@ def test_both_forwards_of_true_guidance_have_a_state(adapted, draw, kind):
     assert torch.equal(draw(pipe, **guided)[0], found)
 
 
+@ONE_IS_QUICK
 def test_restore_undoes_it(adapted, load_pipe, draw, kind):
     pipe, stock = adapted(), load_pipe()
     wanted, _ = draw(pipe)
@@ -143,6 +155,7 @@ def test_restore_undoes_it(adapted, load_pipe, draw, kind):
     assert not pipe.transformer._forward_pre_hooks
 
 
+@ONE_IS_QUICK
 def test_streamed_weights(adapted, draw, kind):
     pipe = cached(adapted(), kind)
     draw(pipe)
@@ -181,6 +194,7 @@ def test_compiled_blocks(adapted, draw, kind, rel, monkeypatch):
     assert pipe.transformer.transformer_blocks[0]._diffusers_hook.hooks == {}
 
 
+@ONE_IS_QUICK
 def test_local_attention_goes_with_it(load_pipe, draw, kind):
     policy = urae.ResolutionPolicy(native_sequence_length=64 + 64, attention="local")
     pipe = urae.adapt(load_pipe(), policy=policy)

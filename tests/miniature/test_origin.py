@@ -170,6 +170,7 @@ def test_a_damaged_state_is_named(recipe, tmp_path, damage):
         train_stage("text", recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_state_of_before(recipe, tmp_path, monkeypatch):
     train_stage("text", recipe, tmp_path, max_seconds=0)
     before = (tmp_path / "text.state.pt").read_bytes()

@@ -29,6 +29,7 @@ def two_cells(monkeypatch):
     monkeypatch.setitem(QUESTIONS, "a", short)
 
 
+@pytest.mark.slow
 def test_a_cell_from_scenes_to_figures(study, two_cells, monkeypatch):
     monkeypatch.setitem(
         QUESTIONS, "a", replace(QUESTIONS["a"], cells=lambda bench: table_2(bench)[:1])

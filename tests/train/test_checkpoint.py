@@ -100,7 +100,15 @@ def test_what_cannot_be_deleted_does_not_end_the_run(settings, monkeypatch, capl
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flip", "truncate", "miss"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        pytest.param(truncate, marks=pytest.mark.slow),
+        pytest.param(Path.unlink, marks=pytest.mark.slow),
+    ],
+    ids=["flip", "truncate", "miss"],
+)
 def test_a_damaged_checkpoint_is_set_aside(interrupted, whole, caplog, name, damage):
     newest = find_checkpoints(interrupted.output_dir)[-1].path
     damage(newest / name)
@@ -184,7 +192,12 @@ def fill_disk(monkeypatch, output_dir, number, times, act=lambda: None) -> None:
     monkeypatch.setattr(os, "fsync", fill)
 
 
-@pytest.mark.parametrize("number", range(8))
+AT_A_FLUSH = pytest.mark.parametrize(
+    "number", [n if n in (0, 3, 7) else pytest.param(n, marks=pytest.mark.slow) for n in range(8)]
+)
+
+
+@AT_A_FLUSH
 def test_the_run_waits_for_space(settings, whole, monkeypatch, caplog, impatient, number):
     """The disk fills at the first, second, ... flush after the step 1 is saved."""
     config = settings(checkpoint_every=1)
@@ -196,7 +209,7 @@ def test_the_run_waits_for_space(settings, whole, monkeypatch, caplog, impatient
     assert not list(config.output_dir.glob(".*"))
 
 
-@pytest.mark.parametrize("number", range(8))
+@AT_A_FLUSH
 def test_a_stop_ends_the_pause(settings, whole, monkeypatch, number):
     config = settings(checkpoint_every=1)
 

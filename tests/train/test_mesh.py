@@ -169,6 +169,7 @@ def test_two_ranks_in_short(settings, minor, tmp_path, rel, mode):
     check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_asked_to_stop_leaves_no_other_in_a_preview(settings):
     """Each forward gathers the blocks' weights, so that all ranks must begin it."""
     prompts = ("a", "b", "c", "d")  # two a rank
@@ -179,6 +180,7 @@ def test_a_rank_that_is_asked_to_stop_leaves_no_other_in_a_preview(settings):
     assert [each.step for each in find_checkpoints(config.output_dir)] == [1]
 
 
+@pytest.mark.slow
 def test_up_factors_that_stay_are_not_spread(settings, minor, tmp_path, rel):
     config = settings(steps=1, adapter=replace(minor, trains="down"), shard=True)
     check_parity(config, alone_like(config, tmp_path / "alone", 2), 2, rel)
@@ -325,7 +327,10 @@ def test_a_stop_is_clean_on_a_host_that_does_not_see_the_checkpoint(settings, tm
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(FileNotFoundError("lake is gone"), "lake is gone"), (MemoryError(), "MemoryError")],
+    [
+        (FileNotFoundError("lake is gone"), "lake is gone"),
+        pytest.param(MemoryError(), "MemoryError", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_without_a_batch_ends_all_after_the_last_whole_step(settings, error, reason):
     config = settings(steps=4, checkpoint_every=100)

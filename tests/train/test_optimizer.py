@@ -125,7 +125,11 @@ def fail_at_three(report):
 
 @pytest.mark.parametrize(
     ("ema_decay", "schedule", "warmup_steps"),
-    [(None, "constant", 0), (0.9, "constant", 0), (None, "cosine", 2)],
+    [
+        (None, "constant", 0),
+        pytest.param(0.9, "constant", 0, marks=pytest.mark.slow),
+        pytest.param(None, "cosine", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_bitwise(settings, tmp_path, optimizer, ema_decay, schedule, warmup_steps):
     if optimizer.name == "schedule-free":

@@ -86,6 +86,7 @@ def test_training_does_not_notice(config, tmp_path):
         assert (image.text["seed"], image.text["step"]) == ("0", "0")
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_them_all_in_the_end(config, tmp_path):
     config = replace(config, preview_every=1, checkpoint_every=2, ema_decay=0.9)
     whole = train(config)

@@ -31,6 +31,13 @@ def layer_output(transformer) -> torch.Tensor:
         return transformer.get_submodule(LAYER)(x)
 
 
+ONE_IS_QUICK = pytest.mark.parametrize(
+    "kind",
+    [k if k == "dora" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
+"""For tests that take long, of what the kinds have in common."""
+
+
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param
@@ -64,6 +71,7 @@ def test_a_fresh_one_changes_nothing(kind, bases, dtype):
     }
 
 
+@ONE_IS_QUICK
 def test_resumed_equals_uninterrupted(variant, tmp_path):
     whole = variant(ema_decay=0.9)
     train(whole)
@@ -110,6 +118,7 @@ def test_pictures_differ_and_come_back(variant, load_pipe, sample):
     assert torch.equal(sample(pipe), before)
 
 
+@ONE_IS_QUICK
 def test_a_run_goes_on_from_its_weights(variant, tmp_path, kind):
     first = variant()
     train(first)
@@ -120,6 +129,7 @@ def test_a_run_goes_on_from_its_weights(variant, tmp_path, kind):
         torch.testing.assert_close(each, weights(first)[key], rtol=1e-3, atol=1e-6)
 
 
+@ONE_IS_QUICK
 def test_what_stock_diffusers_reads(variant, load_pipe, kind):
     config = variant()
     train(config)

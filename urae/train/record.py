@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def write_run(
             "urae": urae.__version__,
             "commit": find_commit(),
             "python": platform.python_version(),
-            **{name: version(name) for name in _packages(config, chosen["memory"])},
+            **{name: _find_version(name) for name in _packages(config, chosen["memory"])},
         },
     }
     path = config.output_dir / RUN_FILE
@@ -157,6 +158,9 @@ def _format_value(value: Any) -> str:
         return repr(value)
     # a text of JSON is one of TOML, but for this control character
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_find_version = cache(version)
 
 
 def find_commit() -> str | None:
