@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from urae.adapters.kohya import split_linear1
 from urae.adapters.layouts import (
     check_attaches,
+    is_raw_minor,
     is_stocks,
     refuse_unread,
     split_key,
+    split_raw_minor_key,
     to_diffusers,
     widen,
 )
@@ -39,10 +41,6 @@ LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 
 _FOLDER_NAMES = (LORA_FILE_NAME, "adapter_weights.safetensors")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_RAW_MINOR = re.compile(
-    r"^(?:module\.)?(?:transformer\.)?((?:single_)?transformer_blocks\.\d+\.attn)"
-    r"\.processor\.(to_q|to_k|to_v|to_out)_(a|b)\.weight$"
-)
 
 
 class LowRank(NamedTuple):
@@ -173,8 +171,9 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     policy = None
     if text := metadata.get("urae.policy"):
         policy = ResolutionPolicy.from_json(text, str(path))
-    if any(_RAW_MINOR.match(key) for key in tensors):
-        layers = _pair_factors(path, (_raw_minor_key(path, key, t) for key, t in tensors.items()))
+    if is_raw_minor(tensors):
+        factors = ((*split_raw_minor_key(path, key), t) for key, t in tensors.items())
+        layers = _pair_factors(path, factors)
         return AdapterFile(path, "minor", layers, policy=policy, metadata=metadata)
     origin_hash = metadata.get("urae.origin_hash")
     if (kind := find_kind(list(tensors))) is not None:
@@ -204,15 +203,6 @@ def _read_variant(
     except (TypeError, ValueError) as error:
         raise damaged_settings(path, error) from error
     return Variant(kind, config, state)
-
-
-def _raw_minor_key(path: Path, key: str, tensor: Tensor) -> tuple[str, str, Tensor]:
-    match = _RAW_MINOR.match(key)
-    if match is None:
-        raise ValueError(f"{path}: key {key!r} does not belong in a minor-component adapter")
-    attention, layer, side = match.groups()
-    layer = "to_out.0" if layer == "to_out" else layer
-    return f"{attention}.{layer}", side.upper(), tensor
 
 
 def _read_lora(
@@ -348,7 +338,7 @@ def read_lora(source: str | os.PathLike[str]) -> Path | dict[str, Tensor]:
 def _read_lora_state(path: Path) -> tuple[dict[str, Tensor], bool]:
     """Return a LoRA as diffusers names it, and whether stock diffusers can load the file."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("urae.kind") == "minor" or any(_RAW_MINOR.match(key) for key in tensors):
+    if metadata.get("urae.kind") == "minor" or is_raw_minor(tensors):
         raise ValueError(
             f"{path} is a minor-component adapter; give it as --adapter, after its LoRA"
         )

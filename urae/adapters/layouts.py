@@ -17,6 +17,10 @@ _LAYER = re.compile(
     r"(?:(?:single_)?transformer_blocks\.\d+|time_text_embed|norm_out)\.\w"
     r"|(?:x_embedder|context_embedder|proj_out)$"
 )
+_RAW_MINOR = re.compile(
+    r"^(?:module\.)?(?:transformer\.)?((?:single_)?transformer_blocks\.\d+\.attn)"
+    r"\.processor\.(to_q|to_k|to_v|to_out)_(a|b)\.weight$"
+)
 _NO_FACTORS = re.compile(r"\.(?:lokr|hada|oft|boft)_")
 _LYCORIS_PREFIXES = ("lora_unet_", "lora_te", "lycoris_", "diffusion_model.")
 
@@ -33,6 +37,24 @@ def split_key(path: Path, key: str) -> tuple[str, str] | None:
     if _LAYER.match(match[1]) is None:
         raise _unknown_layout(path, key)
     return match[1], match[2]
+
+
+def is_raw_minor(keys: Collection[str]) -> bool:
+    """Tell whether a file holds minor components as the reference writes them."""
+    return any(map(_RAW_MINOR.match, keys))
+
+
+def split_raw_minor_key(path: Path, key: str) -> tuple[str, str]:
+    """Return the layer and the side, A or B, of a factor in the reference's raw minor file.
+
+    Raises:
+        ValueError: If the key is not of that format.
+    """
+    match = _RAW_MINOR.match(key)
+    if match is None:
+        raise ValueError(f"{path}: key {key!r} does not belong in a minor-component adapter")
+    attention, layer, side = match.groups()
+    return f"{attention}.{'to_out.0' if layer == 'to_out' else layer}", side.upper()
 
 
 def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
