@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from urae.adapters import files
+from urae.adapters import files, sources
 from urae.adapters.attach import read_factors
-from urae.adapters.files import LowRank, read_adapter, resolve_adapter, write_lora
+from urae.adapters.files import LowRank, read_adapter, write_lora
+from urae.adapters.sources import resolve_adapter
 from urae.hub import HTTP_ERROR
 from urae.storage import write_tensors
 
@@ -67,15 +68,18 @@ def test_alpha_scales(tmp_path):
     assert torch.allclose(product(read_adapter(path).layers[NAME]), 4 * plain)
 
 
-def test_pefts_own_files(tmp_path):
+def test_pefts_own_files(tmp_path, caplog):
     tensors = lora()
     plain = product(LowRank(*tensors.values()))
     keys = {key.replace("transformer.", "base_model.model.", 1): t for key, t in tensors.items()}
     save_file(keys, tmp_path / "adapter_model.safetensors")
     assert torch.equal(product(read_adapter(tmp_path).layers[NAME]), plain)
+    assert "so its alpha is unknown and taken to be its rank" in caplog.text
+    caplog.clear()
     settings = {"lora_alpha": 3, "alpha_pattern": {"to_q": 6}, "use_rslora": False}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     assert torch.allclose(product(read_adapter(tmp_path).layers[NAME]), 2 * plain)
+    assert not caplog.text
     (tmp_path / "adapter_config.json").write_text("[1")
     with pytest.raises(ValueError, match="its LoRA settings are damaged"):
         read_adapter(tmp_path)
@@ -258,24 +262,46 @@ def test_where_adapters_are_found(tmp_path, monkeypatch):
 
     def download(repo, file, revision=None):
         asked.append((repo, file, revision))
+        if file.endswith(".json"):
+            raise LocalEntryNotFoundError("no such file")
         return str(tmp_path / "hub.safetensors")
 
-    monkeypatch.setattr(files, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
     resolve_adapter("owner/repo/file.safetensors")
     resolve_adapter("hf://owner/repo@v1.0/sub/file.safetensors")
     assert asked == [
         ("owner/repo", "file.safetensors", None),
+        ("owner/repo", "adapter_config.json", None),
         ("owner/repo", "sub/file.safetensors", "v1.0"),
+        ("owner/repo", "sub/adapter_config.json", "v1.0"),
     ]
     monkeypatch.chdir(tmp_path)
     local = tmp_path / "owner" / "repo" / "file.safetensors"
     local.parent.mkdir(parents=True)
     save_file(lora(), local)
     assert resolve_adapter("owner/repo/file.safetensors").resolve() == local
-    assert len(asked) == 2
+    assert len(asked) == 4
     save_file(lora(), local.with_name("other.safetensors"))
     with pytest.raises(ValueError, match=r"single \.safetensors file; found: file.safetens"):
         resolve_adapter(local.parent)
+
+
+def test_pefts_settings_come_from_the_hub_too(tmp_path, monkeypatch):
+    tensors = lora()
+    plain = product(LowRank(*tensors.values()))
+    keys = {key.replace("transformer.", "base_model.model.", 1): t for key, t in tensors.items()}
+
+    def download(_, file, revision=None):
+        path = tmp_path / file
+        if path.suffix == ".json":
+            path.write_text('{"lora_alpha": 6}')
+        else:
+            save_file(keys, path)
+        return str(path)
+
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    adapter = read_adapter("owner/repo/a.safetensors")
+    assert torch.allclose(product(adapter.layers[NAME]), 2 * plain)
 
 
 @pytest.mark.parametrize("source", ["missing.safetensors", "owner/repo", "./a/b/c", "/a/b/c"])
@@ -289,7 +315,7 @@ def test_hub_adapter_that_cannot_be_had(monkeypatch):
         response = SimpleNamespace(headers={}, request=None, status_code=404)
         raise RepositoryNotFoundError("404: no such repository", response=response)
 
-    monkeypatch.setattr(files, "hf_hub_download", fail)
+    monkeypatch.setattr(sources, "hf_hub_download", fail)
     with pytest.raises(
         FileNotFoundError, match=r"owner/repo/a\.safetensors .* \(404: no such repository"
     ):
@@ -300,7 +326,7 @@ def test_a_connection_that_breaks_off_is_told(monkeypatch):
     def fail(*_, **__):
         raise HTTP_ERROR("server disconnected")
 
-    monkeypatch.setattr(files, "hf_hub_download", fail)
+    monkeypatch.setattr(sources, "hf_hub_download", fail)
     with pytest.raises(FileNotFoundError, match=r"\(server disconnected\); check the name"):
         resolve_adapter("owner/repo/a.safetensors")
 

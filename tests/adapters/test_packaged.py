@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import urae
-from urae.adapters.files import LowRank, read_adapter, resolve_adapter, write_lora
+from urae.adapters.files import LowRank, read_adapter, write_lora
 from urae.adapters.packaged import FILES, PACKAGED_ADAPTERS, pick_adapters
+from urae.adapters.sources import resolve_adapter
 from urae.resolution import find_policy
 
 

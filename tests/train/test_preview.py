@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from urae.adapters.files import LORA_FILE_NAME
+from urae.adapters.sources import LORA_FILE_NAME
 from urae.features.cache import CacheConfig, cache
 from urae.generate import GenerateConfig, generate
 from urae.miniature.sources import write_folder

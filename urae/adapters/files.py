@@ -1,4 +1,4 @@
-"""Adapter files: finding, reading, checking and writing them.
+"""Adapter files: reading, checking and writing them.
 
 Every format comes down to one shape, `LowRank` factors a layer. This project's files are plain
 LoRA files of diffusers (a minor adapter too: down [A; A0], up [B, -B0]) whose metadata says more.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
 from jaxtyping import Float
 from peft import get_peft_config
 from torch import Tensor, nn
@@ -28,19 +27,18 @@ from urae.adapters.layouts import (
     to_diffusers,
     widen,
 )
-from urae.adapters.packaged import PACKAGED_ADAPTERS
-from urae.adapters.settings import damaged_settings, find_scale, is_pefts_own, read_peft_config
+from urae.adapters.settings import (
+    damaged_settings,
+    find_scale,
+    is_pefts_own,
+    read_peft_config,
+    warn_of_unknown_alpha,
+)
+from urae.adapters.sources import FOLDER_NAMES, resolve_adapter
 from urae.adapters.variants import Variant, VariantKind, find_kind
 from urae.backbones.weights import linear_shape
-from urae.hub import FETCH_ERRORS, tell_reason
 from urae.resolution import ResolutionPolicy
 from urae.storage import read_tensors, write_tensors
-
-LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
-"""The name that stock `load_lora_weights(folder)` looks for."""
-
-_FOLDER_NAMES = (LORA_FILE_NAME, "adapter_weights.safetensors")
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 class LowRank(NamedTuple):
@@ -72,7 +70,7 @@ class AdapterFile:
     @property
     def name(self) -> str:
         """What tells it from others: its file's name, or its folder's where files have one name."""
-        return (self.path.parent if self.path.name in _FOLDER_NAMES else self.path).name
+        return (self.path.parent if self.path.name in FOLDER_NAMES else self.path).name
 
     @property
     def rank(self) -> int:
@@ -80,74 +78,6 @@ class AdapterFile:
         if self.variant is not None:
             return self.variant.rank
         return next(iter(self.layers.values())).down.shape[0]
-
-
-def resolve_adapter(source: str | os.PathLike[str]) -> Path:
-    """Find an adapter file, on this machine or on the hub.
-
-    Args:
-        source: A file or folder (an existing path wins), the name of an adapter that comes with
-            this package (`miniature-2k`), or `[hf://]owner/repo[@revision]/file`.
-
-    Raises:
-        ValueError: If the file is a pickle, or a folder holds no single adapter.
-        FileNotFoundError: If nothing is found.
-    """
-    if (path := find_local_adapter(source)) is not None:
-        return path
-    name = os.fspath(source).removeprefix("hf://")
-    parts = name.split("/")
-    if len(parts) < 3 or any(part in ("", ".", "..", "~") for part in parts):
-        raise FileNotFoundError(
-            f"adapter {os.fspath(source)!r} is neither an existing file or folder nor a file on "
-            "the hub, [hf://]owner/repo[@revision]/file; known names: "
-            f"{', '.join(PACKAGED_ADAPTERS)}"
-        )
-    repo, _, revision = parts[1].partition("@")
-    try:
-        return Path(
-            hf_hub_download(f"{parts[0]}/{repo}", "/".join(parts[2:]), revision=revision or None)
-        )
-    except FETCH_ERRORS as error:
-        reason = tell_reason(error).split(". ")[0]
-        raise FileNotFoundError(
-            f"adapter {name} was not found locally and could not be fetched from the hub "
-            f"({reason}); check the name and the connection, or give a local file"
-        ) from error
-
-
-def find_local_adapter(source: str | os.PathLike[str]) -> Path | None:
-    """Find an adapter file on this machine; None if there is none.
-
-    Args:
-        source: As in `resolve_adapter`.
-
-    Raises:
-        ValueError: If the file is a pickle, or a folder holds no single adapter.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = _find_in_folder(path)
-    if path.suffix.lower() in _PICKLES:
-        raise ValueError(
-            f"adapter {path} is a pickle ({path.suffix}), which can run code when loaded; only "
-            ".safetensors files are read"
-        )
-    return path if path.is_file() else PACKAGED_ADAPTERS.get(os.fspath(source))
-
-
-def _find_in_folder(folder: Path) -> Path:
-    for name in _FOLDER_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    found = ", ".join(file.name for file in files) or "none"
-    raise ValueError(
-        f"adapter folder {folder} must hold {' or '.join(_FOLDER_NAMES)} or a single "
-        f".safetensors file; found: {found}"
-    )
 
 
 def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
@@ -225,6 +155,8 @@ def _read_lora(
         factors.append((*names, tensor))
     layers = _pair_factors(path, factors)
     config = read_peft_config(path, metadata, beside=beside)
+    if beside and not config and not alphas:
+        warn_of_unknown_alpha(path)
     return {
         name: LowRank(pair.down, pair.up * find_scale(name, len(pair.down), alphas, config))
         for name, pair in layers.items()

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from urae.adapters.files import AdapterFile, LowRank, find_local_adapter, merge_minor
+from urae.adapters.files import AdapterFile, LowRank, merge_minor
 from urae.adapters.minor import minor_components
+from urae.adapters.sources import find_local_adapter
 from urae.storage import digest_file
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,17 @@
 """peft's settings of an adapter file: where they are, and the scale that they give."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
+
+logger = logging.getLogger(__name__)
+
+PEFT_CONFIG_NAME = "adapter_config.json"
+"""The file beside a peft adapter that says its alpha and how it is computed."""
 
 _PEFT_FILE_NAME = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -24,7 +30,7 @@ def read_peft_config(
     Raises:
         ValueError: If they are damaged.
     """
-    config = path.parent / "adapter_config.json"
+    config = path.parent / PEFT_CONFIG_NAME
     try:
         if text := metadata.get("lora_adapter_metadata"):
             pairs = dict(json.loads(text)).items()
@@ -47,6 +53,15 @@ def is_pefts_own(path: Path, keys: Mapping[str, Any], metadata: Mapping[str, str
     if "urae.format" in metadata:
         return False
     return path.name == _PEFT_FILE_NAME or any(_PEFT_PREFIX in key for key in keys)
+
+
+def warn_of_unknown_alpha(path: Path) -> None:
+    """Say that a LoRA of peft is read as if its alpha were its rank."""
+    logger.warning(
+        "%s is a LoRA of peft without its %s, so its alpha is unknown and taken to be its rank; "
+        "keep that file beside it",
+        path, PEFT_CONFIG_NAME,
+    )  # fmt: skip
 
 
 def find_scale(name: str, rank: int, alphas: Mapping[str, Any], config: Mapping[str, Any]) -> float:

@@ -215,7 +215,7 @@ def train_command(
 
 
 def _holds_adapter(folder: Path) -> bool:
-    from urae.adapters.files import LORA_FILE_NAME
+    from urae.adapters.sources import LORA_FILE_NAME
 
     return (folder / LORA_FILE_NAME).is_file()
 

@@ -8,8 +8,9 @@ from typing import Any
 from diffusers import FluxTransformer2DModel
 
 from urae.adapters.adapt import choose_policy, is_4k
-from urae.adapters.files import AdapterFile, check_fits, check_lora, resolve_adapter
+from urae.adapters.files import AdapterFile, check_fits, check_lora
 from urae.adapters.initial import check_order
+from urae.adapters.sources import resolve_adapter
 from urae.backbones.flux import MAX_UNGUIDED_TEXT_TOKENS, read_text_tokens
 from urae.choices import PartName
 from urae.generate.config import GenerateConfig

@@ -7,7 +7,8 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from urae.adapters.adapt import choose_policy
-from urae.adapters.files import read_adapter, resolve_adapter
+from urae.adapters.files import read_adapter
+from urae.adapters.sources import resolve_adapter
 from urae.backbones.flux import fetch_model, fingerprint_component
 from urae.features.store import fingerprint_encoders
 from urae.resolution import ResolutionPolicy, read_base_policy

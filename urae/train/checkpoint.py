@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from urae.adapters.files import LORA_FILE_NAME, read_adapter
+from urae.adapters.files import read_adapter
+from urae.adapters.sources import LORA_FILE_NAME
 from urae.storage import digest_file, read_tensors, write_atomic, write_tensors
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 
 from urae.adapters.adapt import choose_policy
-from urae.adapters.files import LORA_FILE_NAME
+from urae.adapters.sources import LORA_FILE_NAME
 from urae.backbones.attention import name_crash
 from urae.backbones.devices import pick_dtype
 from urae.backbones.flux import fingerprint_component, load_transformer

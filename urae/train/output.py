@@ -16,7 +16,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from urae.adapters.files import LORA_FILE_NAME
+from urae.adapters.sources import LORA_FILE_NAME
 from urae.config import flatten
 from urae.features.claims import Claims
 from urae.resolution import ResolutionPolicy

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from urae.adapters.adapt import choose_policy
-from urae.adapters.files import find_local_adapter, read_adapter
+from urae.adapters.files import read_adapter
+from urae.adapters.sources import find_local_adapter
 from urae.backbones.devices import check_gpu_is_known, pick_device
 from urae.backbones.flux import build_meta_models, find_local
 from urae.backbones.free_memory import free_bytes, free_host_bytes

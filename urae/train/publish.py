@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from urae.adapters.convert import ConvertConfig, convert
-from urae.adapters.files import LORA_FILE_NAME
+from urae.adapters.sources import LORA_FILE_NAME
 from urae.config import build_config, check_types, flatten, read_toml
 from urae.generate.picture import save_picture
 from urae.hub import HTTP_ERROR

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from urae.adapters.files import LORA_FILE_NAME
+from urae.adapters.sources import LORA_FILE_NAME
 from urae.train.adapter import TrainingAdapter
 from urae.train.average import Average
 from urae.train.checkpoint import PLAIN_FILE, load_optimizer, save_checkpoint
