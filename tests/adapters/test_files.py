@@ -68,6 +68,17 @@ def test_alpha_scales(tmp_path):
     assert torch.allclose(product(read_adapter(path).layers[NAME]), 4 * plain)
 
 
+@pytest.mark.parametrize("stem", [f"transformer.{NAME}", "lora_unet_single_blocks_0_linear1"])
+def test_a_small_scale_loses_nothing_in_half_precision(tmp_path, stem, rel):
+    sides = ("lora_down", "lora_up") if "unet" in stem else ("lora_A", "lora_B")
+    down, up = torch.randn(2, 8).half(), (1e-5 * torch.randn(56, 2)).half()
+    tensors = {f"{stem}.{side}.weight": t for side, t in zip(sides, (down, up), strict=True)}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(2 / 64)}, tmp_path / "a.safetensors")
+    layers = read_adapter(tmp_path / "a.safetensors").layers
+    found = torch.cat([pair.up.float() @ pair.down.float() for pair in layers.values()])
+    assert rel(found, up.float() @ down.float() / 64) < 1e-6
+
+
 def test_pefts_own_files(tmp_path, caplog):
     tensors = lora()
     plain = product(LowRank(*tensors.values()))

@@ -32,6 +32,7 @@ from urae.adapters.settings import (
     find_scale,
     is_pefts_own,
     read_peft_config,
+    scale_factor,
     warn_of_unknown_alpha,
 )
 from urae.adapters.sources import FOLDER_NAMES, resolve_adapter
@@ -157,8 +158,11 @@ def _read_lora(
     config = read_peft_config(path, metadata, beside=beside)
     if beside and not config and not alphas:
         warn_of_unknown_alpha(path)
+    scales = {
+        name: find_scale(name, len(pair.down), alphas, config) for name, pair in layers.items()
+    }
     return {
-        name: LowRank(pair.down, pair.up * find_scale(name, len(pair.down), alphas, config))
+        name: LowRank(pair.down, scale_factor(pair.up, scales[name]))
         for name, pair in layers.items()
     }
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from urae.adapters.settings import scale_factor
+
 _DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn_proj": ("attn.to_out.0",),
@@ -65,5 +67,5 @@ def split_linear1(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
         for part, part_up in zip(_SINGLE["linear1"], rows, strict=True):
             if (present := part_up.any(dim=0)).any():
                 parts[f"{block}.{part}.lora_A.weight"] = down[present]
-                parts[f"{block}.{part}.lora_B.weight"] = part_up[:, present] * scale
+                parts[f"{block}.{part}.lora_B.weight"] = scale_factor(part_up[:, present], scale)
     return rest, parts

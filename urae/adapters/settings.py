@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -81,3 +82,8 @@ def find_scale(name: str, rank: int, alphas: Mapping[str, Any], config: Mapping[
     if alpha is None:
         return 1.0
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def scale_factor(up: Tensor, scale: float) -> Tensor:
+    """Multiply a factor, in float32: half precision may have no normal number so small."""
+    return up if scale == 1 else up.float() * scale
