@@ -214,6 +214,22 @@ def test_kohya_keys(tmp_path):
     assert torch.allclose(product(layers["transformer_blocks.0.attn.to_out.0"]), up @ down / 2)
 
 
+@pytest.mark.parametrize("kohya", ["linear", "adaLN_modulation_1"])
+@pytest.mark.parametrize("prefix", ["lora_unet_final_layer_", "diffusion_model.final_layer."])
+def test_the_final_layers_alpha_counts(tmp_path, kohya, prefix, rel):
+    down, up = torch.randn(3, 8), torch.randn(8, 3)
+    stem = prefix + (kohya.replace("_1", ".1") if prefix.endswith(".") else kohya)
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(1.5)}, tmp_path / "k.safetensors")
+    (pair,) = read_adapter(tmp_path / "k.safetensors").layers.values()
+    wanted = up @ down / 2
+    wanted = wanted if kohya == "linear" else torch.cat(wanted.chunk(2)[::-1])
+    assert rel(product(pair), wanted) < 1e-6
+    state = files.read_lora(tmp_path / "k.safetensors")
+    assert all(key.startswith("transformer.") for key in state), "stock diffusers drops the others"
+    assert rel(product(LowRank(*state.values())), wanted) < 1e-6
+
+
 def damage(path, kind):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] if kind == "truncated" else b"garbage" + data[7:])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from urae.adapters.kohya import split_linear1
 from urae.adapters.layouts import (
     check_attaches,
+    has_outer_layers,
     is_raw_minor,
     is_stocks,
     refuse_unread,
@@ -286,7 +287,7 @@ def _read_lora_state(path: Path) -> tuple[dict[str, Tensor], bool]:
             "as --adapter"
         )
     if is_stock:
-        return to_diffusers(path, tensors)[0], True
+        return to_diffusers(path, tensors)[0], not has_outer_layers(tensors)
     return name_factors(_read_lora(path, widen(tensors), metadata)), False
 
 

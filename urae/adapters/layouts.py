@@ -10,6 +10,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from torch import Tensor
 
 from urae.adapters.kohya import split_linear1
+from urae.adapters.settings import scale_factor
 
 _TEXT_PREFIX = "text_encoder"
 _LORA_KEY = re.compile(r"^(?:transformer\.)?(.+)\.lora_(A|B)(?:\.default(?:_\d+)?)?\.weight$")
@@ -20,6 +21,12 @@ _LAYER = re.compile(
 _RAW_MINOR = re.compile(
     r"^(?:module\.)?(?:transformer\.)?((?:single_)?transformer_blocks\.\d+\.attn)"
     r"\.processor\.(to_q|to_k|to_v|to_out)_(a|b)\.weight$"
+)
+_OUTER_LAYER = re.compile(
+    r"(?:lora_unet_|diffusion_model\.)(?:(?:img|txt|time|vector|guidance)_in|final_layer)[_.]"
+)
+_FINAL_ALPHA = re.compile(
+    r"((?:lora_unet_|diffusion_model\.)final_layer[_.](?:linear|adaLN_modulation[_.]1)\.)alpha"
 )
 _NO_FACTORS = re.compile(r"\.(?:lokr|hada|oft|boft)_")
 _LYCORIS_PREFIXES = ("lora_unet_", "lora_te", "lycoris_", "diffusion_model.")
@@ -95,14 +102,38 @@ def to_diffusers(
         ValueError: If diffusers cannot.
     """
     try:
-        state, alphas = FluxPipeline.lora_state_dict(dict(tensors), return_alphas=True)
+        scaled = _scale_final_layer(tensors)
+        state, alphas = FluxPipeline.lora_state_dict(scaled, return_alphas=True)
     except (KeyError, IndexError, AssertionError, NotImplementedError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(" :")
         raise ValueError(
             f"{path} is not a LoRA that diffusers can read ({reason}); it is damaged, or its keys "
             f"have an unknown layout, such as {next(iter(tensors))!r}"
         ) from error
-    return state, alphas or {}
+    return {_with_prefix(key): tensor for key, tensor in state.items()}, alphas or {}
+
+
+def _with_prefix(key: str) -> str:
+    """Say that a factor is the transformer's: diffusers does not of layers outside the blocks."""
+    match = _LORA_KEY.match(key)
+    is_bare = match is not None and match.start(1) == 0 and _LAYER.match(match[1]) is not None
+    return f"transformer.{key}" if is_bare else key
+
+
+def has_outer_layers(keys: Collection[str]) -> bool:
+    """Tell whether kohya's keys name layers outside the blocks: stock diffusers drops those."""
+    return any(map(_OUTER_LAYER.match, keys))
+
+
+def _scale_final_layer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Apply the alphas of kohya's final layer: diffusers drops them."""
+    scaled = dict(tensors)
+    for match in filter(None, map(_FINAL_ALPHA.fullmatch, tensors)):
+        up_key = f"{match[1]}lora_up.weight"
+        if up_key in tensors and (rank := tensors[up_key].shape[-1]):
+            scale = float(scaled.pop(match[0])) / rank
+            scaled[up_key] = scale_factor(tensors[up_key], scale)
+    return scaled
 
 
 def is_stocks(tensors: Mapping[str, Tensor]) -> bool:
