@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import urae
 from urae import ResolutionPolicy
 from urae.adapters import adapt as adapt_module
-from urae.adapters.attach import attach, attach_frozen, attach_trainable, detach
+from urae.adapters.attach import attach, attach_frozen, attach_trainable, detach, read_factors
 from urae.adapters.files import LowRank, read_adapter
 from urae.resolution import find_policy
 
@@ -577,6 +577,22 @@ def test_file_metadata_brings_its_policy(load_pipe, expected, tmp_path):
     urae.adapt(pipe, tmp_path / "own.safetensors", policy=NATIVE)
     assert find_policy(pipe.transformer).policy == NATIVE
     assert read_adapter(tmp_path / "own.safetensors").policy == policy
+
+
+def test_layers_whose_names_end_alike_keep_their_ranks(load_pipe):
+    blocks = ("single_transformer_blocks.0.", "single_transformer_blocks.1.")
+    ranks = {"proj_out": 2} | {f"{block}proj_out": 4 for block in blocks}
+    transformer = load_pipe().transformer
+    layers = {}
+    for name, rank in ranks.items():
+        out, inner = transformer.get_submodule(name).weight.shape
+        layers[name] = LowRank(torch.randn(rank, inner), torch.randn(out, rank))
+    attach(transformer, "a", layers)
+    attached = read_factors(transformer, "a")
+    assert attached.keys() == layers.keys()
+    for name, pair in attached.items():
+        assert torch.equal(pair.down, layers[name].down)
+        assert transformer.get_submodule(name).scaling["a"] == 1
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -1,5 +1,6 @@
 """Adapters in and out of a stock transformer, as named peft adapters."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,7 +245,8 @@ def _several_adapters() -> Iterator[None]:
 def _lora_config(layers: Mapping[str, LowRank]) -> LoraConfig:
     ranks = {layer: pair.down.shape[0] for layer, pair in layers.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    unusual = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    # peft takes keys for the ends of names: proj_out would be that of each single block too
+    unusual = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
     return LoraConfig(
         r=usual,
         lora_alpha=usual,
