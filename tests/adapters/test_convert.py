@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import urae
 from urae.adapters.convert import ConvertConfig, convert, to_kohya
 from urae.adapters.files import LowRank, read_adapter, write_lora
+from urae.adapters.initial import check_order
 
 
 @pytest.fixture
@@ -61,6 +62,25 @@ def test_a_minor_adapter_of_ours_without_what_it_was_trained_over(tmp_path, expe
     write_lora(tmp_path / "m.safetensors", layers, metadata)
     with pytest.raises(ValueError, match=r"was trained over runs/my_2k; give both"):
         convert(ConvertConfig((str(tmp_path / "m.safetensors"),), tmp_path / "c.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "minor"])
+def test_any_adapter_needs_what_it_was_trained_over(tmp_path, expected, caplog, kind):
+    """Both directly after it; a LoRA, which is a sum, after others too."""
+    lora, own = expected / "dev_2k_lora.safetensors", tmp_path / "own.safetensors"
+    other = tmp_path / "other.safetensors"
+    save_file({key: tensor / 2 for key, tensor in load_file(lora).items()}, other)
+    layers = {"transformer_blocks.0.attn.to_q": LowRank(torch.ones(2, 64), torch.ones(64, 2))}
+    metadata = {"urae.kind": kind, "urae.rank": "1", "urae.over": str(lora)}
+    write_lora(own, layers, metadata)
+    with pytest.raises(ValueError, match=f"^{kind} adapter .* was trained over {lora}; give both"):
+        check_order([read_adapter(own)])
+    check_order([read_adapter(lora), read_adapter(own)])
+    assert not caplog.text
+    check_order([read_adapter(lora), read_adapter(other), read_adapter(own)])
+    assert bool(caplog.text) == (kind == "minor")
+    check_order([read_adapter(other), read_adapter(own)])
+    assert f"{kind} adapter {own} was trained over {lora} but is placed after" in caplog.text
 
 
 def test_output_is_kept(tmp_path, expected):

@@ -141,7 +141,7 @@ def stack_updates(updates: Sequence[Mapping[str, LowRank]]) -> dict[str, LowRank
 
 
 def check_order(files: Sequence[AdapterFile]) -> None:
-    """Refuse a minor adapter of ours without the adapter that it was trained over.
+    """Refuse an adapter of ours without the one that it was trained over.
 
     DoRA, LoKr and OFT go with no other.
 
@@ -155,18 +155,20 @@ def check_order(files: Sequence[AdapterFile]) -> None:
                 "adapters; leave the others out"
             )
         trained_over = file.metadata.get("urae.over")
-        if file.kind != "minor" or not trained_over:
+        if not trained_over:
             continue
         if index == 0:
             raise ValueError(
-                f"minor adapter {file.path} was trained over {trained_over}; give both, with that "
-                "one first"
+                f"{file.kind} adapter {file.path} was trained over {trained_over}; give both, "
+                "with that one first"
             )
-        if _is_other(trained_over, files[index - 1].path):
+        # a plain LoRA is a sum: what comes between changes nothing of it
+        before = files[index - 1 : index] if file.kind == "minor" else files[:index]
+        if all(_is_other(trained_over, earlier.path) for earlier in before):
             logger.warning(
-                "minor adapter %s was trained over %s but is placed after %s, where its effect "
+                "%s adapter %s was trained over %s but is placed after %s, where its effect "
                 "differs; put it directly after %s",
-                file.path, trained_over, files[index - 1].path, trained_over,
+                file.kind, file.path, trained_over, files[index - 1].path, trained_over,
             )  # fmt: skip
 
 
