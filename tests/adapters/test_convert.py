@@ -83,6 +83,16 @@ def test_any_adapter_needs_what_it_was_trained_over(tmp_path, expected, caplog, 
     assert f"{kind} adapter {own} was trained over {lora} but is placed after" in caplog.text
 
 
+def test_a_folder_named_like_what_an_adapter_was_trained_over(tmp_path, expected, monkeypatch):
+    (tmp_path / "my_2k").mkdir()
+    monkeypatch.chdir(tmp_path)
+    layers = {"transformer_blocks.0.attn.to_q": LowRank(torch.ones(2, 64), torch.ones(64, 2))}
+    write_lora(tmp_path / "own.safetensors", layers, {"urae.over": "my_2k"})
+    check_order(
+        [read_adapter(expected / "dev_2k_lora.safetensors"), read_adapter("own.safetensors")]
+    )
+
+
 def test_output_is_kept(tmp_path, expected):
     source = (str(expected / "dev_2k_lora.safetensors"),)
     path = tmp_path / "c.safetensors"

@@ -174,7 +174,10 @@ def check_order(files: Sequence[AdapterFile]) -> None:
 
 def _is_other(name: str, path: Path) -> bool:
     """Tell whether a file is surely not the adapter of a name; one that is not here may be any."""
-    found = find_local_adapter(name)
+    try:
+        found = find_local_adapter(name)
+    except (ValueError, OSError):  # something of that name is here, but no adapter
+        return False
     return found is not None and digest_file(found) != digest_file(path)
 
 
