@@ -284,6 +284,19 @@ def test_minor_metadata_must_fit(tmp_path):
         read_adapter(tmp_path / "a.safetensors")
 
 
+def test_raw_minor_components_have_one_rank(tmp_path):
+    tensors = {}
+    for layer, rank in (("to_q", 2), ("to_k", 3)):
+        stem = f"transformer_blocks.0.attn.processor.{layer}"
+        tensors |= {
+            f"{stem}_a.weight": torch.ones(rank, 8),
+            f"{stem}_b.weight": torch.ones(8, rank),
+        }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"attn\.to_[qk] is of rank \d, but .* is of rank \d; all"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
 def test_where_adapters_are_found(tmp_path, monkeypatch):
     asked = []
 

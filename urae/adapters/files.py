@@ -106,6 +106,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     if is_raw_minor(tensors):
         factors = ((*split_raw_minor_key(path, key), t) for key, t in tensors.items())
         layers = _pair_factors(path, factors)
+        _check_one_rank(path, layers)
         return AdapterFile(path, "minor", layers, policy=policy, metadata=metadata)
     origin_hash = metadata.get("urae.origin_hash")
     if (kind := find_kind(list(tensors))) is not None:
@@ -190,6 +191,17 @@ def _pair_factors(path: Path, factors: Iterable[tuple[str, str, Tensor]]) -> dic
             )
         layers[name] = LowRank(down, up)
     return layers
+
+
+def _check_one_rank(path: Path, layers: Mapping[str, LowRank]) -> None:
+    ranks = {name: len(pair.down) for name, pair in layers.items()}
+    first, rank = next(iter(ranks.items()))
+    for name, other in ranks.items():
+        if other != rank:
+            raise ValueError(
+                f"{path}: layer {name} is of rank {other}, but {first} is of rank {rank}; all of a "
+                "minor adapter must have one rank, so the file is damaged or mixed from several"
+            )
 
 
 def _split_halves(
