@@ -350,6 +350,15 @@ def test_missing_adapter(source):
         resolve_adapter(source)
 
 
+def test_sources_that_name_nothing(tmp_path, monkeypatch):
+    save_file(lora(), tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the name of an adapter is empty; give a file"):
+        resolve_adapter("")
+    with pytest.raises(FileNotFoundError, match=r"~no_such_user/x was not found, .* home folder"):
+        resolve_adapter("~no_such_user/x")
+
+
 def test_hub_adapter_that_cannot_be_had(monkeypatch):
     def fail(*_, **__):
         response = SimpleNamespace(headers={}, request=None, status_code=404)

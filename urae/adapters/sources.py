@@ -27,7 +27,7 @@ def resolve_adapter(source: str | os.PathLike[str]) -> Path:
             this package (`miniature-2k`), or `[hf://]owner/repo[@revision]/file`.
 
     Raises:
-        ValueError: If the file is a pickle, or a folder holds no single adapter.
+        ValueError: If the name is empty, the file a pickle, or a folder holds no single adapter.
         FileNotFoundError: If nothing is found.
     """
     if (path := find_local_adapter(source)) is not None:
@@ -68,9 +68,20 @@ def find_local_adapter(source: str | os.PathLike[str]) -> Path | None:
         source: As in `resolve_adapter`.
 
     Raises:
-        ValueError: If the file is a pickle, or a folder holds no single adapter.
+        ValueError: If the name is empty, the file a pickle, or a folder holds no single adapter.
+        FileNotFoundError: If it is in the home folder of a user who has none.
     """
-    path = Path(source).expanduser()
+    if not os.fspath(source):
+        raise ValueError(
+            "the name of an adapter is empty; give a file, a folder or owner/repo/file"
+        )
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"adapter {source} was not found, since there is no such home folder; write its path "
+            "in full"
+        ) from error
     if path.is_dir():
         path = _find_in_folder(path)
     if path.suffix.lower() in _PICKLES:
