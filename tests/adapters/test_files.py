@@ -109,6 +109,8 @@ def kohya_names(tensors):
 
 
 DORA_SCALE = {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": torch.ones(64, 1)}
+T5 = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+PART = "is of a part that cannot be read"
 LOKR = "lora_unet_double_blocks_0_img_attn_proj.lokr_w1"
 NO_LAYER = "its keys have an unknown layout"
 
@@ -117,6 +119,10 @@ NO_LAYER = "its keys have an unknown layout"
     ("tensors", "message"),
     [
         (kohya_names(lora()) | DORA_SCALE, r"a\.safetensors is a DoRA with kohya's keys"),
+        (kohya_names(lora()) | {f"{T5}.lora_up.weight": torch.ones(8, 3)}, PART),
+        (kohya_names(lora()) | {f"{LOKR[:-7]}diff_b": torch.ones(8)}, PART),
+        (kohya_names(lora()) | {"lora_unet_norm.diff": torch.ones(8)}, PART),
+        (kohya_names(lora()) | {"unknown.weight": torch.ones(8)}, PART),
         ({LOKR: torch.ones(2, 2)}, r"is a LyCORIS LoKr, LoHa or OFT"),
         ({f"{LOKR[:-7]}hada_w1_a": torch.ones(2, 2)}, r"is a LyCORIS LoKr, LoHa or OFT"),
         ({f"transformer.{NAME}.lokr_w1": torch.ones(2, 2), f"transformer.{NAME}.alpha":
@@ -228,6 +234,14 @@ def test_the_final_layers_alpha_counts(tmp_path, kohya, prefix, rel):
     state = files.read_lora(tmp_path / "k.safetensors")
     assert all(key.startswith("transformer.") for key in state), "stock diffusers drops the others"
     assert rel(product(LowRank(*state.values())), wanted) < 1e-6
+
+
+def test_parts_without_effect_are_left_out(tmp_path):
+    tensors = {f"{T5}.lora_down.weight": torch.ones(3, 8), f"{T5}.alpha": torch.tensor(4.0)}
+    tensors[f"{T5}.lora_up.weight"] = torch.zeros(8, 3)
+    tensors[f"{LOKR[:-7]}diff_b"] = torch.zeros(8)
+    save_file(kohya_names(lora()) | tensors, tmp_path / "k.safetensors")
+    assert len(read_adapter(tmp_path / "k.safetensors").layers) == 1
 
 
 def damage(path, kind):

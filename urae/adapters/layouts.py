@@ -29,6 +29,11 @@ _FINAL_ALPHA = re.compile(
     r"((?:lora_unet_|diffusion_model\.)final_layer[_.](?:linear|adaLN_modulation[_.]1)\.)alpha"
 )
 _NO_FACTORS = re.compile(r"\.(?:lokr|hada|oft|boft)_")
+_KOHYA_PREFIXES = (
+    "lora_unet_", "lora_te_", "lora_te1_", "lora_transformer_", "diffusion_model.",
+    "text_encoders.clip_l.transformer.",
+)  # fmt: skip
+_DROPPED = re.compile(r"\.diff(?:_b)?$|text_projection|position_embedding")
 _LYCORIS_PREFIXES = ("lora_unet_", "lora_te", "lycoris_", "diffusion_model.")
 
 
@@ -70,24 +75,46 @@ def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: t.float() if is_float8[k] else t for k, t in tensors.items()}
 
 
-def refuse_unread(path: Path, keys: Collection[str]) -> None:
+def refuse_unread(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse what would be taken for another kind, or read without a part of it.
 
     Raises:
-        ValueError: For a DoRA of kohya's, and for what LyCORIS has in place of low-rank factors.
+        ValueError: For a DoRA of kohya's, for what LyCORIS has in place of low-rank factors, and
+            for what diffusers leaves out of a file with kohya's keys.
     """
-    if any(key.endswith(".dora_scale") for key in keys):
+    if any(key.endswith(".dora_scale") for key in tensors):
         raise ValueError(
             f"{path} is a DoRA with kohya's keys, whose magnitudes (dora_scale) cannot be read; "
             "use a plain LoRA or a peft DoRA"
         )
-    if any(map(_NO_FACTORS.search, keys)) and any(
-        key.endswith(".alpha") or key.startswith(_LYCORIS_PREFIXES) for key in keys
+    if any(map(_NO_FACTORS.search, tensors)) and any(
+        key.endswith(".alpha") or key.startswith(_LYCORIS_PREFIXES) for key in tensors
     ):
         raise ValueError(
             f"{path} is a LyCORIS LoKr, LoHa or OFT, which cannot be read; use a plain LoRA, or a "
             "peft LoKr or OFT"
         )
+    if (key := _find_dropped(tensors)) is not None:
+        raise ValueError(
+            f"{path}: key {key!r} is of a part that cannot be read, such as T5's factors or "
+            "differences (.diff) of norms and biases; remove those keys, or use a plain LoRA"
+        )
+
+
+def _find_dropped(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the first key with an effect that diffusers leaves out of a file of kohya's keys."""
+    if not any(".lora_down." in key for key in tensors):
+        return None
+    if any(key.startswith("transformer.") for key in tensors):  # what else is there repeats it
+        return None
+    for key, tensor in tensors.items():
+        is_read = key.removeprefix("module.").startswith(_KOHYA_PREFIXES)
+        if is_read and not _DROPPED.search(key):
+            continue
+        # a down factor or an alpha does nothing where the up factor is zero
+        if ".lora_down." not in key and not key.endswith(".alpha") and tensor.float().any():
+            return key
+    return None
 
 
 def to_diffusers(
