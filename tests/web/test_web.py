@@ -261,6 +261,48 @@ def test_nothing_of_a_model_is_held_between_jobs(config):
         gc.enable()
 
 
+def test_what_waits_for_a_stopped_job_can_be_stopped_too(config):
+    """A stopped job ends its step; the next click waits for it, out of the page's queue."""
+    jobs, form, ended = Jobs(config), replace(FORM, size="64", steps=2), {}
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def run(name, show):
+        try:
+            jobs.make(form, show, name)
+        except Exception as error:
+            ended[name] = type(error).__name__
+
+    def hold(progress, **_):
+        if progress:
+            in_step.set()
+            assert go_on.wait(60)
+
+    shown = []
+    threads = [threading.Thread(target=run, args=("one", hold))]
+    threads += [
+        threading.Thread(target=run, args=(name, lambda progress, **_: shown.append(progress)))
+        for name in ("two", "gone", "left")
+    ]
+    threads[0].start()
+    assert in_step.wait(60)
+    for thread in threads[1:]:
+        thread.start()
+    while len(jobs._requests) < 4:
+        time.sleep(0.01)
+    jobs.stop("one")
+    jobs.stop("two")
+    jobs.leave("gone")
+    jobs.stop("another")
+    closing = threading.Thread(target=jobs.close)
+    closing.start()
+    time.sleep(0.05)
+    go_on.set()
+    for thread in (*threads, closing):
+        thread.join()
+    assert ended == dict.fromkeys(("one", "two", "gone", "left"), "Stopped")
+    assert not shown
+
+
 def test_the_end_of_the_page_waits_for_the_job(config):
     jobs, form = Jobs(config), replace(FORM, size="64", steps=50)
     started, ended = threading.Event(), []
@@ -282,6 +324,8 @@ def test_the_end_of_the_page_waits_for_the_job(config):
 def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match="port 0 must be between 1 and 65535"):
         WebConfig(port=0)
+    with pytest.raises(ValueError, match="host is empty; give an address"):
+        WebConfig(host="")
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file is a file; choose a folder with --output"):
         WebConfig(output_dir=tmp_path / "file")

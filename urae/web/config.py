@@ -29,6 +29,8 @@ class WebConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not self.host:
+            raise ValueError("host is empty; give an address, such as 127.0.0.1")
         if not 0 < self.port < 2**16:
             raise ValueError(f"port {self.port} must be between 1 and 65535")
         if self.output_dir.exists() and not self.output_dir.is_dir():

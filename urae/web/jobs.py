@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from threading import Event, Lock
@@ -22,14 +23,23 @@ class Stopped(Exception):  # noqa: N818  # no error: it was asked for
     """Raised between two steps when the user stops a job."""
 
 
+@dataclass(eq=False)
+class _Request:
+    """A click that is at work, or waits for another: a stopped one ends its step first."""
+
+    session: str | None
+    """Of whoever may stop it; None: anybody."""
+    stop: Event = field(default_factory=Event)
+
+
 class Jobs:
     """Makes what the page asks for, one job at a time."""
 
     def __init__(self, config: WebConfig) -> None:
         self.config = config
-        self._stop = Event()
         self._busy = Lock()
-        self._session: str | None = None
+        self._requests: list[_Request] = []
+        self._closed = False
 
     def make(
         self, form: Form, show: Callable[..., object], session: str | None = None
@@ -44,16 +54,21 @@ class Jobs:
         Returns:
             The files' whole paths, Markdown about them with what may surprise, and the command.
         """
-        with self._busy, _collect_warnings() as surprises:
-            self._stop.clear()  # before it can be asked to stop
-            self._session = session
-            try:
-                return self._make(form, show, surprises)
-            finally:
-                release_memory(pick_device())  # a pipeline's parts refer to one another
+        request = _Request(session)
+        self._requests.append(request)  # from now on it can be asked to stop
+        try:
+            with self._busy, _collect_warnings() as surprises:
+                if request.stop.is_set() or self._closed:
+                    raise Stopped
+                try:
+                    return self._make(form, show, surprises, request.stop)
+                finally:
+                    release_memory(pick_device())  # a pipeline's parts refer to one another
+        finally:
+            self._requests.remove(request)
 
     def _make(
-        self, form: Form, show: Callable[..., object], surprises: list[str]
+        self, form: Form, show: Callable[..., object], surprises: list[str], stop: Event
     ) -> tuple[list[str], str, str]:
         moment = f"{datetime.now().astimezone():%Y-%m-%d-%H%M%S-%f}"
         job = read_form(form, self.config, self.config.output_dir / moment)
@@ -63,7 +78,7 @@ class Jobs:
             surprises.append(surprise)
 
         def report(progress: Progress) -> None:
-            if self._stop.is_set():
+            if stop.is_set():
                 raise Stopped
             name = f"picture {progress.picture} of {progress.num_pictures}"
             if progress.step == progress.num_steps:
@@ -78,18 +93,22 @@ class Jobs:
         return [str(file.resolve()) for file in files], text, spell_command(job)
 
     def stop(self, session: str | None = None) -> None:
-        """Stop the job at hand after its step, if it is this session's or nobody's any more."""
-        if self._session in (session, None):
-            self._stop.set()
+        """Stop what is this session's, or nobody's any more, after its step or before its first."""
+        for request in [*self._requests]:
+            if request.session in (session, None):
+                request.stop.set()
 
     def leave(self, session: str | None) -> None:
         """Let a job go on whose page was closed or loaded anew; from now on anybody can stop it."""
-        if session == self._session:
-            self._session = None
+        for request in [*self._requests]:
+            if request.session == session:
+                request.session = None
 
     def close(self) -> None:
-        """Stop the job at hand, whoever's it is, and wait until it has."""
-        self._stop.set()
+        """Stop all jobs, whoever's they are, and wait until the one at hand has; make no other."""
+        self._closed = True
+        for request in [*self._requests]:
+            request.stop.set()
         with self._busy:
             pass
 
