@@ -10,6 +10,7 @@ from torch import Tensor
 VAE_FACTOR = 8
 PATCH = 2
 TOKEN_PIXELS = VAE_FACTOR * PATCH
+_MAX_SIDE = 2**20  # what no machine has memory for
 
 
 def check_side(name: str, pixels: int) -> None:
@@ -20,8 +21,10 @@ def check_side(name: str, pixels: int) -> None:
         pixels: Its length.
 
     Raises:
-        ValueError: If it is not a positive multiple of 16 pixels.
+        ValueError: If it is not a positive multiple of 16 pixels, up to 2^20.
     """
+    if pixels > _MAX_SIDE:
+        raise ValueError(f"{name} {pixels} must be at most {_MAX_SIDE} pixels")
     if pixels >= TOKEN_PIXELS and pixels % TOKEN_PIXELS == 0:
         return
     below = pixels // TOKEN_PIXELS * TOKEN_PIXELS

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,13 +79,17 @@ def check_folder(folder: Path) -> None:
     """Refuse a place for files that is no folder, nor can become one.
 
     Raises:
-        FileExistsError: If a file is in its place, or above it.
+        FileExistsError: If a file or a broken link is in its place, or above it.
         PermissionError: If it cannot be written or made.
+        OSError: If its name is too long.
     """
-    place = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
+    with suppress(FileNotFoundError, NotADirectoryError):
+        folder.lstat()  # raises for a name that is too long
+    place = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not place.is_dir():
+        what = "a file" if place.exists() else "a link to nothing"
         raise FileExistsError(
-            f"output {folder} cannot be a folder: {place} is a file; choose another with --output"
+            f"output {folder} cannot be a folder: {place} is {what}; choose another with --output"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(

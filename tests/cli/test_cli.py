@@ -17,6 +17,7 @@ from urae.choices import PartName
 from urae.cli.generate import _read_prompts, split_weight
 from urae.cli.main import app, main
 from urae.cli.terminal import set_up_logging
+from urae.generate import Progress
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -105,17 +106,26 @@ def test_beyond_native_size_the_default_is_adapted(urae, monkeypatch, options, a
 
 
 def test_ctrl_c_says_where_the_pictures_are(urae, monkeypatch, tmp_path):
-    def generate(*_, **__):
+    picture = 1
+
+    def generate(_, on_progress):
+        on_progress(Progress(picture, 3, 1, 2))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("urae.generate.generate", generate)
-    code, told = urae("generate", "a red circle", "--output", "some")
-    assert code == 130
-    assert "stopped; no picture is finished" in told
     (tmp_path / "some").mkdir()
     code, told = urae("generate", "a red circle", "--output", "some")
     assert code == 130
-    assert "stopped; finished pictures are in some" in told
+    assert "stopped; no picture is finished" in told
+    picture = 2
+    for options, line in (
+        ((), "some\n"),
+        (("--seed", 1), "some; --resume makes the others\n"),
+        (("--seed", 1, "--overwrite"), "some; --overwrite makes all of them again\n"),
+    ):
+        code, told = urae("generate", "a red circle", "--output", "some", *options)
+        assert code == 130
+        assert f"stopped; finished pictures are in {line}" in told
 
 
 @pytest.mark.parametrize(

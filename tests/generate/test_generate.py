@@ -197,6 +197,12 @@ def test_an_output_that_cannot_be_a_folder(settings, no_weights, tmp_path):
     for folder in ("out", "out/deeper/still"):
         with pytest.raises(FileExistsError, match="/out is a file; choose another with --output"):
             generate(settings(output_dir=tmp_path / folder))
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    for folder in ("broken", "broken/deeper"):
+        with pytest.raises(FileExistsError, match="/broken is a link to nothing; choose another"):
+            generate(settings(output_dir=tmp_path / folder))
+    with pytest.raises(OSError, match="File name too long"):
+        generate(settings(output_dir=tmp_path / ("a" * 300)))
 
 
 def test_an_output_that_cannot_be_written(settings, no_weights, monkeypatch, tmp_path):
@@ -277,6 +283,10 @@ def test_pictures_of_another_job_are_not_gone_on_with(settings, no_weights, tmp_
     ):
         with pytest.raises(FileExistsError, match=f"already exists with {told}"):
             generate(replace(same, **change))
+    save_picture(path, Image.new("RGB", (8, 8)), {**whole, "memory": "8bit"})
+    with pytest.raises(FileExistsError, match="already exists with memory 8bit"):
+        generate(replace(same, memory="resident"))
+    assert generate(replace(same, memory="auto")) == [path]
     path.write_bytes(b"mine")
     with pytest.raises(ValueError, match="is not a complete PNG"):
         generate(settings(resume=True))
@@ -345,7 +355,10 @@ def test_an_adapter_for_another_base(settings, no_weights, expected, bases, tmp_
         ({"prompts": (" ",)}, "prompt is empty"),
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"num_images": 0}, "num_images 0"),
-        ({"guidance_scale": -1.0}, "guidance_scale -1.0 must be 0 or more"),
+        ({"guidance_scale": -1.0}, "guidance_scale -1.0 must be between 0 and 1000"),
+        ({"guidance_scale": 1e39}, "guidance_scale 1e\\+39 must be between 0 and 1000"),
+        ({"seed": 2**63 - 1, "num_images": 2}, "is too large for 2 pictures"),
+        ({"height": 2**40}, "height 1099511627776 must be at most 1048576 pixels"),
         ({"max_sequence_length": 513}, "max_sequence_length 513 must be between 1 and 512"),
         ({"seed": -1}, "seed -1 must be"),
         ({"loras": (("a", float("nan")),)}, "weight nan of LoRA a must be"),

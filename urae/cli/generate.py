@@ -112,6 +112,8 @@ def generate_command(
 ) -> None:
     """Generate pictures; each PNG holds its prompt, seed, adapters, policy and versions."""
     texts = _read_prompts(prompt, prompts)
+    if model == "":
+        raise ValueError(f"--model is empty; name one, or leave it out for {BASE}")
     if gpus is not None and wants_launch(gpus):
         return launch(gpus, sys.argv[1:])
     with build_progress() as bar:
@@ -159,8 +161,11 @@ def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
     from urae.generate import Progress, generate
 
     quiet_progress_bars()
+    finished = 0
 
     def show(progress: Progress) -> None:
+        nonlocal finished
+        finished = progress.picture - 1
         name = f"picture {progress.picture} of {progress.num_pictures}"
         if progress.step == 1:
             bar.reset(task, total=progress.num_steps)
@@ -172,13 +177,12 @@ def _run(config: "GenerateConfig", bar: "Bar", task: "TaskID") -> list[Path]:
         return generate(config, on_progress=show)
     except KeyboardInterrupt:
         if is_first_rank():
-            made = config.output_dir.is_dir()  # for the first picture
-            text = (
-                f"finished pictures are in {config.output_dir}"
-                if made
-                else "no picture is finished"
-            )
-            text += "; --resume makes the others" if config.seed is not None else ""
+            where = f"finished pictures are in {config.output_dir}"
+            text = where if finished else "no picture is finished"
+            if config.overwrite:
+                text += "; --overwrite makes all of them again"
+            elif config.seed is not None:
+                text += "; --resume makes the others"
             console.print("[yellow]stopped;[/]", Text(text))
         raise
 
@@ -207,14 +211,14 @@ def _read_prompts(prompt: str | None, path: Path | None) -> tuple[str, ...]:
     if path is None:
         assert prompt is not None
         return (prompt,)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         what = "is a folder; name a text file" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"prompt file {path} {what}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a BOM first
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {path} is not UTF-8 text ({error})") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    lines = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not lines:
         raise ValueError(f"prompt file {path} holds no prompt; write one per line")
     return lines

@@ -13,6 +13,8 @@ from urae.generate.progressive import check_halves
 from urae.geometry import check_size
 from urae.resolution import ResolutionPolicy
 
+_MAX_GUIDANCE = 1000  # far above what any model was trained with
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -92,8 +94,8 @@ class GenerateConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
         guidance = self.guidance_scale
-        if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-            raise ValueError(f"guidance_scale {guidance} must be 0 or more")
+        if guidance is not None and not 0 <= guidance <= _MAX_GUIDANCE:
+            raise ValueError(f"guidance_scale {guidance} must be between 0 and {_MAX_GUIDANCE}")
         length = self.max_sequence_length
         if length is not None and not 1 <= length <= MAX_TEXT_TOKENS:
             raise ValueError(
@@ -104,3 +106,8 @@ class GenerateConfig:
                 raise ValueError(f"weight {weight} of LoRA {source} must be a finite number")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be between 0 and 2^63 - 1")
+        if self.seed is not None and self.seed + self.num_images > 2**63:
+            raise ValueError(
+                f"seed {self.seed} is too large for {self.num_images} pictures, each of which has "
+                "the next one, up to 2^63 - 1; choose a smaller one"
+            )

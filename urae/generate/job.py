@@ -60,7 +60,10 @@ logger = logging.getLogger(__name__)
 # while weights load, transformers and peft change how every new module of the process is made
 _LOADING = Lock()
 
-_AGAIN = "start all of them again, with --resume if there is a --seed, otherwise with --overwrite"
+_AGAIN = (
+    "start all of them again, with --resume if there is a --seed and no --overwrite, otherwise "
+    "with --overwrite"
+)
 
 
 @dataclass(frozen=True)
