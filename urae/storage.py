@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
         PermissionError: If it cannot be written or made.
         OSError: If its name is too long.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         folder.lstat()  # raises for a name that is too long
     place = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not place.is_dir():

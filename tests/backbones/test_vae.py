@@ -122,6 +122,25 @@ def test_split_equals_stock(vae, name, height, width, rel):
         assert rel(job.run(max_bytes), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_fewest_stripes_that_fit_are_the_least_work(monkeypatch, num_ranks):
+    """Plans are those of a search among all numbers of stripes."""
+    flux = build("meta", **FLUX)
+
+    def find():
+        sizes = ((1024, 1008), (2048, 2048))
+        return [
+            plan_decode(flux, *size, max_bytes=int(gib * 2**30), num_ranks=num_ranks)
+            for size in sizes
+            for gib in (1.5, 3)
+        ]
+
+    found = find()
+    assert any(segment.stripes > 2 for plan in found for segment in plan.segments)
+    monkeypatch.setattr("urae.backbones.vae_plan.islice", lambda ways, _: ways)
+    assert find() == found
+
+
 @pytest.mark.parametrize("name", ["encode", "decode"])
 def test_every_kind_of_segment_was_among_them(name):
     """Whole maps, stripes of several units, in place and not, attention in stripes."""

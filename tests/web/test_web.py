@@ -287,7 +287,9 @@ def test_what_waits_for_a_stopped_job_can_be_stopped_too(config):
     assert in_step.wait(60)
     for thread in threads[1:]:
         thread.start()
+    deadline = time.monotonic() + 60
     while len(jobs._requests) < 4:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     jobs.stop("one")
     jobs.stop("two")

@@ -90,7 +90,7 @@ def find_shape(ops: Unit, shape: Shape) -> Shape:
     for op in ops:
         if op.channels:
             _, rows, columns = shape
-            if op.kind in ("up", "down"):
+            if op.kind in ("up", "down"):  # planning asks for millions of shapes
                 rows, columns = scale_rows((op,), rows), scale_rows((op,), columns)
             shape = Shape(op.channels, rows, columns)
     return shape

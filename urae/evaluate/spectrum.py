@@ -29,7 +29,7 @@ def radial_spectrum(pictures: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ring
     window = rows[:, None] * columns
     grey = pictures.float().mean(1)
     grey = (grey - grey.mean((1, 2), keepdim=True)) * window
-    # of both halves: real pictures have one twice, but for its zeroth column
+    # the whole plane: rfft2's half of it has vertical frequencies twice and all others once
     power = torch.fft.fft2(grey).abs().square() / window.square().sum()
 
     y, x = (torch.fft.fftfreq(side, device=device) for side in (height, width))

@@ -130,9 +130,7 @@ def _check_is_of(config: GenerateConfig, picture: Picture) -> None:
         "speed": config.speed,
         "approximations": config.approximations,
     }
-    if config.memory in QUANTIZED or (
-        config.memory != "auto" and record.get("memory") in QUANTIZED
-    ):
+    if config.memory != "auto" and {config.memory, record.get("memory")} & {*QUANTIZED}:
         wanted["memory"] = config.memory
     given = ("steps", "guidance_scale", "max_sequence_length")
     wanted |= {name: getattr(config, name) for name in given if getattr(config, name) is not None}
